@@ -1,0 +1,168 @@
+"""The `pytorch` and `torch_compile` backends: transformers' own model, eager or compiled just in time.
+
+They are what the engine is compared with, so they run the model as a user of transformers would: eager with a growing
+cache, or `torch.compile` over a static cache. Nothing of the course's own decoder is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import hardware, models
+from ..errors import ModelError
+from ..recipe import BuildRecipe
+from .base import Engine, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(recipe: BuildRecipe) -> Engine:
+    return TorchCompileEngine(recipe) if recipe.backend == "torch_compile" else PyTorchEngine(recipe)
+
+
+def load_model(checkpoint: models.Checkpoint, dtype: torch.dtype, device: str) -> Any:
+    """transformers' model of a checkpoint, in evaluation mode; random weights where the checkpoint is a dummy."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if checkpoint.dummy:
+        torch.manual_seed(0)
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval()
+
+
+class PyTorchEngine(Engine):
+    """transformers in eager mode. Prompts of a batch are padded on the left, as `generate` does it."""
+
+    def __init__(self, recipe: BuildRecipe):
+        checkpoint = models.find(recipe.model)
+        config = checkpoint.config
+        super().__init__(
+            recipe, load_tokenizer(checkpoint.folder), checkpoint.eos_token_ids(), config.vocab_size
+        )
+        if recipe.max_seq_len > config.max_position_embeddings:
+            raise ModelError(f"max_seq_len={recipe.max_seq_len} exceeds the model's {config.max_position_embeddings}.")
+        self.device = hardware.resolve_device(recipe.device)
+        self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
+        self.cache: Any = None
+        self.mask = self.positions = torch.empty(0)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        self.mask = mask.to(self.device)
+        positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+        self.positions = positions[:, -1:]
+        self.cache = self.new_cache(len(prompts))
+        return self.forward(ids.to(self.device), positions)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
+        self.positions = self.positions + 1
+        return self.forward(tokens[:, None], self.positions)
+
+    def new_cache(self, batch: int) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float()
+
+    def release(self) -> None:
+        self.model = self.cache = None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+class TorchCompileEngine(PyTorchEngine):
+    """The same model with `torch.compile` and a static cache: decode is compiled at its first call.
+
+    On a GPU mode "reduce-overhead" records the compiled step as a CUDA graph.
+    """
+
+    def __init__(self, recipe: BuildRecipe):
+        super().__init__(recipe)
+        mode = "reduce-overhead" if self.device == "cuda" else "default"
+        self.compiled = torch.compile(self.model.forward, mode=mode, fullgraph=True, dynamic=False)
+        self.caches: dict[int, Any] = {}
+
+    def new_cache(self, batch: int) -> Any:
+        from transformers import StaticCache
+
+        if batch not in self.caches:  # one cache a batch size: a new one would be compiled for again
+            self.caches[batch] = StaticCache(config=self.model.config, max_cache_len=self.recipe.max_seq_len)
+        self.caches[batch].reset()
+        self.step = 0
+        return self.caches[batch]
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        model = self.model.forward if ids.shape[1] > 1 else self.compiled
+        mask = self.mask
+        if ids.shape[1] == 1:  # static shape: the mask covers the whole cache
+            mask = torch.nn.functional.pad(mask, (0, self.recipe.max_seq_len - mask.shape[1]))
+        if self.device == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        length = self.mask.shape[1]
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self._cache_position(length, ids),
+        )
+        return out.logits[:, -1].float().clone()
+
+    def _cache_position(self, length: int, ids: Tensor) -> dict[str, Tensor]:
+        """transformers 4.57 wants the cache slots that this call fills; 5.x counts them itself."""
+        import transformers
+
+        if int(transformers.__version__.split(".")[0]) >= 5:
+            return {}
+        return {"cache_position": torch.arange(length - ids.shape[1], length, device=ids.device)}
+
+    def release(self) -> None:
+        super().release()
+        self.compiled, self.caches = None, {}
+        torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bar for the fraction of a second that loading takes; errors still show."""
+    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        if before is None:
+            os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)

@@ -1,0 +1,170 @@
+"""What this machine is: the facts that an engine is compiled for, and the bandwidth that bounds it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .errors import BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device as an engine sees it. `architecture` is what must be equal for an engine to run."""
+
+    device: str  # "cpu" or "cuda"
+    name: str  # as the maker calls it
+    architecture: str  # such as "x86_64 AVX512" or "sm_90"
+    cores: int  # cores this process may use, or streaming multiprocessors
+    memory_bytes: int
+    driver: str  # NVIDIA driver version, or "" on a CPU
+
+    def __str__(self) -> str:
+        unit = "SMs" if self.device == "cuda" else "cores"
+        return f"{self.name} ({self.architecture}, {self.cores} {unit}, {self.memory_bytes / 2**30:.0f} GiB)"
+
+
+def resolve_device(device: str = "auto") -> str:
+    """'cpu' or 'cuda' for a recipe's device; asking for cuda where there is none raises BackendUnavailable."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(
+            "The recipe asks for device 'cuda', and PyTorch finds no NVIDIA GPU here.",
+            cause="No GPU, no driver, or a CPU build of PyTorch.",
+            fix="Use device='auto' or 'cpu', or run on a machine where nvidia-smi lists a GPU.",
+        )
+    return device
+
+
+@cache
+def describe(device: str = "auto") -> Hardware:
+    """The device that a recipe would use here."""
+    import torch
+
+    if resolve_device(device) == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return Hardware(
+            "cuda",
+            properties.name,
+            f"sm_{properties.major}{properties.minor}",
+            properties.multi_processor_count,
+            properties.total_memory,
+            _driver_version(),
+        )
+    isa = torch.backends.cpu.get_cpu_capability()
+    return Hardware("cpu", _cpu_name(), f"{platform.machine()} {isa}", free_cores(), _host_memory(), "")
+
+
+def free_cores() -> int:
+    """Cores this process may run on: the scheduler's mask, less what a container's quota leaves out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here, so no quota to obey
+    return cores
+
+
+def default_threads(weight_bytes: int) -> int:
+    """CPU threads for decoding: one while the weights fit in cache, else every free core.
+
+    A decode step is a few hundred small loops. Below about 64 MB of weights, waking a second thread for each
+    costs more than it gives; threads that lose their core to another job cost ten times that.
+    """
+    return 1 if weight_bytes < 64e6 else free_cores()
+
+
+def measure_bandwidth(device: str = "auto", threads: int | None = None) -> float:
+    """Bytes per second that reading memory once reaches, by the best of ten sums over a large float32 array.
+
+    The array is 64 MB on a CPU for each thread (past the caches) and 2 GB on a GPU. Reading is what a decode
+    step does with its weights, so weight bytes over this figure is the least possible time per token.
+    """
+    import torch
+
+    kind = resolve_device(device)
+    before = torch.get_num_threads()
+    threads = threads or free_cores()
+    try:
+        if kind == "cpu":
+            torch.set_num_threads(threads)
+        values = torch.ones(2**29 if kind == "cuda" else threads * 2**24, device=kind)
+        best = float("inf")
+        for _ in range(10):
+            if kind == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            values.sum().item()
+            best = min(best, time.perf_counter() - start)
+        return values.numel() * 4 / best
+    finally:
+        torch.set_num_threads(before)
+
+
+def compiler() -> str:
+    """Path of the C++ compiler that Inductor will call; raises BackendUnavailable if there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            return name
+    raise BackendUnavailable(
+        "There is no C++ compiler on this machine.",
+        cause="The aot backend compiles its kernels with g++ or clang++, and neither is on the PATH.",
+        fix="Install one: 'apt-get install g++', 'dnf install gcc-c++' or 'xcode-select --install'.",
+    )
+
+
+@cache
+def compiler_version() -> str:
+    out = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    return out.splitlines()[0] if out else compiler()
+
+
+def versions() -> dict[str, str]:
+    """What an engine depends on beside its recipe; a change in any of these means a new build."""
+    import torch
+
+    found = {"torch": torch.__version__, "compiler": compiler_version()}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _host_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def _driver_version() -> str:
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return out.splitlines()[0].strip() if out else "unknown"

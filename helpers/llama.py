@@ -1,0 +1,272 @@
+"""The Llama-family decoder that the compilers see: Llama, Mistral, Qwen2 and Qwen3.
+
+Two entry points, one for each phase: `Prefill` reads a whole prompt, `Decode` one token a sequence. Both update
+the KV cache in place. Weights come in as arguments, so every graph compiled from here shares one set of them.
+
+Shapes: B sequences, T prompt tokens, S cache length, E hidden size, H heads, G KV heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .models import ModelConfig
+
+PACK = 16  # rows of a packed block: one AVX-512 register of float32
+Weights = dict[str, Tensor]
+Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D] for Decode, [G, S, D] for Prefill
+
+
+def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
+    """x [M, K] times the transpose of the weight [N, K], in one of three forms of the same product.
+
+    "library"  hands it to the matrix library (MKL, cuBLAS); best for many rows
+    "rows"     writes it as products and sums over the checkpoint's layout; the compiler generates the loop and
+               fuses its neighbours into it; best for one row
+    "packed"   the same over blocks of 16 weight rows side by side ([N/16, K, 16]), so that one vector register
+               holds 16 outputs and nothing is summed across lanes
+
+    int8 weights are widened inside the generated loop: what is read from memory is one byte a weight.
+    """
+    if product == "packed" and f"{name}.packed" in weights:
+        blocks = weights[f"{name}.packed"].to(x.dtype)
+        y = (blocks[:, None] * x[None, :, :, None]).sum(2)  # [N/16, M, 16]
+        y = y.transpose(0, 1).reshape(x.shape[0], -1)
+    elif product == "library":
+        y = F.linear(x, weights[f"{name}.weight"].to(x.dtype))
+    else:
+        weight = weights[f"{name}.weight"].to(x.dtype)
+        y = (weight[:, None] * x).sum(-1).transpose(0, 1)  # the weight's rows outermost: each is read once
+    if f"{name}.scale" in weights:
+        y = y * weights[f"{name}.scale"].to(x.dtype)
+    if f"{name}.bias" in weights:
+        y = y + weights[f"{name}.bias"]
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding. x [..., D]; cos and sin [..., D], the first half of sin already negated.
+
+    Swapping the halves is a change of index, not a copy: it fuses into the product.
+    """
+    halves = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos + halves * sin).to(x.dtype)
+
+
+class Decoder(nn.Module):
+    """What both phases share. `product` is the form of the matrix products (see `matmul`)."""
+
+    def __init__(self, config: ModelConfig, product: str, materialize: bool):
+        super().__init__()
+        self.config, self.product, self.writes = config, product, materialize
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Have this intermediate written to memory once.
+
+        Without it Inductor inlines, say, the norm into the product behind it and computes it again for each of
+        that product's rows. as_strided is the operation that its lowering must have in memory.
+        """
+        return x.as_strided(x.shape, x.stride()) if self.writes else x
+
+    def project(self, weights: Weights, layer: str, fused: str, parts: Iterable[str], x: Tensor) -> list[Tensor]:
+        """Several projections of the same x: one product if the engine fused their weights, else one each."""
+        if f"{layer}{fused}.weight" in weights or f"{layer}{fused}.packed" in weights:
+            return [matmul(weights, layer + fused, x, self.product)]
+        return [matmul(weights, layer + part, x, self.product) for part in parts]
+
+    def qkv(self, weights: Weights, layer: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [M, E] to rotated q [M, H, D], rotated k [M, G, D] and v [M, G, D]."""
+        c = self.config
+        projected = self.project(weights, layer, "qkv", ("q", "k", "v"), x)
+        heads = torch.cat(projected, -1) if len(projected) > 1 else projected[0]
+        q, k, v = heads.unflatten(-1, (-1, c.head_dim)).split(
+            (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads), 1
+        )
+        if c.qk_norm:
+            q = rms_norm(q, weights[layer + "q_norm"], c.rms_norm_eps)
+            k = rms_norm(k, weights[layer + "k_norm"], c.rms_norm_eps)
+        return self.keep(rotate(q, cos, sin)), rotate(k, cos, sin), v
+
+    def mlp(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
+        projected = self.project(weights, layer, "gate_up", ("gate", "up"), x)
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)
+        return matmul(weights, layer + "down", self.keep(F.silu(gate) * up), self.product)
+
+    def layers(
+        self, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, positions: Tensor, *rest: Tensor
+    ) -> Tensor:
+        eps = self.config.rms_norm_eps
+        for i in range(self.config.num_hidden_layers):
+            layer = f"layers.{i}."
+            h = self.keep(rms_norm(x, weights[layer + "attention_norm"], eps))
+            q, k, v = self.qkv(weights, layer, h, cos, sin)
+            h = self.attention(q, k, v, cache[2 * i], cache[2 * i + 1], positions, *rest)
+            x = self.keep(x + matmul(weights, layer + "o", self.keep(h), self.product))
+            h = self.keep(rms_norm(x, weights[layer + "mlp_norm"], eps))
+            x = self.keep(x + self.mlp(weights, layer, h))
+        return self.keep(rms_norm(x, weights["norm"], eps))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        raise TypeError("Decoder has two phases: use Prefill or Decode")
+
+    def embed(self, weights: Weights, tokens: Tensor) -> Tensor:
+        return self.keep(weights["embedding"][tokens])
+
+
+class Prefill(Decoder):
+    """One prompt: tokens [T] and the sequence's cache [G, S, D] a layer, to the logits [V] of its last token."""
+
+    def forward(self, weights: Weights, tokens: Tensor, cache: Cache) -> Tensor:
+        length = tokens.shape[0]
+        x = self.embed(weights, tokens)
+        cos, sin = weights["rope.cos"][:length, None], weights["rope.sin"][:length, None]
+        x = self.layers(weights, x, cos, sin, cache, torch.arange(length, device=x.device))
+        return matmul(weights, "head", x[-1:], self.product)[0].float()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        k, v = k.transpose(0, 1), v.transpose(0, 1)  # [G, T, D]
+        keys[:, positions] = k
+        values[:, positions] = v
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.repeat_interleave(group, 0)[None],
+            v.repeat_interleave(group, 0)[None],
+            is_causal=True,
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+
+class Decode(Decoder):
+    """One step: tokens [B] at positions [B] to logits [B, V].
+
+    span [n] holds 0 .. n-1 for an n past every position: attention reads n cache entries, no more.
+    """
+
+    def forward(self, weights: Weights, tokens: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
+        x = self.embed(weights, tokens)
+        cos, sin = weights["rope.cos"][positions, None], weights["rope.sin"][positions, None]
+        hidden = span[None] > positions[:, None]  # [B, n]: entries that lie in the future, or in no sequence
+        x = self.layers(weights, x, cos, sin, cache, positions, hidden)
+        return matmul(weights, "head", x, self.product).float()
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *rest: Tensor
+    ) -> Tensor:
+        """Grouped heads read their keys and values directly, as products and sums that the compiler fuses."""
+        (hidden,) = rest
+        batch, (_, kv_heads, _, size) = q.shape[0], keys.shape
+        rows = torch.arange(batch, device=q.device)
+        keys[rows, :, positions] = k
+        values[rows, :, positions] = v
+        n = hidden.shape[1]
+        k, v = keys[:, :, None, :n], values[:, :, None, :n]  # [B, G, 1, n, D]
+        q = q.view(batch, kv_heads, -1, 1, size)  # [B, G, H/G, 1, D]
+        scores = (q.float() * k.float()).sum(-1) * size**-0.5  # [B, G, H/G, n]
+        weights = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)
+        return (weights[..., None] * v.float()).sum(-2).to(q.dtype).flatten(1)
+
+
+def convert(
+    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype, *, int8: bool, qkv: bool, gate_up: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face tensors to this module's weights: renamed, cast, projections joined, int8 with its scales.
+
+    Yields each as soon as it is complete, so the source can be read one tensor at a time.
+    """
+    joins = {"qkv": ("q", "k", "v") if qkv else (), "gate_up": ("gate", "up") if gate_up else ()}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for source, tensor in tensors:
+        name = _rename(source)
+        if "norm" in name:
+            yield name, tensor.to(dtype)
+            continue
+        if name == "embedding":
+            yield name, tensor.to(dtype)
+            if config.tie_word_embeddings and int8:  # otherwise the head reads the embedding itself
+                yield from _linear("head", "weight", tensor, dtype, int8)
+            continue
+        owner, kind = name.rsplit(".", 1)
+        prefix, _, part = owner.rpartition(".")
+        joined = next((key for key, parts in joins.items() if part in parts), None)
+        if joined is None:
+            yield from _linear(owner, kind, tensor, dtype, int8)
+            continue
+        key = f"{prefix}.{joined}"
+        parts = waiting.setdefault(f"{key}.{kind}", {})
+        parts[part] = tensor
+        if len(parts) == len(joins[joined]):
+            yield from _linear(key, kind, torch.cat([parts[p] for p in joins[joined]]), dtype, int8)
+            del waiting[f"{key}.{kind}"]
+
+
+def _linear(owner: str, kind: str, tensor: Tensor, dtype: torch.dtype, int8: bool) -> Iterator[tuple[str, Tensor]]:
+    if kind == "bias" or not int8:
+        yield f"{owner}.{kind}", tensor.to(dtype)
+        return
+    # Symmetric, one scale a row: w = q * s with s = max|w| / 127, the scheme TensorRT-LLM calls W8A16.
+    wide = tensor.float()
+    scale = wide.abs().amax(1).clamp_min(1e-12) / 127
+    yield f"{owner}.weight", (wide / scale[:, None]).round().clamp_(-127, 127).to(torch.int8)
+    yield f"{owner}.scale", scale
+
+
+def _rename(name: str) -> str:
+    """model.layers.3.self_attn.q_proj.weight -> layers.3.q.weight, and so on."""
+    for old, new in (
+        ("model.", ""),
+        ("self_attn.", ""),
+        ("mlp.", ""),
+        ("_proj", ""),
+        ("input_layernorm.weight", "attention_norm"),
+        ("post_attention_layernorm.weight", "mlp_norm"),
+        ("embed_tokens.weight", "embedding"),
+        ("lm_head.", "head."),
+        ("norm.weight", "norm"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """[N, K] to blocks [N/16, K, 16]; None where 16 does not divide N."""
+    rows, columns = weight.shape
+    if rows % PACK:
+        return None
+    return weight.view(rows // PACK, PACK, columns).permute(0, 2, 1).contiguous()
+
+
+def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype) -> Weights:
+    """cos and sin [length, D] for every position; the sign of `rotate`'s first half is in sin.
+
+    Formulas: RoFormer (Su et al. 2021); "linear" divides positions; "llama3" is Llama 3.1's frequency scaling.
+    """
+    rope, size = config.rope, config.head_dim
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        frequencies = _llama3_frequencies(frequencies, rope)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    cos, sin = angles.cos(), angles.sin()
+    return {
+        "rope.cos": torch.cat([cos, cos], -1).to(dtype),
+        "rope.sin": torch.cat([-sin, sin], -1).to(dtype),
+    }
+
+
+def _llama3_frequencies(frequencies: Tensor, rope: dict) -> Tensor:
+    old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = ((old / wavelengths - low) / (high - low)).clamp(0, 1)
+    return frequencies * (smooth + (1 - smooth) / rope["factor"])

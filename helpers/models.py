@@ -1,0 +1,311 @@
+"""A checkpoint by name, its configuration, its tokenizer and its weights, without transformers' model code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+BUNDLED = Path(__file__).parent / "stories" / "checkpoint"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in Hugging Face format. With `dummy`, only its configuration and tokenizer are used and the
+    weights are random: right for speed, meaningless for text."""
+
+    name: str
+    folder: Path
+    dummy: bool
+
+    @property
+    def config(self) -> ModelConfig:
+        return read_config(self.folder)
+
+    def digest(self) -> str:
+        """sha256 over configuration and weights; for dummy weights, over the configuration alone."""
+        files = [self.folder / "config.json"] + ([] if self.dummy else weight_files(self.folder))
+        return _digest(files, "dummy" if self.dummy else "")
+
+    def tokenizer_digest(self) -> str:
+        return _digest([self.folder / "tokenizer.json"]) if self.has_tokenizer else ""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (self.folder / "tokenizer.json").exists()
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, from generation_config.json, else config.json."""
+        for name in ("generation_config.json", "config.json"):
+            if (self.folder / name).exists():
+                ids = _read_json(self.folder / name).get("eos_token_id")
+                if ids is not None:
+                    return tuple(ids) if isinstance(ids, list) else (ids,)
+        return ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder, in Hugging Face's field names where there is one."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: dict[str, Any]  # rope_type, rope_theta, and what that type needs
+    qkv_bias: bool  # Qwen2 has one on the query, key and value projections
+    output_bias: bool  # on the attention's output projection
+    mlp_bias: bool
+    qk_norm: bool  # Qwen3 normalizes each head's query and key
+
+    def parameter_count(self) -> int:
+        c = self
+        attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+        per_layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+        return c.num_hidden_layers * per_layer + embeddings + c.hidden_size
+
+    def kv_cache_bytes(self, batch_size: int, seq_len: int, bytes_per_value: int) -> int:
+        """2 (K and V) x layers x KV heads x head_dim x tokens x bytes."""
+        per_token = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return per_token * batch_size * seq_len * bytes_per_value
+
+
+def find(name: str) -> Checkpoint:
+    """The checkpoint that `name` means: "stories", a folder, a Hub id that is already in the local Hub cache,
+    or "dummy:" before any of these. Nothing is downloaded. Raises ModelError."""
+    dummy = name.startswith("dummy:")
+    plain = name.removeprefix("dummy:")
+    if plain == "stories":
+        folder = BUNDLED
+    elif Path(plain).expanduser().is_dir():
+        folder = Path(plain).expanduser().resolve()
+    elif plain.count("/") == 1 and not plain.startswith((".", "/", "~")):
+        folder = _hub_folder(plain)
+    else:
+        raise ModelError(
+            f"There is no model {plain!r}.",
+            cause="It is neither 'stories', nor a folder here, nor a Hub id of the form owner/name.",
+            fix="Use model='stories', or the path of a folder that holds config.json and *.safetensors.",
+        )
+    checkpoint = Checkpoint(name, folder, dummy)
+    read_config(folder)
+    if not dummy:
+        check_weights(checkpoint)
+    return checkpoint
+
+
+def download(hub_id: str) -> Path:
+    """Fetch a checkpoint from the Hugging Face Hub into its cache: configuration, tokenizer, safetensors only."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _hub_folder(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
+        raise ModelError(
+            f"The model {hub_id!r} is not on this machine.",
+            cause="It has not been downloaded; this course downloads nothing without being asked.",
+            fix=f"Run: python -m helpers download {hub_id}",
+        ) from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a checkpoint folder; ModelError if it is missing, unreadable or not supported."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(
+            f"{folder.name!r} is not a checkpoint: it has no config.json.",
+            cause="The folder holds something else, or a download was cut short.",
+            fix="Give a folder in Hugging Face format: config.json, tokenizer.json, *.safetensors.",
+        )
+    raw = _read_json(path)
+    try:
+        return _parse_config(raw)
+    except KeyError as missing:
+        raise ModelError(
+            f"config.json of {folder.name!r} has no field {missing}.", fix="Fetch the checkpoint again."
+        ) from missing
+
+
+def _parse_config(raw: dict[str, Any]) -> ModelConfig:
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise _unsupported(f"model_type is {kind!r}", f"The supported families are {', '.join(FAMILIES)}.")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise _unsupported(f"its activation is {raw['hidden_act']!r}", "Only 'silu' is supported.")
+    window = raw.get("sliding_window")
+    if window and raw.get("use_sliding_window", kind == "mistral") and window < raw["max_position_embeddings"]:
+        raise _unsupported(f"it attends through a sliding window of {window}", "Use a model with full attention.")
+    if raw.get("quantization_config"):
+        raise _unsupported("its weights are already quantized", "Use the original checkpoint and set precision.")
+    heads = raw["num_attention_heads"]
+    bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        model_type=kind,
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        vocab_size=raw["vocab_size"],
+        max_position_embeddings=raw["max_position_embeddings"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        rope=_parse_rope(raw),
+        qkv_bias=bias or kind == "qwen2",
+        output_bias=bias and kind != "qwen2",
+        mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
+        qk_norm=kind == "qwen3",
+    )
+
+
+def _parse_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`; 4.57 writes `rope_theta` and, for scaled kinds, `rope_scaling`."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise _unsupported(
+            f"its position encoding is {rope['rope_type']!r}", f"Supported are {', '.join(ROPE_TYPES)}."
+        )
+    return rope
+
+
+def _unsupported(what: str, fix: str) -> ModelError:
+    return ModelError(f"This model is not supported: {what}.", fix=fix)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Every tensor that the configuration asks for is there with its shape; reads only the files' headers."""
+    from safetensors import SafetensorError, safe_open
+
+    files = weight_files(checkpoint.folder)
+    if not files:
+        pickles = list(checkpoint.folder.glob("*.bin"))
+        raise ModelError(
+            f"{checkpoint.folder.name!r} holds no *.safetensors file.",
+            cause="Its weights are pickles (*.bin), which can run code when they are read."
+            if pickles
+            else "The download was cut short, or only the configuration was copied.",
+            fix="Use a safetensors version of the checkpoint, or 'dummy:' before its name for random weights.",
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path.name} of {checkpoint.folder.name!r} cannot be read: {error}.",
+                cause="The file is incomplete.",
+                fix="Fetch it again.",
+            ) from error
+    for name, shape in expected_shapes(checkpoint.config).items():
+        if shapes.get(name) != shape:
+            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            raise ModelError(
+                f"Tensor {name!r} of {checkpoint.folder.name!r} {found}; config.json asks for {shape}.",
+                cause="A shard is missing, or config.json belongs to another model.",
+                fix="Fetch the checkpoint again.",
+            )
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor names and shapes of this configuration."""
+    c = config
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        "model.norm.weight": (c.hidden_size,),
+    }
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    for i in range(c.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (c.hidden_size,)
+        shapes[layer + "post_attention_layernorm.weight"] = (c.hidden_size,)
+        linears = {
+            "self_attn.q_proj": (queries, c.hidden_size, c.qkv_bias),
+            "self_attn.k_proj": (keys, c.hidden_size, c.qkv_bias),
+            "self_attn.v_proj": (keys, c.hidden_size, c.qkv_bias),
+            "self_attn.o_proj": (c.hidden_size, queries, c.output_bias),
+            "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+            "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+            "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
+        }
+        for name, (rows, columns, bias) in linears.items():
+            shapes[layer + name + ".weight"] = (rows, columns)
+            if bias:
+                shapes[layer + name + ".bias"] = (rows,)
+        if c.qk_norm:
+            shapes[layer + "self_attn.q_norm.weight"] = (c.head_dim,)
+            shapes[layer + "self_attn.k_norm.weight"] = (c.head_dim,)
+    return shapes
+
+
+def tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors one after the other, on the CPU, so that no second model is ever in memory."""
+    import torch
+    from safetensors import safe_open
+
+    shapes = expected_shapes(checkpoint.config)
+    if checkpoint.dummy:
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in shapes.items():
+            if "norm" in name:
+                yield name, torch.ones(shape)
+            else:
+                yield name, torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+        return
+    for path in weight_files(checkpoint.folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a dict)
+                if name in shapes:
+                    yield name, file.get_tensor(name)
+
+
+def _digest(files: list[Path], salt: str = "") -> str:
+    total = hashlib.sha256(salt.encode())
+    for path in files:
+        total.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path.name} of {path.parent.name!r} is not valid JSON: {error}.") from error

@@ -1,0 +1,96 @@
+"""Progress that a person can follow: which phase runs, for how long, and what each one took."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """A list of phases, redrawn every half second while one runs, and left as a table of times.
+
+    In a notebook it is one output that changes in place; in a terminal, one line a phase.
+    """
+
+    def __init__(self, title: str, *, quiet: bool = False):
+        self.title, self.quiet = title, quiet
+        self.seconds: dict[str, float] = {}
+        self._running: tuple[str, float] | None = None
+        self._handle = None if quiet else _notebook_display()
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._say(title)
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._running = (name, start)
+        self._draw()
+        try:
+            yield
+        finally:
+            self._running = None
+        self.seconds[name] = time.perf_counter() - start
+        self._draw()
+        if self._handle is None:
+            self._say(f"  {name:<28} {self.seconds[name]:6.1f} s")
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+        self._draw()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lines(self) -> list[str]:
+        lines = [self.title, *(f"  {name:<28} {took:6.1f} s" for name, took in self.seconds.items())]
+        if running := self._running:
+            lines.append(f"  {running[0]:<28} {time.perf_counter() - running[1]:6.1f} s ...")
+        elif self._done.is_set() and self.seconds:
+            lines.append(f"  {'total':<28} {sum(self.seconds.values()):6.1f} s")
+        return lines
+
+    def _draw(self) -> None:
+        if self._handle is not None:
+            with self._lock:
+                self._handle.update({"text/plain": "\n".join(self._lines())}, raw=True)
+        elif not self.quiet and self._running and sys.stderr.isatty():
+            print(f"  {self._lines()[-1].strip()}", end="\r", file=sys.stderr, flush=True)
+
+    def _tick(self) -> None:
+        while not self._done.wait(0.5):
+            self._draw()
+
+    def _say(self, line: str) -> None:
+        if not self.quiet and self._handle is None:
+            print(line, file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """One line to whoever is watching: a cell's output in a notebook, standard error in a terminal."""
+    print(line, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
+
+
+def in_notebook() -> bool:
+    if "ipykernel" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return get_ipython() is not None and get_ipython().__class__.__name__ == "ZMQInteractiveShell"
+
+
+def _notebook_display():
+    if not in_notebook():
+        return None
+    from IPython.display import display
+
+    return display({"text/plain": ""}, raw=True, display_id=True)

@@ -1,0 +1,199 @@
+"""A recipe says what to build. It is checked when it is made, so a wrong field never reaches a compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from .errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BACKENDS = ("aot", "pytorch", "torch_compile", "tensorrt", "tensorrt_llm", "vllm")
+COMPILED = ("aot", "tensorrt", "tensorrt_llm")  # these leave an engine on disk; the others only hold a recipe
+PRECISIONS = {  # what each backend can build; issue text and README table say the same
+    "aot": ("fp32", "bf16", "fp16", "int8"),
+    "pytorch": ("fp32", "bf16", "fp16"),
+    "torch_compile": ("fp32", "bf16", "fp16"),
+    "tensorrt": ("fp32", "bf16", "fp16", "int8", "int4", "fp8"),
+    "tensorrt_llm": ("fp32", "bf16", "fp16", "int8", "int4", "fp8"),
+    "vllm": ("fp32", "bf16", "fp16", "fp8"),
+}
+DEVICES = ("auto", "cpu", "cuda")
+OPTIMIZATION_LEVELS = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What the builder may merge. All on is what to ship; switching one off shows what it was worth."""
+
+    kernels: bool = True  # let the compiler put several operations into one kernel
+    qkv: bool = True  # the query, key and value projections as one matrix product
+    gate_up: bool = True  # the two input projections of the MLP as one matrix product
+
+
+@dataclass(frozen=True)
+class BuildRecipe:
+    """What to build. Two recipes with equal fields on the same machine give the same engine.
+
+    model               "stories" (bundled), a Hub id, a checkpoint folder, or "dummy:" before either of these
+    backend             one of BACKENDS
+    precision           of weights and arithmetic; int8 keeps weights as int8 and computes in fp32 (CPU) or bf16 (GPU)
+    max_batch_size      most sequences at a time
+    max_input_len       longest prompt, in tokens
+    max_seq_len         longest prompt plus answer, in tokens; it sizes the KV cache
+    optimization_level  0 compiles fastest, 3 runs fastest
+    fusion              what may be merged
+    device              "cpu", "cuda", or "auto": cuda where there is one
+    batch_sizes         the batch sizes that get a decode graph of their own; empty: 1 and max_batch_size
+    num_threads         CPU threads that the kernels are compiled for; 0: chosen from the weights' size
+    options             settings that only this backend has, in its own words
+
+    Raises RecipeError with the field, the value and what is allowed.
+    """
+
+    model: str = "stories"
+    backend: str = "aot"
+    precision: str = "fp32"
+    max_batch_size: int = 1
+    max_input_len: int = 128
+    max_seq_len: int = 256
+    optimization_level: int = 3
+    fusion: Fusion = field(default_factory=Fusion)
+    device: str = "auto"
+    batch_sizes: tuple[int, ...] = ()
+    num_threads: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fusion, dict):
+            object.__setattr__(self, "fusion", _from_fields(Fusion, self.fusion, "fusion."))
+        if isinstance(self.batch_sizes, list):
+            object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))
+        _check_types(self)
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("precision", self.precision, PRECISIONS[self.backend], f" for backend {self.backend!r}")
+        _one_of("device", self.device, DEVICES)
+        _one_of("optimization_level", self.optimization_level, OPTIMIZATION_LEVELS)
+        if not self.model.strip() or self.model.strip() == "dummy:":
+            raise _wrong("model", self.model, "a model's name, a Hub id or a folder")
+        _in_range("max_batch_size", self.max_batch_size, 1, 1024)
+        _in_range("max_input_len", self.max_input_len, 1, 1 << 20)
+        _in_range("max_seq_len", self.max_seq_len, 2, 1 << 20)
+        _in_range("num_threads", self.num_threads, 0, 1024)
+        if self.max_seq_len <= self.max_input_len:
+            raise _wrong(
+                "max_seq_len",
+                self.max_seq_len,
+                f"more than max_input_len ({self.max_input_len}): it counts the prompt and the answer",
+            )
+        for size in self.batch_sizes:
+            if size < 1 or size > self.max_batch_size:
+                raise _wrong("batch_sizes", size, f"sizes from 1 to max_batch_size ({self.max_batch_size})")
+
+    @property
+    def decode_batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that get a decode graph: those asked for, and always 1 and max_batch_size."""
+        return tuple(sorted({1, self.max_batch_size, *self.batch_sizes}))
+
+    def replace(self, **changes: Any) -> BuildRecipe:
+        """The same recipe with some fields changed; unknown fields raise RecipeError."""
+        return from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        fields["batch_sizes"] = list(self.batch_sizes)
+        return fields
+
+    @property
+    def short_name(self) -> str:
+        """Readable part of the engine's folder name, for example stories-aot-int8-b4."""
+        model = self.model.removeprefix("dummy:").rstrip("/").rsplit("/", 1)[-1]
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in model).strip(".") or "model"
+        dummy = "dummy-" if self.model.startswith("dummy:") else ""
+        return f"{dummy}{safe}-{self.backend}-{self.precision}-b{self.max_batch_size}"
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def from_dict(fields: dict[str, Any]) -> BuildRecipe:
+    """A recipe from plain values, as a TOML file or a manifest holds them."""
+    return _from_fields(BuildRecipe, fields)
+
+
+def read(path: str | Path) -> BuildRecipe:
+    """A recipe from a TOML file, such as those under engines/recipes/."""
+    path = Path(path)
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"There is no recipe file {path.name!r}.",
+            cause="The name is misspelt, or the path starts from another folder.",
+            fix=f"Recipes here: {', '.join(sorted(p.name for p in path.parent.glob('*.toml'))) or 'none'}.",
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{path.name} is not valid TOML: {error}.", fix="Compare it with a file in engines/recipes/."
+        ) from error
+    return from_dict(fields)
+
+
+def write(recipe: BuildRecipe, path: str | Path) -> Path:
+    """Write a recipe as TOML; `read` gives back an equal one."""
+    tables = {key: value for key, value in recipe.to_dict().items() if isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in recipe.to_dict().items() if key not in tables]
+    for name, table in tables.items():
+        if table:
+            lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def _from_fields(kind: type, fields: dict[str, Any], prefix: str = "") -> Any:
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in known:
+            raise RecipeError(
+                f"A recipe has no field {prefix + name!r}.",
+                cause="A misspelt name, or a setting that belongs under options.",
+                fix=f"The fields are: {', '.join(prefix + k for k in known)}.",
+            )
+    return kind(**fields)
+
+
+def _check_types(recipe: BuildRecipe) -> None:
+    for name, kind in get_type_hints(BuildRecipe).items():
+        value = getattr(recipe, name)
+        plain = getattr(kind, "__origin__", kind)
+        if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+            raise _wrong(name, value, f"a value of type {plain.__name__}")
+    for name, switch in dataclasses.asdict(recipe.fusion).items():
+        if not isinstance(switch, bool):
+            raise _wrong(f"fusion.{name}", switch, "true or false")
+    for size in recipe.batch_sizes:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise _wrong("batch_sizes", size, "whole numbers")
+
+
+def _one_of(name: str, value: Any, allowed: tuple, where: str = "") -> None:
+    if value not in allowed:
+        raise _wrong(name, value, f"one of {', '.join(map(str, allowed))}{where}")
+
+
+def _in_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise _wrong(name, value, f"a whole number from {low} to {high}")
+
+
+def _wrong(name: str, value: Any, allowed: str) -> RecipeError:
+    return RecipeError(f"Recipe field {name} is {value!r}, which is not allowed.", fix=f"Give {allowed}.")

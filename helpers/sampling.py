@@ -1,0 +1,125 @@
+"""Choosing the next token: one implementation for every backend that hands out logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The settings that TensorRT-LLM and vLLM share, under their names.
+
+    temperature         0 is greedy: always the likeliest token; 1 samples from the model's own distribution
+    top_k               keep the k likeliest tokens; 0 keeps all
+    top_p               keep the likeliest tokens whose probabilities sum to top_p; 1 keeps all
+    repetition_penalty  divides the score of tokens that are already there (Keskar et al. 2019); 1 is off
+    seed                same seed, same text; None takes a new one each time
+    max_tokens          most new tokens
+    ignore_eos          go on after the end token (benchmarks need equal lengths)
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 64
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, lambda v: v >= 0, "0 or more (0 is greedy)")
+        _number("top_p", self.top_p, lambda v: 0 < v <= 1, "more than 0, at most 1 (1 keeps all tokens)")
+        _number("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "more than 0 (1 is off)")
+        _whole("top_k", self.top_k, 0)
+        _whole("max_tokens", self.max_tokens, 1)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _number(name: str, value: float, allowed, words: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not allowed(value):
+        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a number, {words}.")
+
+
+def _whole(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a whole number, at least {low}.")
+
+
+def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]]) -> Tensor:
+    """logits [B, V] as sampling sees them: penalty, temperature, top_k, top_p in transformers' order.
+
+    seen[b] are the token ids of sequence b so far, prompt included. Removed tokens become -inf.
+    """
+    import torch
+
+    logits = logits.float()
+    if params.repetition_penalty != 1.0:
+        logits = logits.clone()
+        for row, ids in zip(logits, seen):
+            index = torch.tensor(sorted(set(ids)), device=row.device)
+            scores = row[index]
+            penalty = params.repetition_penalty
+            row[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if params.greedy:
+        return logits
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        least = logits.topk(params.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if params.top_p < 1.0:
+        ascending, order = logits.sort(descending=False, stable=True)
+        below = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        below[:, -1] = False  # the likeliest token always stays
+        logits = logits.masked_fill(torch.zeros_like(below).scatter(1, order, below), -math.inf)
+    return logits
+
+
+class Sampler:
+    """Draws tokens for a batch. Each sequence has random numbers of its own, so that it gets the same text
+    alone and in a batch, on every backend and device."""
+
+    def __init__(self, params: SamplingParams, batch_size: int):
+        import torch
+
+        self.params = params
+        self.generators = []
+        if not params.greedy:
+            seed = params.seed if params.seed is not None else torch.seed() % 2**31
+            self.generators = [torch.Generator().manual_seed(seed) for _ in range(batch_size)]
+
+    def __call__(self, logits: Tensor, seen: list[list[int]]) -> Tensor:
+        """logits [B, V] to token ids [B], on the logits' device."""
+        import torch
+
+        plain = self.params.repetition_penalty == 1.0
+        if self.params.greedy:
+            return (logits if plain else filter_logits(logits, self.params, seen)).argmax(-1)
+        probabilities = filter_logits(logits, self.params, seen).softmax(-1)
+        draws = torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(logits.device)
+        cumulative = probabilities.cumsum(-1)
+        # Inverse transform: the first token at which the cumulative probability passes the draw.
+        point = draws[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[int]) -> Tensor:
+    """Probabilities [V] that the next token would be drawn from, for logits [V]; greedy puts all on one token."""
+    import torch
+
+    filtered = filter_logits(logits[None], params, [seen])[0]
+    if params.greedy:
+        return torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)
+    return filtered.softmax(-1)
