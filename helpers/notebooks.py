@@ -9,7 +9,6 @@ A cell with the tag `raises-exception` must raise: a failure that is shown on pu
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CourseError, InputError
+from .errors import InputError
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -175,6 +174,7 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
 
     started = time.perf_counter()
     broken = ""
+    progress = _Progress(nb)
     client = NotebookClient(
         nb,
         timeout=timeout,
@@ -185,7 +185,8 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
         record_timing=False,
         coalesce_streams=True,
         on_notebook_start=_interruptible,
-        **_progress(nb),
+        on_cell_execute=progress.start,
+        on_cell_executed=progress.end,
     )
     try:
         client.execute()
@@ -200,8 +201,7 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
     result = judge(nb, source.stem)
     result.seconds = seconds
     if broken:
-        begun = [number for number, cell in code_cells(nb) if cell.execution_count is not None]
-        where = f"in cell {begun[-1]}" if begun else "before the first cell"
+        where = f"in cell {progress.cell}" if progress.cell else "before the first cell"
         result.problems.insert(0, f"broke off {where}: {broken}")
     tidy(nb)
     return nb, result
@@ -216,20 +216,20 @@ def _interruptible(**_: Any) -> None:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
 
-def _progress(nb: NotebookNode) -> dict[str, Any]:
-    """nbclient's hooks, to print one line per cell: begun when the cell begins, ended with its seconds."""
-    numbers = {id(cell): number for number, cell in code_cells(nb)}
-    began = 0.0
+class _Progress:
+    """One line per cell: begun when the cell begins, ended with its seconds."""
 
-    def start(cell: NotebookNode, **_: Any) -> None:
-        nonlocal began
-        began = time.perf_counter()
-        print(f"  cell {numbers[id(cell)]:3d} of {len(numbers)} ", end="", flush=True)
+    def __init__(self, nb: NotebookNode):
+        self.numbers = {id(cell): number for number, cell in code_cells(nb)}
+        self.cell = 0  # the one that runs now, or ran last
+        self.began = 0.0
 
-    def end(**_: Any) -> None:
-        print(f"{time.perf_counter() - began:7.1f} s", flush=True)
+    def start(self, cell: NotebookNode, **_: Any) -> None:
+        self.cell, self.began = self.numbers[id(cell)], time.perf_counter()
+        print(f"  cell {self.cell:3d} of {len(self.numbers)} ", end="", flush=True)
 
-    return {"on_cell_execute": start, "on_cell_executed": end}
+    def end(self, **_: Any) -> None:
+        print(f"{time.perf_counter() - self.began:7.1f} s", flush=True)
 
 
 def write_html(nb: NotebookNode, page: Path) -> None:
@@ -324,37 +324,9 @@ def _grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
         yield f"{reason} (cell{'s' if len(cells) > 1 else ''} {', '.join(cells)})"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("only", nargs="*", metavar="NOTEBOOK", help='such as 03_generate or "03"; default: all')
-    parser.add_argument("--out", type=Path, default=BUILD, help="where the results go (default: build/)")
-    parser.add_argument(
-        "--update", action="store_true", help="also write the outputs back into notebooks/, to commit them"
-    )
-    parser.add_argument(
-        "--timeout", type=int, default=CELL_TIMEOUT_S, metavar="S", help="seconds that one cell may take"
-    )
-
-
-def run_command(args: argparse.Namespace) -> int:
-    """`helpers run`: the exit status is 0 when every cell ran or was listed as skipped."""
-    results = run_all(args.out, args.only, update=args.update, timeout=args.timeout)
-    print(f"\nThe executed notebooks and their pages are in {os.path.relpath(args.out)}{os.sep}\n")
+def main(only: list[str] | None = None, out: Path = BUILD, *, update: bool = False) -> int:
+    """`helpers run`: the exit status is 0 if every cell ran or was listed as skipped."""
+    results = run_all(out, only, update=update)
+    print(f"\nThe executed notebooks and their pages are in {os.path.relpath(out)}{os.sep}\n")
     print(report(results))
     return 0 if results and all(result.ok for result in results) else 1
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.notebooks", description=run_all.__doc__)
-    add_arguments(parser)
-    try:
-        return run_command(parser.parse_args(argv))
-    except CourseError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,91 @@
+# The whole of set-up: `make run`, `make test` and `make lab` bring it about by themselves.
+# Another Python: make PYTHON=python3.12 run
+
+PYTHON ?= python3
+VENV   := .venv
+OLDEST := .venv-oldest
+TOOLS  := .venv-tools
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.set-up
+# pip's progress is for a terminal, not for a log
+QUIET  := $(shell test -t 2 || echo --quiet)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-gpu test-oldest lab lint format constraints clean check
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## install the course into .venv (the targets below do it when needed)
+
+run: $(STAMP) ## run every notebook from top to bottom; results in build/
+	$(PY) -m helpers run
+
+test: $(STAMP) ## all tests: style, types, helpers, notebooks
+	$(PY) -m pytest --nbmake --nbmake-timeout=600 tests notebooks
+
+test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu tests
+
+test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported versions (Python 3.10 or 3.12)
+	$(OLDEST)/bin/python -m pytest tests
+
+lab: $(STAMP) ## open the course in JupyterLab
+	$(PY) -m jupyterlab notebooks/00_start_here.ipynb
+
+lint: $(STAMP) ## ruff and mypy only
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(STAMP) ## let ruff mend what it can
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean: ## remove what make made; engines/ is kept (helpers remove deletes engines)
+	rm -rf $(VENV) $(OLDEST) $(TOOLS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# An environment that works is kept, whatever Python made it; only a new or broken one asks for $(PYTHON).
+# The stamp comes last, so an interrupted set-up goes on where it stopped.
+$(STAMP): pyproject.toml constraints/course.txt
+	@$(PY) -c '' 2>/dev/null || $(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12 3.13'
+	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing the course into $(VENV): 2 GB on disk, more with a CUDA build of torch; done once."
+	$(PY) -m pip install $(QUIET) -c constraints/course.txt -e '.[test]'
+	@touch $@
+
+$(OLDEST)/.set-up: pyproject.toml constraints/oldest.txt
+	@$(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.12'
+	@$(OLDEST)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(QUIET) -r constraints/oldest.txt
+	$(OLDEST)/bin/python -m pip install $(QUIET) --no-deps -e .
+	@touch $@
+
+# What must be there before anything is installed: $(PYTHON) of a version in $(VERSIONS), with venv, and a C++ compiler.
+check:
+	@have=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	case " $(VERSIONS) " in *" $${have:-none} "*) ;; *) \
+	  echo "$(PYTHON) is Python $${have:-(not found)}; needed is one of: $(VERSIONS)."; \
+	  echo "Fix: name one that you have, for example: make PYTHON=python3.12 setup"; exit 1;; esac
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments."; \
+	  echo "Fix: install its venv package (Debian and Ubuntu: apt install python3-venv)."; exit 1; }
+	@for cxx in "$${CXX:-g++}" g++ c++ clang++; do command -v $$cxx >/dev/null && exit 0; done; \
+	  echo "No C++ compiler found (looked for g++, c++, clang++). The aot engine is compiled with one."; \
+	  echo "Fix: install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)."; exit 1
+
+# One file serves Python 3.10 to 3.13: versions that differ carry environment markers (uv's universal resolution).
+# NVIDIA's libraries and triton are left out and torch is named without its build: which build of torch is
+# taken (CPU or CUDA) is for this environment's pip configuration to say, and each brings its own libraries.
+RESOLVE := $(TOOLS)/bin/uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.10 --upgrade
+PLAIN   := sed -E -e '/^(nvidia|cuda|triton)(-[a-z0-9-]*)?==/d' -e 's/^(torch==[0-9.]+)\+[a-z0-9.]+/\1/'
+
+constraints: ## resolve the newest versions anew and write constraints/
+	@$(TOOLS)/bin/uv --version >/dev/null 2>&1 || \
+	  { $(PYTHON) -m venv --clear $(TOOLS) && $(TOOLS)/bin/python -m pip install --quiet uv; }
+	$(RESOLVE) pyproject.toml --extra test --extra browser -o $(TOOLS)/course.txt
+	$(RESOLVE) constraints/oldest.in -o $(TOOLS)/oldest.txt
+	@{ echo '# Written by `make constraints` from pyproject.toml, for Python 3.10 to 3.13.'; \
+	  $(PLAIN) $(TOOLS)/course.txt; } > constraints/course.txt
+	@{ echo '# Written by `make constraints` from oldest.in, for Python 3.10 to 3.12.'; \
+	  $(PLAIN) $(TOOLS)/oldest.txt; } > constraints/oldest.txt

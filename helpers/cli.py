@@ -1,0 +1,167 @@
+"""The course from a terminal: helpers build, list, inspect, generate, remove, download, run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import CourseError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    settings = _parser().parse_args(arguments)
+    try:
+        return settings.run(settings) or 0
+    except CourseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing half-built was left behind.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="helpers", description="The TensorRT-LLM course from a terminal.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("build", help="build an engine from a recipe file or from options")
+    command.add_argument("recipe", nargs="?", help="a TOML file, such as engines/recipes/stories-fp32.toml")
+    command.add_argument("--force", action="store_true", help="build even if an equal engine is there")
+    for name, kind in _RECIPE_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    command.set_defaults(run=_build)
+
+    command = commands.add_parser("list", help="the engines built here")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("inspect", help="what is inside an engine")
+    command.add_argument("engine", help="its name, or the start of it")
+    command.add_argument("--kernels", type=int, default=5, help="how many of the largest kernels to show per graph")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("generate", help="answer prompts with an engine")
+    command.add_argument("engine")
+    command.add_argument("prompts", nargs="+")
+    for name, kind in _SAMPLING_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    command.add_argument("--stream", action="store_true", help="print each token as it comes")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("remove", help="delete an engine")
+    command.add_argument("engine", nargs="+")
+    command.set_defaults(run=_remove)
+
+    command = commands.add_parser("download", help="fetch a checkpoint from the Hugging Face Hub into its cache")
+    command.add_argument("model", help="owner/name")
+    command.set_defaults(run=_download)
+
+    command = commands.add_parser("run", help="execute every notebook and write HTML pages under build/")
+    command.add_argument("notebooks", nargs="*", help="only these; default: all")
+    command.add_argument("--out", type=Path, default=Path("build"))
+    command.add_argument("--update", action="store_true", help="write the outputs back into notebooks/")
+    command.set_defaults(run=_run)
+    return parser
+
+
+_RECIPE_OPTIONS = {
+    "model": str,
+    "backend": str,
+    "precision": str,
+    "max_batch_size": int,
+    "max_input_len": int,
+    "max_seq_len": int,
+    "optimization_level": int,
+    "device": str,
+    "num_threads": int,
+}
+_SAMPLING_OPTIONS = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+    "max_tokens": int,
+}
+
+
+def _given(settings: argparse.Namespace, names: dict) -> dict:
+    return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+
+
+def _build(settings: argparse.Namespace) -> None:
+    from . import recipe as recipes
+    from .engine import build
+
+    recipe = recipes.read(settings.recipe) if settings.recipe else recipes.BuildRecipe()
+    folder = build(recipe.replace(**_given(settings, _RECIPE_OPTIONS)), force=settings.force)
+    print(folder.name)
+
+
+def _list(settings: argparse.Namespace) -> None:
+    from . import store
+
+    folders = store.list_engines()
+    if not folders:
+        print("No engines yet. Build one: helpers build")
+        return
+    print(f"{'engine':<40} {'MB':>8} {'built in':>9}  built")
+    for folder in folders:
+        manifest = store.read_manifest(folder)
+        took = sum(manifest["seconds"].values())
+        print(f"{folder.name:<40} {store.size(folder) / 1e6:>8.1f} {took:>7.0f} s  {manifest['built'][:16]}")
+
+
+def _inspect(settings: argparse.Namespace) -> None:
+    from .inspection import inspect
+
+    report = inspect(settings.engine)
+    print(report)
+    for graph in report.graphs():
+        print(f"\n{graph}: the largest kernels")
+        for kernel in report.of(graph).largest(settings.kernels):
+            print(f"  {len(kernel.fused):>3} operations  {kernel.kind:<10} {kernel.dtype:<9} {kernel.name}")
+    print("\nfiles")
+    for name, size in report.sizes.items():
+        print(f"  {size / 1e6:>8.2f} MB  {name}")
+
+
+def _generate(settings: argparse.Namespace) -> None:
+    from .engine import load
+    from .sampling import SamplingParams
+
+    sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS))
+    with load(settings.engine) as engine:
+        if settings.stream:
+            for prompt in settings.prompts:
+                print(prompt, end="", flush=True)
+                for token in engine.stream(prompt, sampling):
+                    print(token.text, end="", flush=True)
+                print()
+            return
+        for answer, prompt in zip(engine.generate(settings.prompts, sampling), settings.prompts, strict=True):
+            print(prompt + answer.text)
+            m = answer.metrics
+            print(
+                f"  [{len(answer.token_ids)} tokens, {answer.finish_reason}; TTFT {m.ttft_s * 1e3:.1f} ms, "
+                f"TPOT {m.tpot_s * 1e3:.2f} ms]"
+            )
+
+
+def _remove(settings: argparse.Namespace) -> None:
+    from . import store
+
+    for engine in settings.engine:
+        print(f"removed {store.remove(engine).name}")
+
+
+def _download(settings: argparse.Namespace) -> None:
+    from . import models
+
+    print(models.download(settings.model).name)
+
+
+def _run(settings: argparse.Namespace) -> int:
+    from . import notebooks
+
+    return notebooks.main(settings.notebooks, settings.out, update=settings.update)
