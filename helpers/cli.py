@@ -1,4 +1,4 @@
-"""The course from a terminal: helpers build, list, inspect, generate, remove, download, run."""
+"""The course from a terminal: helpers build, list, inspect, generate, remove, download, bench, run."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("download", help="fetch a checkpoint from the Hugging Face Hub into its cache")
     command.add_argument("model", help="owner/name")
     command.set_defaults(run=_download)
+
+    command = commands.add_parser("bench", help="time the same work on several backends")
+    command.add_argument("--backends", default="pytorch,aot", help="such as pytorch,torch_compile,aot,aot:int8")
+    command.add_argument("--batch", default="1", help="batch sizes, such as 1,4")
+    command.add_argument("--model", default="stories")
+    command.add_argument("--input", type=int, default=16, help="tokens in")
+    command.add_argument("--output", type=int, default=64, help="tokens out")
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--threads", type=int, default=0, help="CPU threads, for all alike; 0 chooses")
+    command.add_argument("--out", type=Path, help="write the record here, as JSON")
+    command.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="two records, side by side"
+    )
+    command.set_defaults(run=_bench)
 
     command = commands.add_parser("run", help="execute every notebook and write HTML pages under build/")
     command.add_argument("notebooks", nargs="*", help="only these; default: all")
@@ -159,6 +173,32 @@ def _download(settings: argparse.Namespace) -> None:
     from . import models
 
     print(models.download(settings.model).name)
+
+
+def _bench(settings: argparse.Namespace) -> int:
+    from . import benchmark, report
+
+    if settings.compare:
+        first, second = settings.compare
+        print(report.compare(benchmark.read(first), benchmark.read(second), (first.stem, second.stem)))
+        return 0
+    batches = benchmark.batch_sizes(settings.batch)
+    workload = benchmark.Workload(
+        settings.model,
+        settings.input,
+        settings.output,
+        settings.repeats,
+        threads=settings.threads,
+        max_batch_size=max(4, *batches),
+        max_input_len=max(64, settings.input),
+        max_seq_len=max(256, settings.input + settings.output),
+    )
+    keep = (lambda record: benchmark.save(record, settings.out)) if settings.out else None
+    record = benchmark.run(workload, settings.backends.split(","), batches, keep=keep)
+    for size in record.batch_sizes:
+        print(f"\n{report.benchmark(record, size)}")
+    print(f"\n{report.formulas()}")
+    return 0 if all(row.status != "failed" for row in record.rows) else 1
 
 
 def _run(settings: argparse.Namespace) -> int:

@@ -46,8 +46,6 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
                     shutil.copy(checkpoint.folder / file, work / file)
             details = backend.build(recipe, checkpoint, work, progress)
             with progress.phase("publish"):
-                if force:
-                    _remove_if_there(name)
                 store.write_manifest(work, facts, progress.seconds, details)
     return store.root() / name
 
@@ -101,9 +99,18 @@ def _check_disk(size: int) -> None:
 def _check_machine(folder: Path, manifest: dict) -> None:
     """An engine is native code for one architecture and one version of its libraries."""
     built = manifest["identity"]
+    if built["recipe"]["backend"] == "tensorrt":
+        return  # TensorRT itself judges, when it loads the engine
     here = hardware.describe(built["recipe"]["device"])
     found = {"architecture": here.architecture, **hardware.versions()}
     wanted = {"architecture": built["architecture"], **built["versions"]}
+    missing = set(built.get("instructions", "").split()) - set(here.instructions)
+    if here.device == "cpu" and missing:
+        raise EngineMismatch(
+            f"Engine {folder.name!r} may use the instructions {', '.join(sorted(missing))}; this processor has none.",
+            cause="It was compiled for all that the processor of its build could do.",
+            fix="Build the recipe again here: build(recipe).",
+        )
     for key in ("architecture", "torch", "cuda"):
         if found.get(key) != wanted.get(key):
             raise EngineMismatch(
@@ -120,11 +127,6 @@ def _check_tokenizer(folder: Path, manifest: dict, given: models.Checkpoint) -> 
             cause="The same text becomes other token ids, and the model would answer nonsense without any error.",
             fix="Leave `tokenizer` out: the engine's folder holds the right one.",
         )
-
-
-def _remove_if_there(name: str) -> None:
-    if (store.root() / name / store.MANIFEST).exists():
-        store.remove(name)
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ class Hardware:
     cores: int  # cores this process may use, or streaming multiprocessors
     memory_bytes: int
     driver: str  # NVIDIA driver version, or "" on a CPU
+    instructions: tuple[str, ...] = ()  # the CPU's vector instruction sets: compiled code uses all that there are
 
     def __str__(self) -> str:
         unit = "SMs" if self.device == "cuda" else "cores"
@@ -61,7 +62,8 @@ def describe(device: str = "auto") -> Hardware:
             _driver_version(),
         )
     isa = torch.backends.cpu.get_cpu_capability()
-    return Hardware("cpu", _cpu_name(), f"{platform.machine()} {isa}", free_cores(), _host_memory(), "")
+    architecture = f"{platform.machine()} {isa}"
+    return Hardware("cpu", _cpu_name(), architecture, free_cores(), _host_memory(), "", _vector_instructions())
 
 
 def free_cores() -> int:
@@ -124,30 +126,48 @@ def compiler() -> str:
     )
 
 
-@cache
 def compiler_version() -> str:
-    out = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
-    return out.splitlines()[0] if out else compiler()
+    """The C++ compiler's first line about itself; "none" where there is none, for an engine runs without."""
+    try:
+        return _first_line(compiler(), "--version") or compiler()
+    except BackendUnavailable:
+        return "none"
+
+
+@cache
+def _first_line(*command: str) -> str:
+    out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return out.splitlines()[0] if out else ""
 
 
 def versions() -> dict[str, str]:
     """What an engine depends on beside its recipe; a change in any of these means a new build."""
     import torch
 
-    found = {"torch": torch.__version__, "compiler": compiler_version()}
+    found = {"torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
 
 
 def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _vector_instructions() -> tuple[str, ...]:
+    """Such as avx2, avx512f, amx_int8 (x86) or asimd, sve (Arm), as Linux lists them; empty elsewhere."""
+    kinds = ("avx", "amx", "fma", "f16c", "bmi", "abm", "asimd", "sve", "sme", "bf16", "i8mm")
+    return tuple(sorted(f for f in (_cpuinfo("flags") or _cpuinfo("Features")).split() if f.startswith(kinds)))
+
+
+def _cpuinfo(field: str) -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.split(":")[0].strip() == field:
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass  # not Linux
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _host_memory() -> int:

@@ -24,6 +24,7 @@ class Operation:
     dtype: str
     shape: tuple[int | str, ...] = ()  # a string where the length is known only at run time
     source: str = ""  # the module's line it came from, where known
+    node: str = ""  # the ONNX node it came from, where there is one
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ def _dtype_name(value: Any) -> str:
 
 def _source_line(node: Any) -> str:
     """The innermost line of the traced module's own file, as "llama.py:88"."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
     if not lines:
         return ""
     path, number = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]

@@ -134,16 +134,12 @@ class Prefill(Decoder):
         return matmul(weights, "head", x[-1:], self.product)[0].float()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        k, v = k.transpose(0, 1), v.transpose(0, 1)  # [G, T, D]
-        keys[:, positions] = k
-        values[:, positions] = v
+        keys[:, positions] = k.transpose(0, 1)
+        values[:, positions] = v.transpose(0, 1)
         group = self.config.num_attention_heads // self.config.num_key_value_heads
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.repeat_interleave(group, 0)[None],
-            v.repeat_interleave(group, 0)[None],
-            is_causal=True,
-        )
+        k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))  # [T, H, D]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out[0].transpose(0, 1).flatten(1)
 
 
@@ -178,7 +174,13 @@ class Decode(Decoder):
 
 
 def convert(
-    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, dtype: torch.dtype, *, int8: bool, qkv: bool, gate_up: bool
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    int8: bool,
+    qkv: bool,
+    gate_up: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face tensors to this module's weights: renamed, cast, projections joined, int8 with its scales.
 

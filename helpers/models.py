@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "stories" / "checkpoint"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = {  # and what each needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+SIZES = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
+    "max_position_embeddings"
+).split()
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -28,6 +36,12 @@ class Checkpoint:
     name: str
     folder: Path
     dummy: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Given as a folder, not as a name that means the same on every machine."""
+        plain = self.name.removeprefix("dummy:")
+        return plain != "stories" and Path(plain).expanduser().is_dir()
 
     @property
     def config(self) -> ModelConfig:
@@ -96,7 +110,7 @@ def find(name: str) -> Checkpoint:
     plain = name.removeprefix("dummy:")
     if plain == "stories":
         folder = BUNDLED
-    elif Path(plain).expanduser().is_dir():
+    elif _is_folder(plain):
         folder = Path(plain).expanduser().resolve()
     elif plain.count("/") == 1 and not plain.startswith((".", "/", "~")):
         folder = _hub_folder(plain)
@@ -111,6 +125,13 @@ def find(name: str) -> Checkpoint:
     if not dummy:
         check_weights(checkpoint)
     return checkpoint
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # a name too long, of an unknown user, or with a zero byte in it
+        return False
 
 
 def download(hub_id: str) -> Path:
@@ -150,6 +171,10 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelError(
             f"config.json of {folder.name!r} has no field {missing}.", fix="Fetch the checkpoint again."
         ) from missing
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"config.json of {folder.name!r} cannot be understood: {error}.", fix="Fetch the checkpoint again."
+        ) from error
 
 
 def _parse_config(raw: dict[str, Any]) -> ModelConfig:
@@ -165,7 +190,7 @@ def _parse_config(raw: dict[str, Any]) -> ModelConfig:
         raise _unsupported("its weights are already quantized", "Use the original checkpoint and set precision.")
     heads = raw["num_attention_heads"]
     bias = bool(raw.get("attention_bias", False))
-    return ModelConfig(
+    config = ModelConfig(
         model_type=kind,
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
@@ -183,6 +208,12 @@ def _parse_config(raw: dict[str, Any]) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
         qk_norm=kind == "qwen3",
     )
+    for name in SIZES:
+        if not isinstance(value := getattr(config, name), int) or value < 1:
+            raise ValueError(f"{name} is {value!r}")
+    if heads % config.num_key_value_heads or config.head_dim % 2:
+        raise ValueError("the key-value heads do not divide the attention heads, or head_dim is odd")
+    return config
 
 
 def _parse_rope(raw: dict[str, Any]) -> dict[str, Any]:
@@ -191,9 +222,14 @@ def _parse_rope(raw: dict[str, Any]) -> dict[str, Any]:
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if rope["rope_type"] not in ROPE_TYPES:
-        raise _unsupported(
-            f"its position encoding is {rope['rope_type']!r}", f"Supported are {', '.join(ROPE_TYPES)}."
-        )
+        raise _unsupported(f"its position encoding is {rope['rope_type']!r}", f"Supported are {', '.join(ROPE_TYPES)}.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _unsupported("it rotates only a part of each head", "Use a model that rotates whole heads.")
+    if rope["rope_type"] == "llama3":
+        rope.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    for name in ROPE_TYPES[rope["rope_type"]]:
+        if not isinstance(rope[name], (int, float)):
+            raise ValueError(f"{name} of its position encoding is {rope[name]!r}")
     return rope
 
 
@@ -220,10 +256,13 @@ def check_weights(checkpoint: Checkpoint) -> None:
             fix="Use a safetensors version of the checkpoint, or 'dummy:' before its name for random weights.",
         )
     shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, str] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118  (safe_open is not a dict)
+                    found = file.get_slice(key)
+                    shapes[key], types[key] = tuple(found.get_shape()), found.get_dtype()
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{path.name} of {checkpoint.folder.name!r} cannot be read: {error}.",
@@ -232,11 +271,15 @@ def check_weights(checkpoint: Checkpoint) -> None:
             ) from error
     for name, shape in expected_shapes(checkpoint.config).items():
         if shapes.get(name) != shape:
-            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            instead = f"has shape {shapes[name]}" if name in shapes else "is missing"
             raise ModelError(
-                f"Tensor {name!r} of {checkpoint.folder.name!r} {found}; config.json asks for {shape}.",
+                f"Tensor {name!r} of {checkpoint.folder.name!r} {instead}; config.json asks for {shape}.",
                 cause="A shard is missing, or config.json belongs to another model.",
                 fix="Fetch the checkpoint again.",
+            )
+        if types[name] not in ("F32", "BF16", "F16", "F64"):
+            raise _unsupported(
+                f"tensor {name!r} is of type {types[name]}", "Use the original checkpoint and set precision."
             )
 
 
@@ -306,6 +349,11 @@ def _digest(files: list[Path], salt: str = "") -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path.name} of {path.parent.name!r} is not valid JSON: {error}.") from error
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a {type(fields).__name__}, not names with values")
+        return fields
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path.name} of {path.parent.name!r} is not valid JSON: {error}.", fix="Fetch the checkpoint again."
+        ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +89,7 @@ class BuildRecipe:
             raise _wrong("model", self.model, "a model's name, a Hub id or a folder")
         _in_range("max_batch_size", self.max_batch_size, 1, 1024)
         _in_range("max_input_len", self.max_input_len, 1, 1 << 20)
-        _in_range("max_seq_len", self.max_seq_len, 2, 1 << 20)
+        _in_range("max_seq_len", self.max_seq_len, 3, 1 << 20)
         _in_range("num_threads", self.num_threads, 0, 1024)
         if self.max_seq_len <= self.max_input_len:
             raise _wrong(
@@ -141,6 +143,8 @@ def read(path: str | Path) -> BuildRecipe:
             cause="The name is misspelt, or the path starts from another folder.",
             fix=f"Recipes here: {', '.join(sorted(p.name for p in path.parent.glob('*.toml'))) or 'none'}.",
         ) from None
+    except OSError as error:
+        raise RecipeError(f"{path.name} cannot be read: {error.strerror}.", fix="Give a TOML file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"{path.name} is not valid TOML: {error}.", fix="Compare it with a file in engines/recipes/."
@@ -151,12 +155,34 @@ def read(path: str | Path) -> BuildRecipe:
 def write(recipe: BuildRecipe, path: str | Path) -> Path:
     """Write a recipe as TOML; `read` gives back an equal one."""
     tables = {key: value for key, value in recipe.to_dict().items() if isinstance(value, dict)}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in recipe.to_dict().items() if key not in tables]
+    lines = [f"{key} = {_toml(value)}" for key, value in recipe.to_dict().items() if key not in tables]
     for name, table in tables.items():
         if table:
-            lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+            lines += ["", f"[{name}]", *(f"{_key(key)} = {_toml(value)}" for key, value in table.items())]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Path(path)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it: JSON's way, but for tables within tables and characters beyond 16 bits."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what TOML and JSON can both hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _from_fields(kind: type, fields: dict[str, Any], prefix: str = "") -> Any:
@@ -180,6 +206,9 @@ def _check_types(recipe: BuildRecipe) -> None:
     for name, switch in dataclasses.asdict(recipe.fusion).items():
         if not isinstance(switch, bool):
             raise _wrong(f"fusion.{name}", switch, "true or false")
+    for name, option in recipe.options.items():
+        if not isinstance(name, str) or not _is_plain(option):
+            raise _wrong(f"options.{name}", option, "a text, number, true, false, or a list or table of these")
     for size in recipe.batch_sizes:
         if not isinstance(size, int) or isinstance(size, bool):
             raise _wrong("batch_sizes", size, "whole numbers")

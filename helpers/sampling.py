@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from torch import Tensor
+
+
+COOLEST = 1e-5  # below it even equal-looking scores are far apart; dividing by less would overflow to infinity
 
 
 @dataclass(frozen=True)
@@ -37,25 +43,26 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, lambda v: v >= 0, "0 or more (0 is greedy)")
         _number("top_p", self.top_p, lambda v: 0 < v <= 1, "more than 0, at most 1 (1 keeps all tokens)")
-        _number("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "more than 0 (1 is off)")
+        _number("repetition_penalty", self.repetition_penalty, lambda v: 1e-6 <= v <= 1e6, "1e-6 to 1e6 (1 is off)")
         _whole("top_k", self.top_k, 0)
         _whole("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
-            _whole("seed", self.seed, 0)
+            _whole("seed", self.seed, 0, 2**63 - 1)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
-def _number(name: str, value: float, allowed, words: str) -> None:
+def _number(name: str, value: float, allowed: Callable[[float], bool], words: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not allowed(value):
         raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a number, {words}.")
 
 
-def _whole(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a whole number, at least {low}.")
+def _whole(name: str, value: int, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        words = f"at least {low}" + (f", at most {high}" if high is not None else "")
+        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a whole number, {words}.")
 
 
 def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]]) -> Tensor:
@@ -68,14 +75,14 @@ def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]])
     logits = logits.float()
     if params.repetition_penalty != 1.0:
         logits = logits.clone()
-        for row, ids in zip(logits, seen):
-            index = torch.tensor(sorted(set(ids)), device=row.device)
+        for row, ids in zip(logits, seen, strict=True):
+            index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
             scores = row[index]
             penalty = params.repetition_penalty
             row[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
     if params.greedy:
         return logits
-    logits = logits / params.temperature
+    logits = logits / max(params.temperature, COOLEST)
     if 0 < params.top_k < logits.shape[-1]:
         least = logits.topk(params.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -95,10 +102,11 @@ class Sampler:
         import torch
 
         self.params = params
-        self.generators = []
+        self.generators: list[torch.Generator] = []
         if not params.greedy:
-            seed = params.seed if params.seed is not None else torch.seed() % 2**31
-            self.generators = [torch.Generator().manual_seed(seed) for _ in range(batch_size)]
+            for _ in range(batch_size):
+                seed = params.seed if params.seed is not None else secrets.randbits(63)
+                self.generators.append(torch.Generator().manual_seed(seed))
 
     def __call__(self, logits: Tensor, seen: list[list[int]]) -> Tensor:
         """logits [B, V] to token ids [B], on the logits' device."""

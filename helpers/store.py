@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -21,9 +23,13 @@ from .errors import BuildError, EngineCorrupt, EngineNotFound
 from .recipe import BuildRecipe
 
 MANIFEST = "manifest.json"
+MANIFEST_FIELDS = {"identity", "built", "hardware", "seconds", "details", "files"}
 SCHEMA = 1
 # A change in these files changes what is compiled, so it makes earlier engines another engine's.
-SOURCES = {"aot": ("llama.py", "backends/aot.py")}
+SOURCES = {
+    "aot": ("llama.py", "backends/aot.py"),
+    "tensorrt": ("llama.py", "llama_onnx.py", "onnx_export.py", "layers.py", "tensorrt_api.py", "backends/tensorrt.py"),
+}
 
 
 def root() -> Path:
@@ -38,18 +44,25 @@ def identity(recipe: BuildRecipe, checkpoint: models.Checkpoint) -> dict[str, An
     machine = hardware.describe(recipe.device)
     fields = recipe.to_dict()
     fields["device"] = machine.device
-    if Path(fields["model"].removeprefix("dummy:")).is_dir():  # the content counts, not where it lies
-        fields["model"] = checkpoint.folder.name
-    return {
+    fields["batch_sizes"] = list(recipe.decode_batch_sizes)
+    if checkpoint.is_local:  # the content counts, not where it lies
+        fields["model"] = ("dummy:" if checkpoint.dummy else "") + checkpoint.folder.name
+    facts = {
         "schema": SCHEMA,
         "recipe": fields,
         "checkpoint": checkpoint.digest(),
         "tokenizer": checkpoint.tokenizer_digest(),
         "architecture": machine.architecture,
         "device_name": machine.name if machine.device == "cuda" else "",
+        "instructions": " ".join(machine.instructions),
         "versions": hardware.versions(),
         "source": _source_digest(recipe.backend),
     }
+    if recipe.backend == "tensorrt":  # its engines depend on TensorRT's version, not on this processor
+        from . import tensorrt_builder
+
+        facts |= tensorrt_builder.machine_facts(recipe.options.get("provider", "tensorrt_rtx"))
+    return facts
 
 
 def name_of(recipe: BuildRecipe, facts: dict[str, Any]) -> str:
@@ -62,12 +75,15 @@ def explain_miss(facts: dict[str, Any], backend: str) -> str:
     wanted = _flat(facts)
     nearest: tuple[int, str, list[str]] | None = None
     for folder in list_engines():
-        stored = _flat(read_manifest(folder)["identity"])
-        if stored.get("recipe.backend") != backend:
+        try:
+            stored = _flat(read_manifest(folder)["identity"])
+        except EngineCorrupt:
+            continue  # a damaged engine must not keep others from being built
+        if stored.get("recipe.backend") != backend or not stored.get("source"):  # a single module has none
             continue
         differing = [k for k in sorted(wanted.keys() | stored.keys()) if wanted.get(k) != stored.get(k)]
         if nearest is None or len(differing) < nearest[0]:
-            words = [f"{k.removeprefix('recipe.')}: {_brief(stored.get(k))} -> {_brief(wanted.get(k))}" for k in differing]
+            words = [f"{k.removeprefix('recipe.')}: {_change(stored.get(k), wanted.get(k))}" for k in differing]
             nearest = (len(differing), folder.name, words)
     if nearest is None:
         return f"No {backend} engine has been built yet."
@@ -76,24 +92,26 @@ def explain_miss(facts: dict[str, Any], backend: str) -> str:
 
 @contextlib.contextmanager
 def building(name: str) -> Iterator[Path]:
-    """A private folder to build into. It becomes engines/NAME when the block ends well, and vanishes otherwise.
+    """A private folder to build into. It becomes engines/NAME when the block ends well, and vanishes otherwise;
+    an engine or a torn folder of that name gives way.
 
     The lock lies outside the entry, so that a second process waits instead of building the same engine again;
     it finds the entry when it gets the lock, and must look before it builds.
     """
     locks = root() / ".locks"
     locks.mkdir(exist_ok=True)
+    _sweep(locks)
     with filelock.FileLock(locks / f"{name}.lock"):
-        _sweep()
-        work = root() / f".building-{os.getpid()}-{name}"
+        work = root() / f".building-{name}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(mode=0o700)
         try:
             yield work
             if (work / MANIFEST).exists():
-                os.replace(work, root() / name)
-        except OSError as error:
-            if error.errno != 28:  # ENOSPC
+                _discard(root() / name)
+                work.replace(root() / name)
+        except Exception as error:
+            if not _disk_full(error):
                 raise
             raise BuildError(
                 "The disk is full; nothing was published.",
@@ -111,6 +129,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], seconds: dict[str, float
         "identity": facts,
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": asdict(hardware.describe(facts["recipe"]["device"])),
+        "compiler": hardware.compiler_version(),
         "seconds": {phase: round(took, 3) for phase, took in seconds.items()},
         "details": details,
         "files": files,
@@ -121,11 +140,16 @@ def write_manifest(folder: Path, facts: dict[str, Any], seconds: dict[str, float
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["identity"]["schema"] != SCHEMA:
-            raise _corrupt(folder, f"its manifest has schema {manifest['identity']['schema']}, this course {SCHEMA}")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        schema = manifest["identity"]["schema"]
+        if schema == SCHEMA:
+            missing = MANIFEST_FIELDS - manifest.keys()
+            if missing:
+                raise KeyError(*sorted(missing))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(folder, f"its manifest cannot be read ({error})") from error
+    if schema != SCHEMA:
+        raise _corrupt(folder, f"its manifest has schema {schema}, this course {SCHEMA}")
+    return manifest
 
 
 def verify(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -164,17 +188,20 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
                 fix="Build it first: build(recipe).",
             )
         return folder
-    if isinstance(engine, Path) and (engine / MANIFEST).exists():
-        return engine
-    name = str(engine)
-    if (Path(name) / MANIFEST).exists():
-        return Path(name)
-    matches = [p for p in list_engines() if p.name.startswith(Path(name).name)]
-    exact = [p for p in matches if p.name == name]
+    given = Path(engine)
+    if given.name and (given / MANIFEST).exists():
+        return given
+    here = given.name and (given.name == str(engine) or given.parent.resolve() == root().resolve())
+    matches = [p for p in list_engines() if p.name.startswith(given.name)] if here else []
+    exact = [p for p in matches if p.name == given.name]
     if len(exact or matches) == 1:
         return (exact or matches)[0]
+    if matches:
+        raise EngineNotFound(
+            f"Several engines begin with {str(engine)!r}.", fix=f"Name one: {', '.join(p.name for p in matches)}."
+        )
     raise EngineNotFound(
-        f"{'Several engines begin' if matches else 'There is no engine'} {'with ' if matches else ''}{name!r}.",
+        f"There is no engine {str(engine)!r}.",
         cause="It has not been built on this machine, or its name is misspelt.",
         fix=f"Engines here: {', '.join(p.name for p in list_engines()) or 'none; build one with build(recipe)'}.",
     )
@@ -185,9 +212,7 @@ def remove(engine: Path | str | BuildRecipe) -> Path:
     folder = locate(engine)
     if folder.parent.resolve() != root().resolve():
         raise EngineNotFound(f"{folder.name!r} is not in this course's engines folder; it is left alone.")
-    grave = root() / f".removed-{os.getpid()}-{folder.name}"
-    os.replace(folder, grave)  # gone for others at once, even if deleting is interrupted
-    shutil.rmtree(grave, ignore_errors=True)
+    _discard(folder)
     return folder
 
 
@@ -200,18 +225,27 @@ def size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
 
 
-def _sweep() -> None:
-    """Delete what builds and removals that were killed have left; those of living processes stay."""
-    for folder in [*root().glob(".building-*"), *root().glob(".removed-*")]:
-        pid = folder.name.split("-")[1]
-        if not pid.isdigit() or not _alive(int(pid)) or int(pid) == os.getpid():
+def _discard(folder: Path) -> None:
+    """Delete a folder of engines/ if it is there: out of sight at once, even if deleting it is interrupted."""
+    grave = root() / f".removed-{os.getpid()}-{time.monotonic_ns()}"
+    with contextlib.suppress(FileNotFoundError):
+        folder.replace(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+
+def _sweep(locks: Path) -> None:
+    """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays."""
+    for grave in root().glob(".removed-*"):
+        shutil.rmtree(grave, ignore_errors=True)
+    for folder in root().glob(".building-*"):
+        lock = filelock.FileLock(locks / f"{folder.name.removeprefix('.building-')}.lock")
+        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=0):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
-    import psutil
-
-    return psutil.pid_exists(pid)
+def _disk_full(error: BaseException) -> bool:
+    """OSError says it by number; safetensors and torch, which write too, only in words."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "no space left on device" in str(error).lower()
 
 
 def _source_digest(backend: str) -> str:
@@ -234,9 +268,13 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text[:10] if len(text) == 64 else text  # a hash
+def _change(stored: Any, wanted: Any) -> str:
+    """ "old -> new"; of hashes the first digits, of long lists in words only those that differ."""
+    if isinstance(stored, str) and isinstance(wanted, str) and " " in stored + wanted:
+        old, new = stored.split(), wanted.split()
+        stored = " ".join(w for w in old if w not in new)
+        wanted = " ".join(w for w in new if w not in old)
+    return " -> ".join(str(v)[:10] if len(str(v)) == 64 else str(v) or "none" for v in (stored, wanted))
 
 
 def _corrupt(folder: Path, what: str) -> EngineCorrupt:

@@ -1,7 +1,15 @@
-"""Which tests can run on this machine. What cannot is skipped, and the report lists it with the reason."""
+"""Which tests can run on this machine (what cannot is skipped, and the report lists it with the reason), the engines
+that tests share, and small random checkpoints.
+
+Every engine of the tests lies in a temporary folder. To keep them between runs while working on something else:
+COURSE_TEST_ENGINES=/some/folder pytest ...
+"""
 
 import importlib.util
+import os
+import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +34,110 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers():
         if reason := missing(marker.name):
             pytest.skip(reason)
+
+
+# ---- engines ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def engines_folder(tmp_path_factory) -> Path:
+    return Path(os.environ.get("COURSE_TEST_ENGINES") or tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(autouse=True)
+def _only_the_tests_engines(engines_folder, monkeypatch):
+    """No test sees or changes the engines of the person who runs it."""
+    monkeypatch.setenv("COURSE_ENGINES", str(engines_folder))
+
+
+@pytest.fixture(scope="session")
+def built(engines_folder):
+    """built(recipe): the engine's folder, compiled once for the whole session."""
+
+    def build_it(recipe):
+        from helpers import build
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COURSE_ENGINES", str(engines_folder))
+            return build(recipe, quiet=True)
+
+    return build_it
+
+
+def limits(**changes):
+    return {"device": "cpu", "max_batch_size": 4, "max_input_len": 64, "max_seq_len": 256, **changes}
+
+
+@pytest.fixture(scope="session")
+def stories_fp32(built) -> Path:
+    """The bundled model as users should ship it: fp32, packed weights, batches up to 4. Three graphs."""
+    from helpers import BuildRecipe
+
+    return built(BuildRecipe(**limits()))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(built, tiny_llama) -> Path:
+    """A small random Llama of one layer with the bundled tokenizer. Two graphs."""
+    from helpers import BuildRecipe
+
+    return built(BuildRecipe(model=str(tiny_llama), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48)))
+
+
+@pytest.fixture
+def own_engines(tiny_engine, tmp_path, monkeypatch) -> Path:
+    """A folder of engines for this test alone, with a copy of the tiny engine in it. Returns that copy."""
+    copy = tmp_path / "engines" / tiny_engine.name
+    shutil.copytree(tiny_engine, copy)
+    monkeypatch.setenv("COURSE_ENGINES", str(copy.parent))
+    return copy
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(family, **changes): a folder with a small random model, written by transformers."""
+    return lambda family, **changes: write_checkpoint(tmp_path_factory.mktemp(family), family, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> Path:
+    """One layer, tied embeddings, 2 KV heads for 4 heads, and the bundled model's tokenizer."""
+    from helpers.models import BUNDLED
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    write_checkpoint(folder, "llama", num_hidden_layers=1, vocab_size=2048, tie_word_embeddings=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, folder / name)
+    return folder
+
+
+def write_checkpoint(folder: Path, family: str, **changes) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "sliding_window": None,
+    }
+    config = AutoConfig.for_model(family, **{**shape, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # biases and norms too, which transformers starts at 0 and 1
+            noise = torch.empty_like(weight).normal_(0, 0.1, generator=generator)
+            weight.copy_(1 + noise if "norm" in name else noise)
+    model.save_pretrained(folder)
+    return folder

@@ -7,6 +7,7 @@ Build: the decoder is exported once a phase and batch size and compiled to nativ
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
     return "rows" if recipe.optimization_level == 1 else "packed"
 
 
-def inductor_options(recipe: BuildRecipe, device: str, threads: int) -> dict[str, Any]:
-    options: dict[str, Any] = {"cpp.threads": threads} if device == "cpu" else {}
+def inductor_options(recipe: BuildRecipe, device: str, threads: int, module: llama.Decoder) -> dict[str, Any]:
+    """Settings of Inductor for one graph: what the recipe's fusion options and optimization level mean to it."""
+    options: dict[str, Any] = {"cpp.cxx": (None, hardware.compiler())}
+    if device == "cpu":
+        options["cpp.threads"] = threads
     if not recipe.fusion.kernels:
         # One kernel an operation: nothing is inlined into its consumer, nothing merged by the scheduler.
         options |= {
@@ -57,10 +61,16 @@ def inductor_options(recipe: BuildRecipe, device: str, threads: int) -> dict[str
             "realize_opcount_threshold": 0,
             "realize_acc_reads_threshold": 0,
         }
-    if device == "cuda" and recipe.optimization_level >= 2:
-        options["coordinate_descent_tuning"] = True
-    if device == "cuda" and recipe.optimization_level >= 3:
-        options |= {"max_autotune": True, "max_autotune_gemm_backends": "TRITON,ATEN"}
+    if device == "cuda" and isinstance(module, llama.Decode):  # prefill is the library's products, little else
+        if recipe.optimization_level >= 2 and module.product == "rows":
+            options["coordinate_descent_tuning"] = True  # tries block sizes of the generated products on this GPU
+        if recipe.optimization_level >= 3 and module.product == "library":
+            # Times Triton's products against cuBLAS for each shape; its tables of candidates are not shown.
+            options |= {
+                "max_autotune": True,
+                "max_autotune_gemm_backends": "TRITON,ATEN",
+                "autotune_num_choices_displayed": 0,
+            }
     return options
 
 
@@ -85,7 +95,7 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
     with progress.phase("save weights"):
         _save_weights(weights, folder)
     graphs: dict[str, dict[str, Any]] = {}
-    reports = []
+    report = EngineReport("aot", [], [])
     for name, module, arguments, lengths in _graphs(recipe, config, device, dtype):
         needed = _weights_for(module, weights)
         recorder = InductorRecorder(name)
@@ -93,15 +103,15 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
             dims = (dict.fromkeys(needed, None), *lengths, [None] * (2 * config.num_hidden_layers))
             program = torch.export.export(module, (needed, *arguments), dynamic_shapes=dims, strict=False)
         with progress.phase(f"compile {name}"):
-            options = inductor_options(recipe, device, threads) | {"_post_fusion_custom_pass": recorder}
+            options = inductor_options(recipe, device, threads, module) | {"_post_fusion_custom_pass": recorder}
             _compile(program, folder / f"{name}.pt2", options)
         with progress.phase(f"verify {name}"), torch.no_grad():
             _verify(folder / f"{name}.pt2", module, needed, arguments, dtype)
         graphs[name] = {"weights": list(needed), "product": module.product}
-        reports.append((recorder.operations, recorder.kernels, recorder.removed()))
-    with progress.phase("report"):
-        report = EngineReport("aot", *(sum((r[i] for r in reports), []) for i in range(3)))
-        write_report(report, folder)
+        report.operations.extend(recorder.operations)
+        report.kernels.extend(recorder.kernels)
+        report.removed.extend(recorder.removed())
+    write_report(report, folder)
     return {"graphs": graphs, "num_threads": threads, "compute_dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -132,6 +142,7 @@ class AotEngine(Engine):
         self.graph_weights = {
             name: [self.weights[w] for w in graph["weights"]] for name, graph in details["graphs"].items()
         }
+        self.asynchronous = self.device == "cuda"
         self.lengths: list[int] = []
         self.steps: dict[int, DecodeStep] = {}
         if self.device == "cuda":
@@ -145,7 +156,8 @@ class AotEngine(Engine):
         for slot, prompt in enumerate(prompts):
             tokens = torch.tensor(prompt, device=self.device)
             if len(prompt) == 1:  # a step of decode from an empty cache; the prefill graph takes two tokens or more
-                rows.append(self._execute("decode_b1", [tokens, tokens * 0, self.span[:2], *self._slots(slot, slot + 1)])[0])
+                arguments = [tokens, tokens * 0, self.span[:2], *self._slots(slot, slot + 1)]
+                rows.append(self._execute("decode_b1", arguments)[0])
             else:
                 rows.append(self._execute("prefill", [tokens, *(c[slot] for c in self.cache)]))
         for step in self.steps.values():
@@ -158,6 +170,20 @@ class AotEngine(Engine):
         logits = step(tokens, self.lengths)
         self.lengths = [length + 1 for length in self.lengths]
         return logits[:batch]
+
+    def fetch(self, tokens: Tensor) -> Callable[[], list[int]]:
+        if self.device != "cuda":
+            return super().fetch(tokens)
+        host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> list[int]:
+            copied.synchronize()
+            return host.tolist()
+
+        return wait
 
     def release(self) -> None:
         self.steps, self.graphs, self.graph_weights, self.weights, self.cache = {}, {}, {}, {}, []
@@ -181,7 +207,8 @@ class DecodeStep:
         self.positions = torch.zeros(size, dtype=torch.long, device=engine.device)
 
     def start(self, lengths: list[int]) -> None:
-        """A new batch: the next token of sequence b goes to position lengths[b]."""
+        """A new batch: the next token of sequence b goes to position lengths[b]; rows without one start over."""
+        self.positions.zero_()
         if len(lengths) <= self.size:
             self.positions[: len(lengths)] = torch.tensor(lengths)
 
@@ -248,7 +275,8 @@ def _save_weights(weights: llama.Weights, folder: Path) -> None:
 
     packed = {k: v for k, v in weights.items() if k.endswith(".packed")}
     tied = weights["head.weight"] is weights["embedding"]
-    save_file({k: v for k, v in weights.items() if k not in packed and not (tied and k == "head.weight")}, folder / WEIGHTS)
+    left_out = {*packed, "head.weight"} if tied else {*packed}
+    save_file({k: v for k, v in weights.items() if k not in left_out}, folder / WEIGHTS)
     if packed:
         save_file(packed, folder / PACKED)
 
@@ -259,10 +287,12 @@ def _empty_cache(recipe: BuildRecipe, config: models.ModelConfig, device: str, d
     return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
 
 
-def _graphs(recipe: BuildRecipe, config: models.ModelConfig, device: str, dtype: torch.dtype):
+def _graphs(
+    recipe: BuildRecipe, config: models.ModelConfig, device: str, dtype: torch.dtype
+) -> Iterator[tuple[str, llama.Decoder, tuple[Any, ...], tuple[Any, ...]]]:
     """Each graph to compile: its name, module, example arguments after the weights, and which lengths vary."""
     cache = _empty_cache(recipe, config, device, dtype)
-    writes = device == "cpu" and recipe.fusion.kernels
+    writes = recipe.fusion.kernels
     length = torch.export.Dim("length", min=2, max=max(3, recipe.max_input_len))
     tokens = torch.ones(min(5, recipe.max_seq_len - 1), dtype=torch.long, device=device)
     yield "prefill", llama.Prefill(config, "library", writes), (tokens, [c[0] for c in cache]), ({0: length},)
@@ -315,7 +345,7 @@ def _verify(path: Path, module: torch.nn.Module, needed: llama.Weights, argument
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE[dtype]:
         raise BuildError(
-            f"The compiled graph {path.stem} computes something else: its logits are off by {error:.2g} of the largest.",
+            f"The compiled graph {path.stem} computes something else: logits are off by {error:.2g} of their largest.",
             cause="A fault of the compiler, or weights that are not finite numbers.",
             fix="Build with optimization_level=0, and check the checkpoint's weights.",
         )

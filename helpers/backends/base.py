@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +81,12 @@ class Engine(ABC):
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...]
     vocab_size: int
+    asynchronous = False  # True where `decode` returns before the device has done the work
 
     def __init__(self, recipe: BuildRecipe, tokenizer: Tokenizer | None, end_ids: tuple[int, ...], vocab_size: int):
         self.recipe, self.tokenizer, self.end_ids, self.vocab_size = recipe, tokenizer, end_ids, vocab_size
         self.closed = False
+        self._request = 0  # the one whose keys and values are in the cache
 
     @abstractmethod
     def prefill(self, prompts: list[list[int]]) -> Tensor:
@@ -125,25 +127,28 @@ class Engine(ABC):
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
         ids = self.tokenize(prompt)
         self._check_limits([ids], SamplingParams(max_tokens=1))
+        self._request += 1
         return self._guarded(self.prefill, [ids])[0].float().cpu()
 
     def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("The prompt is empty.", fix="Give at least one word.")
-            return list(self._need_tokenizer().encode(prompt).ids)
-        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) for i in prompt):
+            ids = list(self._need_tokenizer().encode(prompt).ids)
+        elif isinstance(prompt, Sequence) and all(type(i) is int for i in prompt):
+            ids = [int(i) for i in prompt]
+        else:
             raise InputError(f"A prompt is a text or a list of token ids, not {prompt!r:.80}.")
-        if not prompt:
+        if not ids:
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
-        wrong = [i for i in prompt if not 0 <= i < self.vocab_size]
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise InputError(
                 f"Token id {wrong[0]} is outside the model's vocabulary of {self.vocab_size}.",
                 cause="The ids come from another model's tokenizer.",
                 fix="Tokenize with this engine: engine.tokenize(text).",
             )
-        return list(prompt)
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True) if self.tokenizer else ""
@@ -193,29 +198,36 @@ class Engine(ABC):
         Yields after each step, so that a stream can hand out its token before the next one is computed.
         """
         start = time.perf_counter()
+        self._request += 1
+        mine = self._request
         sampler = Sampler(sampling, len(sequences))
         logits = self._guarded(self.prefill, [s.prompt for s in sequences])
-        step = 0
-        while True:
+        for step in range(sampling.max_tokens):
             tokens = sampler(logits, [s.prompt + s.output for s in sequences])
-            # A GPU starts on the next step before the host looks at this one's tokens.
-            early = self._guarded(self.decode, tokens) if self._overlaps(sequences, sampling) else None
-            ids = self.to_host(tokens)
-            at = time.perf_counter() - start
-            for sequence, token in zip(sequences, ids):
+            ids = self.fetch(tokens)
+            # A GPU starts on the next step before the host looks at this one's tokens; if they end the answer,
+            # one step was for nothing.
+            early = self.asynchronous and step + 1 < sampling.max_tokens
+            if early:
+                logits = self._guarded(self.decode, tokens)
+            for sequence, token in zip(sequences, ids(), strict=True):
                 if not sequence.finish_reason:
-                    sequence.accept(token, at, sampling, self.end_ids)
+                    sequence.accept(token, time.perf_counter() - start, sampling, self.end_ids)
             yield step
-            step += 1
             if all(s.finish_reason for s in sequences):
                 return
-            logits = early if early is not None else self._guarded(self.decode, tokens)
+            if self.closed or self._request != mine:  # only a stream can be overtaken
+                raise InputError(
+                    f"This stream cannot go on: its engine {'is closed' if self.closed else 'answers another prompt'}.",
+                    cause="An engine has one KV cache; each request starts it anew.",
+                    fix="Read a stream to its end before the next request, or give all prompts to generate at once.",
+                )
+            if not early:
+                logits = self._guarded(self.decode, tokens)
 
-    def _overlaps(self, sequences: list[_Sequence], sampling: SamplingParams) -> bool:
-        return False
-
-    def to_host(self, tokens: Tensor) -> list[int]:
-        return tokens.tolist()
+    def fetch(self, tokens: Tensor) -> Callable[[], list[int]]:
+        """Begin to bring token ids [B] to the host; call the result to wait for them."""
+        return tokens.tolist
 
     def _stream(self, ids: list[int], sampling: SamplingParams) -> Iterator[Token]:
         sequence = _Sequence(ids)
@@ -224,7 +236,8 @@ class Engine(ABC):
             if len(sequence.output) < len(sequence.times):
                 return  # the end token came
             text = self.detokenize(sequence.output)
-            complete = not text.endswith("\ufffd")  # a character of several bytes may span tokens
+            # A character of several bytes may span tokens: it is held back until it is whole or nothing follows.
+            complete = bool(sequence.finish_reason) or not text.endswith("\ufffd")
             yield Token(sequence.output[-1], text[len(shown) :] if complete else "", sequence.times[-1])
             shown = text if complete else shown
 
@@ -254,6 +267,8 @@ def _as_list(prompts: Any) -> list[Any]:
     """One prompt, or several: a text, a list of ids, a list of texts, a list of lists of ids."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"Prompts are texts or lists of token ids, not {prompts!r:.80}.")
     prompts = list(prompts)
     return [prompts] if prompts and all(isinstance(p, int) for p in prompts) else prompts
 

@@ -35,7 +35,7 @@ def load_model(checkpoint: models.Checkpoint, dtype: torch.dtype, device: str) -
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, use_safetensors=True)
     return model.to(device).eval()
 
 
@@ -45,9 +45,7 @@ class PyTorchEngine(Engine):
     def __init__(self, recipe: BuildRecipe):
         checkpoint = models.find(recipe.model)
         config = checkpoint.config
-        super().__init__(
-            recipe, load_tokenizer(checkpoint.folder), checkpoint.eos_token_ids(), config.vocab_size
-        )
+        super().__init__(recipe, load_tokenizer(checkpoint.folder), checkpoint.eos_token_ids(), config.vocab_size)
         if recipe.max_seq_len > config.max_position_embeddings:
             raise ModelError(f"max_seq_len={recipe.max_seq_len} exceeds the model's {config.max_position_embeddings}.")
         self.device = hardware.resolve_device(recipe.device)
@@ -106,7 +104,7 @@ class TorchCompileEngine(PyTorchEngine):
     def __init__(self, recipe: BuildRecipe):
         super().__init__(recipe)
         mode = "reduce-overhead" if self.device == "cuda" else "default"
-        self.compiled = torch.compile(self.model.forward, mode=mode, fullgraph=True, dynamic=False)
+        self.compiled: Any = torch.compile(self.model.forward, mode=mode, fullgraph=True, dynamic=False)
         self.caches: dict[int, Any] = {}
 
     def new_cache(self, batch: int) -> Any:

@@ -1,0 +1,520 @@
+"""Tables and pictures of what was built and measured, for people who look and for people who listen.
+
+A table has a caption and real header cells. A picture carries its finding as text (`alt`), prints its numbers beside
+the bars, and never tells two things apart by colour alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import platform
+import re
+import statistics
+import textwrap
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .backends.base import Engine
+    from .benchmark import Record, Row
+    from .inspection import EngineReport
+    from .sampling import SamplingParams
+
+# Okabe and Ito's colours, which most colour-blind people can tell apart; each goes with a hatch of its own.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a caption: plain text in a terminal, an HTML table in a notebook."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def __str__(self) -> str:
+        cells = [[str(c) for c in self.columns], *([str(c) for c in row] for row in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = ["  ".join(self._pad(i, text, widths[i]) for i, text in enumerate(row)).rstrip() for row in cells]
+        return "\n".join([self.caption, *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col" style="{self._align(i)}">{_html(c)}</th>' for i, c in enumerate(self.columns))
+        body = []
+        for row in self.rows:
+            first, *rest = (_html(c) for c in row)
+            cells = "".join(f'<td style="{self._align(i)}">{c}</td>' for i, c in enumerate(rest, start=1))
+            body.append(f'<tr><th scope="row" style="{self._align(0)}">{first}</th>{cells}</tr>')
+        caption = f'<caption style="text-align: left; caption-side: top">{_html(self.caption)}</caption>'
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+    def _numeric(self, column: int) -> bool:
+        return all(re.match(r"^[-+~]?[\d,. ]+(?:x|%|[ ]?[a-zA-Z/]{1,8})?$|^$", str(row[column])) for row in self.rows)
+
+    def _align(self, column: int) -> str:
+        return "text-align: right" if self._numeric(column) else "text-align: left"
+
+    def _pad(self, column: int, text: str, width: int) -> str:
+        return text.rjust(width) if self._numeric(column) else text.ljust(width)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with the sentence that says what is in it, for screen readers and pages without pictures."""
+
+    figure: Figure
+    alt: str
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+        return buffer.getvalue()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt}}
+
+    def __repr__(self) -> str:
+        return self.alt
+
+
+def new_figure(width: float = 7.5, height: float = 3.0) -> tuple[Figure, Axes]:
+    """A figure outside pyplot: nothing to close, and nothing is shown twice."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def versions(*packages: str) -> None:
+    """Print the versions of Python and of these packages, and the machine: the first thing a notebook shows."""
+    from . import hardware
+
+    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    print(", ".join(f"{name} {version}" for name, version in found.items()))
+    print(f"machine: {hardware.describe()}")
+
+
+# An engine's folder
+
+
+def files(folder: Path) -> Table:
+    """The files of an engine: how large, and what for."""
+    rows = [(path.name, f"{path.stat().st_size:,}", _purpose(path.name)) for path in sorted(folder.iterdir())]
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    return Table(f"Engine {folder.name}", ("file", "bytes", "what it is"), [*rows, ("all", f"{total:,}", "")])
+
+
+def _purpose(name: str) -> str:
+    known = {
+        "manifest.json": "what it was built from, for which machine, every file's hash",
+        "report.json": "operations before fusion, kernels after",
+        "weights.safetensors": "the weights, once",
+        "packed.safetensors": "the same weights once more, in the order the kernels read them",
+        "config.json": "the model's shape",
+        "tokenizer.json": "text to token ids and back",
+        "tokenizer_config.json": "settings of the tokenizer",
+        "generation_config.json": "which token ends a text",
+    }
+    batch = name.removesuffix(".pt2").rpartition("_b")[2]
+    phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"
+    return known.get(name, f"compiled code: {phase}" if name.endswith(".pt2") else "")
+
+
+def generated_loops(folder: Path, graph: str) -> list[str]:
+    """The C++ loops that the compiler wrote for one graph, one kernel each, in order; empty where there are none.
+
+    Casts of indices and namespaces are left out: they are much of the text and say nothing.
+    """
+    with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
+        sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".kernel.cpp")]
+    loops = sources[0].split("\n    {\n")[1:] if sources else []
+    return [textwrap.dedent(_without_noise(loop.rsplit("\n    }", 1)[0])) for loop in loops]
+
+
+def _without_noise(source: str) -> str:
+    source = re.sub(r"static_cast<int64_t>\((-?\w+)\)", r"\1", source)
+    source = source.replace("static_cast<int64_t>", "").replace("at::vec::", "")
+    return re.sub(r"\b(\d+)L\b", r"\1", source)
+
+
+def part_sizes(report: EngineReport) -> dict[str, int]:
+    """Bytes of an engine by what they are for."""
+    parts = {"weights": 0, "packed copy": 0, "compiled code": 0, "the rest": 0}
+    for name, size in report.sizes.items():
+        key = {"weights.safetensors": "weights", "packed.safetensors": "packed copy"}.get(name, "the rest")
+        parts["compiled code" if name.endswith((".pt2", ".plan", ".engine")) else key] += size
+    return parts
+
+
+def sizes(reports: Mapping[str, EngineReport]) -> Picture:
+    """Bytes of several engines, part by part."""
+    figure, axes = new_figure(height=0.9 + 0.55 * len(reports))
+    names = list(reports)
+    lefts = [0.0] * len(names)
+    for index, part in enumerate(next(iter(map(part_sizes, reports.values())))):
+        widths = [part_sizes(report)[part] / 1e6 for report in reports.values()]
+        bars = axes.barh(names, widths, left=lefts, color=COLOURS[index], hatch=HATCHES[index], edgecolor="white")
+        bars.set_label(part)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    for row, total in enumerate(lefts):
+        axes.text(total, row, f" {total:.1f}", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(lefts) * 1.12)
+    axes.set_xlabel("MB on disk")
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    words = "; ".join(f"{name} {total:.1f} MB" for name, total in zip(names, lefts, strict=True))
+    return Picture(figure, f"Bars: size of each engine on disk. {words}.")
+
+
+def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
+    """How long each phase of a build took, from the manifest's `seconds`."""
+    figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
+    bars = axes.barh(list(seconds), list(seconds.values()), color=COLOURS[0])
+    axes.bar_label(bars, fmt=" %.1f")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(seconds.values()) * 1.12)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel("seconds")
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
+    words = ", ".join(f"{name} {took:.1f} s" for name, took in longest)
+    return Picture(figure, f"Bars: {title.lower()}. Longest: {words}; total {sum(seconds.values()):.1f} s.")
+
+
+# Before fusion and after it
+
+
+def record_kernels(module: Any, inputs: tuple, name: str = "module") -> EngineReport:
+    """What AOTInductor makes of any module: the report alone, without an engine in the store."""
+    import tempfile
+    import warnings
+
+    import torch
+
+    from .inspection import EngineReport, InductorRecorder
+
+    recorder = InductorRecorder(name)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.export.export(module, inputs)
+        options = {"_post_fusion_custom_pass": recorder, "cpp.threads": 1}
+        package = str(Path(temporary) / "module.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
+    return EngineReport("aot", recorder.operations, recorder.kernels, recorder.removed())
+
+
+def fusion(reports: Mapping[str, EngineReport]) -> Picture:
+    """Operations before fusion beside kernels after it, one pair of bars for each report."""
+    figure, axes = new_figure(height=0.9 + 0.7 * len(reports))
+    words = []
+    for row, (name, report) in enumerate(reports.items()):
+        counts = {"operations before": len(report.operations), "kernels after": len(report.kernels)}
+        words.append(f"{name}: {len(report.operations)} operations, {len(report.kernels)} kernels")
+        for index, (label, count) in enumerate(counts.items()):
+            bars = axes.barh(row + 0.36 * (index - 0.5), count, 0.34, color=COLOURS[index], hatch=HATCHES[index])
+            axes.bar_label(bars, fmt=" %d")
+            bars.set_label(label if row == 0 else "")
+    axes.set_yticks(range(len(reports)), list(reports))
+    axes.invert_yaxis()
+    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.set_xlabel("count")
+    return Picture(figure, f"Pairs of bars: operations before fusion and kernels after it. {'; '.join(words)}.")
+
+
+def operations(report: EngineReport, first: int = 0, count: int = 20) -> Table:
+    """Some operations as they were before fusion."""
+    part = report.operations[first : first + count]
+    rows = [(number, o.op, o.name, _shape(o.shape), o.dtype) for number, o in enumerate(part, start=first + 1)]
+    caption = f"Operations {first + 1} to {first + len(part)} of {len(report.operations)}, before fusion"
+    return Table(caption, ("number", "kind", "name", "result", "type"), rows)
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def kernels(report: EngineReport, first: int = 0, count: int = 10) -> Table:
+    """Some kernels in the order they run, each with the operations that it does in one go."""
+    kinds = {operation.name: operation.op for operation in report.operations}
+    rows = [
+        (number, kernel.kind, len(kernel.fused), _listed(kinds.get(name, name) for name in kernel.fused))
+        for number, kernel in enumerate(report.kernels[first : first + count], start=first + 1)
+    ]
+    graph = " and ".join(report.graphs())
+    caption = f"Kernels {rows[0][0]} to {rows[-1][0]} of {len(report.kernels)} in {graph}" if rows else "No kernels"
+    return Table(caption, ("kernel", "made by", "operations", "which"), rows)
+
+
+def _listed(names: Any) -> str:
+    counts = Counter(name.strip("_") for name in names)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+# Times
+
+
+def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds per token") -> Picture:
+    """Medians of repeated timings as bars, every single sample as a dot, so that the spread is visible.
+
+    samples are in seconds; the picture is in milliseconds.
+    """
+    figure, axes = new_figure(height=0.8 + 0.5 * len(samples))
+    names = list(samples)
+    medians = [statistics.median(values) * 1e3 for values in samples.values()]
+    axes.barh(names, medians, 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
+    for row, values in enumerate(samples.values()):
+        axes.plot([v * 1e3 for v in values], [row] * len(values), "o", color="black", markersize=3.5)
+        axes.text(max(values) * 1e3, row, f"  {medians[row]:.2f}", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(max(values) for values in samples.values()) * 1e3 * 1.12)
+    axes.set_xlabel(f"{what}: median (bar, number) and every run (dots)")
+    words = "; ".join(f"{name} {median:.2f}" for name, median in zip(names, medians, strict=True))
+    return Picture(figure, f"Bars: {what}, median of {len(next(iter(samples.values())))} runs. {words}.")
+
+
+def show_text(text: str, width: int = 100) -> None:
+    """Print a generated text, wrapped."""
+    print(textwrap.fill(text.strip(), width))
+
+
+def _html(value: Any) -> str:
+    return html.escape(str(value))
+
+
+# The choice of the next token
+
+
+def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingParams], count: int = 8) -> Picture:
+    """What the token after the prompt would be drawn from, once for each of several settings."""
+    from .sampling import next_token_distribution
+
+    logits, ids = engine.logits(prompt), engine.tokenize(prompt)
+    order = logits.topk(count).indices.tolist()  # the same tokens in every panel, so that they compare
+    labels = [engine.detokenize([token]).strip() or "(end)" for token in order]
+    figure, first = new_figure(height=2.6)
+    first.remove()
+    words = []
+    panels = figure.subplots(1, len(settings), sharey=True)
+    for axes, (name, params) in zip(panels if len(settings) > 1 else [panels], settings.items(), strict=True):
+        values = next_token_distribution(logits, params, ids)[order].tolist()
+        bars = axes.barh(labels, values, color=COLOURS[0])
+        axes.bar_label(bars, [f"{value:.2f}" if value else "-" for value in values], padding=2, fontsize="small")
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlim(0, 1.25)
+        axes.set_xticks([0, 0.5, 1])
+        axes.spines[["top", "right"]].set_visible(False)
+        likely = ", ".join(f"{label} {value:.2f}" for label, value in zip(labels[:3], values[:3], strict=True))
+        words.append(f"{name}: {likely}")
+    (panels if len(settings) == 1 else panels[0]).invert_yaxis()
+    figure.supxlabel("probability", fontsize="medium")
+    return Picture(figure, f"Bars: probability of the {count} likeliest next tokens. {'; '.join(words)}.")
+
+
+def sampled_text(engine: Engine, prompt: str, sampling: SamplingParams) -> Picture:
+    """A text drawn with these settings, over the distribution of its first token: a widget's picture for the web."""
+    name = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}"
+    text = prompt + engine.generate(prompt, sampling)[0].text
+    picture = distributions(engine, prompt, {f"the token after the prompt ({name})": sampling})
+    picture.figure.suptitle(textwrap.fill(text, 92), x=0.01, ha="left", fontsize="medium")
+    picture.figure.set_size_inches(7.5, 3.6)
+    return Picture(picture.figure, f"Text: {text} {picture.alt}")
+
+
+# Benchmarks
+
+
+def benchmark(record: Record, batch_size: int = 1) -> Table:
+    """One table of a record: a column for each contender, a row for each metric. `formulas` says what they mean."""
+    rows = [row for row in record.at(batch_size) if row.status != "absent"]
+    ok = [row.status == "ok" for row in rows]
+    absent = [row.name for row in record.at(batch_size) if row.status == "absent"]
+
+    def line(name: str, show: Callable[[Row], str]) -> list[str]:
+        return [name, *(show(row) if good else "" for row, good in zip(rows, ok, strict=True))]
+
+    def ms(seconds: float) -> str:
+        return f"{seconds * 1e3:.2f}" if seconds == seconds else "-"  # nan: not measured
+
+    def mb(size: int) -> str:
+        return f"{size / 1e6:.0f}" if size else "-"
+
+    table = [
+        line("TTFT, ms", lambda r: ms(r.median("ttft_s"))),
+        line("TPOT, ms", lambda r: ms(r.median("tpot_s"))),
+        line("  least to most", lambda r: " to ".join(map(ms, r.spread("tpot_s")))),
+        line("  limit, ms", lambda r: ms(r.limit_s)),
+        line("  limit / TPOT", lambda r: f"{r.limit_s / r.median('tpot_s'):.0%}"),
+        line("ITL p50, ms", lambda r: ms(r.itl_percentile(50))),
+        line("ITL p90, ms", lambda r: ms(r.itl_percentile(90))),
+        line("ITL p99, ms", lambda r: ms(r.itl_percentile(99))),
+        line("E2E, ms", lambda r: ms(r.median("e2e_s"))),
+        line("output tokens/s", lambda r: f"{record.throughput(r):,.0f}"),
+        line("tokens/s per user", lambda r: f"{1 / r.median('tpot_s'):,.0f}"),
+        line("build, s", lambda r: f"{r.build_s:.0f}"),
+        line("start, s", lambda r: f"{r.start_s:.1f}"),
+        line("  of it load, s", lambda r: f"{r.load_s:.2f}"),
+        line("first request, ms", lambda r: ms(r.warmup_e2e_s[0])),
+        line("host memory, MB", lambda r: mb(r.peak_host_bytes)),
+        *(
+            [line("GPU memory, MB", lambda r: mb(r.peak_device_bytes))]
+            if any(r.peak_device_bytes for r in rows)
+            else []
+        ),
+        line("engine on disk, MB", lambda r: mb(r.disk_bytes)),
+        line("tokens as fp32", lambda r: f"{r.tokens_equal} of {record.workload.output_len}"),
+        line("logits off by", lambda r: "-" if r.logit_error is None else f"{r.logit_error:.0e}"),
+        line("agrees", lambda r: "yes" if r.agrees else "NO"),
+    ]
+    if not all(ok):
+        table.append(["failed", *(row.reason for row in rows)])
+    work, place = record.workload, record.hardware
+    caption = (
+        f"{work.model}, batch {batch_size}, {work.input_len} tokens in, {work.output_len} out, "
+        f"medians of {work.repeats}; {place['name']} ({place['device']}, threads: {record.threads}), {record.date[:10]}"
+    )
+    missing = f". Not installed here: {', '.join(absent)}" if absent else ""
+    return Table(caption + missing, ("", *(row.name for row in rows)), table)
+
+
+def formulas() -> Table:
+    """What each number of `benchmark` is, and whose definition."""
+    rows = (
+        ("TTFT", "time from the request to its first token", "trtllm-bench, vllm bench, MLPerf"),
+        ("TPOT", "(E2E - TTFT) / (output tokens - 1)", "MLPerf, vllm bench; trtllm-bench also says ITL"),
+        ("limit", "time to read the bytes of one step once (weights, KV cache)", "ours"),
+        ("ITL", "each gap between two streamed tokens; percentiles by nearest rank", "vllm bench; batch 1 only here"),
+        ("E2E", "time from the request to its last token", "all"),
+        ("output tokens/s", "batch x output tokens / E2E", "trtllm-bench, vllm bench"),
+        ("tokens/s per user", "1 / TPOT", "trtllm-bench"),
+        ("build", "the engine's build; torch_compile: first request less a usual one", "ours"),
+        ("start", "from a new process to a loaded engine, imports included", "ours"),
+        ("memory", "most that the whole process held, Python and libraries included", "ours"),
+        ("logits off by", "largest difference to PyTorch's fp32 logits / largest logit", "ours"),
+    )
+    return Table("Formulas", ("number", "formula", "definition of"), rows)
+
+
+def tpot(record: Record, batch_size: int = 1) -> Picture:
+    """TPOT as bars, every run as a dot, and each contender's limit as a line across its bar."""
+    rows = [row for row in record.at(batch_size) if row.status == "ok"]
+    figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
+    names = [row.name for row in rows]
+    axes.barh(names, [row.median("tpot_s") * 1e3 for row in rows], 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
+    for y, row in enumerate(rows):
+        samples = [value * 1e3 for value in row.tpot_s]
+        axes.plot(samples, [y] * len(samples), "o", color="black", markersize=3.5)
+        limit = row.limit_s * 1e3
+        axes.plot([limit, limit], [y - 0.42, y + 0.42], color=COLOURS[5], linewidth=3, label="" if y else "limit")
+        axes.text(max(samples), y, f"  {row.median('tpot_s') * 1e3:.2f} (limit {limit:.2f})", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(max(row.tpot_s) for row in rows) * 1e3 * 1.3)
+    axes.set_xlabel("TPOT, milliseconds: median (bar, number) and every run (dots)")
+    axes.legend(loc="lower right", frameon=False)
+    words = "; ".join(f"{r.name} {r.median('tpot_s') * 1e3:.2f}, limit {r.limit_s * 1e3:.2f}" for r in rows)
+    return Picture(figure, f"Bars: milliseconds per output token at batch {batch_size}. {words}.")
+
+
+def batching(record: Record) -> Picture:
+    """Output throughput against time per token: one line for each contender, one point for each batch size."""
+    figure, axes = new_figure(height=3.4)
+    words = []
+    for index, name in enumerate(dict.fromkeys(row.name for row in record.rows if row.status == "ok")):
+        rows = sorted((r for r in record.rows if r.name == name and r.status == "ok"), key=lambda r: r.batch_size)
+        x, y = [r.median("tpot_s") * 1e3 for r in rows], [record.throughput(r) for r in rows]
+        axes.plot(x, y, "osD^v*"[index % 6] + "-", color=COLOURS[index % 6], label=name)
+        for row, at, height in zip(rows, x, y, strict=True):
+            axes.annotate(f"{row.batch_size}", (at, height), (5, 5), textcoords="offset points", fontsize="small")
+        points = ", ".join(f"{value:,.0f} at batch {r.batch_size}" for r, value in zip(rows, y, strict=True))
+        words.append(f"{name}: {points}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("TPOT, milliseconds (less is better); the number at a point is the batch size")
+    axes.set_ylabel("output tokens/s")
+    axes.legend(frameon=False)
+    return Picture(figure, f"Lines: output tokens per second against time per token. {'; '.join(words)}.")
+
+
+def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -> Table:
+    """Two records side by side, contender by contender: TPOT of each, and their ratio."""
+    rows = []
+    for row in mine.rows:
+        other = next((r for r in theirs.at(row.batch_size) if r.name == row.name and r.status == "ok"), None)
+        if other is None or row.status != "ok":
+            continue
+        a, b = row.median("tpot_s"), other.median("tpot_s")
+        rows.append((row.name, row.batch_size, f"{a * 1e3:.2f}", f"{b * 1e3:.2f}", f"{a / b:.2f}"))
+    settings = [
+        f"{field}: {getattr(mine, field)} and {getattr(theirs, field)}"
+        for field in ("workload", "hardware", "threads", "versions")
+        if getattr(mine, field) != getattr(theirs, field)
+    ]
+    caption = "The records differ in: " + "; ".join(settings) if settings else "Same work, same machine, same versions."
+    columns = ("contender", "batch", f"TPOT of {names[0]}, ms", f"of {names[1]}, ms", f"{names[0]} / {names[1]}")
+    return Table(caption, columns, rows)
+
+
+def claims(record: Record, sweep: Record) -> Table:
+    """What is often said about compiled engines, and what this machine measured. `sweep` has several batch sizes."""
+    rows = {row.name: row for row in record.at(1) if row.status == "ok"}
+    eager, engine = record.row("pytorch fp32"), record.row("aot fp32")
+    faster = {name: row.median("tpot_s") / engine.median("tpot_s") for name, row in rows.items()}
+    cold = engine.warmup_e2e_s[0] / engine.median("e2e_s")
+    largest = max(sweep.batch_sizes)
+    gain = sweep.throughput(sweep.row("aot fp32", largest)) / sweep.throughput(sweep.row("aot fp32", 1))
+    said = [
+        (
+            "2 to 5 times faster",
+            "TPOT of others / the engine's: "
+            + ", ".join(f"{name} {ratio:.1f}" for name, ratio in faster.items() if not name.startswith("aot")),
+            _verdict(faster[eager.name], 2, 5),
+        ),
+        (
+            "lower memory usage",
+            f"{engine.peak_host_bytes / 1e6:.0f} MB a process, eager PyTorch {eager.peak_host_bytes / 1e6:.0f} MB",
+            "yes" if engine.peak_host_bytes < 0.95 * eager.peak_host_bytes else "no",
+        ),
+        (
+            "a build takes 10 to 30 minutes",
+            f"{engine.build_s / 60:.1f} minutes for this model",
+            "no, not for this model" if engine.build_s < 600 else "yes",
+        ),
+        (
+            "the first inference is slower",
+            f"first request {cold:.1f} times as long as the median",
+            "yes" if cold > 1.15 else "no",
+        ),
+        (
+            "batching raises throughput",
+            f"{gain:.1f} times the tokens/s at batch {largest}",
+            "yes" if gain > 1.1 else "no",
+        ),
+    ]
+    if int8 := rows.get("aot int8"):
+        of = record.workload.output_len
+        measured = f"{int8.tokens_equal} of {of} tokens as fp32; logits off by {int8.logit_error or 0:.1%}"
+        said.append(("int8 without loss of accuracy", measured, "small, but not without"))
+    if "vllm" not in {row.backend for row in rows.values()}:
+        said.append(("vLLM: good speed, more memory", "vLLM is not installed here", "not measured"))
+    return Table("Claims, on this machine with this model", ("claim", "measured", "verdict"), said)
+
+
+def _verdict(ratio: float, low: float, high: float) -> str:
+    """Of a claim about the speed against eager PyTorch."""
+    if ratio < low:
+        return "no, less against eager"
+    return "yes, against eager" if ratio <= high else "more, against eager"

@@ -1,0 +1,270 @@
+"""The benchmark: formulas on known numbers, records that load back or are refused, and rows that fail alone."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from helpers import benchmark, benchmark_process, cli, report
+from helpers.backends.worker import Worker
+from helpers.benchmark import Record, Row, Workload
+from helpers.errors import InputError, RecipeError
+
+SMALL = Workload(input_len=8, output_len=8, repeats=2, warmup=1)
+
+
+def made_row(backend="aot", precision="fp32", batch_size=1, tpot=0.002, **changes) -> Row:
+    e2e = 0.010 + 7 * tpot
+    times = {"ttft_s": [0.010] * 2, "tpot_s": [tpot] * 2, "e2e_s": [e2e] * 2, "warmup_e2e_s": [2 * e2e]}
+    return Row(backend, precision, batch_size, **{**times, "limit_s": 0.001, "tokens_equal": 8, **changes})
+
+
+def made_record(*rows: Row, workload: Workload = SMALL, **changes) -> Record:
+    machine = {"name": "made", "device": "cpu"}
+    return Record(workload, list(rows), **{"hardware": machine, "versions": {}, "threads": 1, "bandwidth": 1e10,
+                                           "date": "2026-01-01T00:00:00+00:00", **changes})  # fmt: skip
+
+
+# Formulas
+
+
+def test_throughput_counts_every_token_of_the_batch():
+    record = made_record(row := made_row(batch_size=4, e2e_s=[0.1, 0.1]))
+    assert record.throughput(row) == pytest.approx(4 * 8 / 0.1)
+
+
+def test_itl_percentiles_are_nearest_rank():
+    row = made_row(itl_s=[i / 1000 for i in range(1, 101)])
+    assert [row.itl_percentile(p) for p in (50, 90, 99)] == [0.050, 0.090, 0.099]
+    assert math.isnan(made_row().itl_percentile(50))
+
+
+def test_bytes_per_step_are_weights_and_keys_and_values():
+    from helpers import models
+
+    config = models.find("stories").config
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # one token, fp32
+    tokens = SMALL.input_len + SMALL.output_len // 2
+    assert benchmark.bytes_per_step(SMALL, "fp32", 1) == 4 * config.parameter_count() + tokens * kv
+    assert benchmark.bytes_per_step(SMALL, "fp32", 3) == 4 * config.parameter_count() + 3 * tokens * kv
+    assert benchmark.bytes_per_step(SMALL, "int8", 1) < benchmark.bytes_per_step(SMALL, "fp32", 1) / 3
+
+
+def test_least_time_grows_with_the_bytes():
+    assert 0 < benchmark.least_time(10**6, "cpu", 1) < benchmark.least_time(10**8, "cpu", 1)
+
+
+@pytest.mark.parametrize(("mine", "theirs", "equal"), [([1, 2, 3], [1, 2, 4], 2), ([1], [1], 1), ([9], [1], 0)])
+def test_tokens_are_equal_up_to_the_first_difference(mine, theirs, equal):
+    assert benchmark._equal_prefix(mine, theirs) == equal
+
+
+def test_a_contender_that_computes_something_else_is_flagged():
+    good, bad = made_row(logit_error=1e-6), made_row(precision="int8", logit_error=0.5)
+    assert good.agrees and not bad.agrees
+    assert "NO" in str(report.benchmark(made_record(good, bad)))
+
+
+def test_prompts_are_different_equally_long_and_the_same_every_time():
+    prompts = benchmark.make_prompts(SMALL, 4)
+    assert {len(ids) for ids in prompts} == {SMALL.input_len}
+    assert len({tuple(ids) for ids in prompts}) == 4
+    assert prompts == benchmark.make_prompts(SMALL, 4)
+    assert prompts[:2] == benchmark.make_prompts(SMALL, 2)
+
+
+@pytest.mark.parametrize("fields", [{"output_len": 1}, {"repeats": 0}, {"input_len": 65}, {"output_len": 250}])
+def test_impossible_workloads_are_refused(fields):
+    with pytest.raises(InputError):
+        Workload(**fields)
+
+
+def test_impossible_runs_are_refused_before_anything_is_loaded():
+    with pytest.raises(RecipeError):
+        benchmark.run(SMALL, ["nothing"])
+    with pytest.raises(RecipeError):
+        benchmark.run(SMALL, ["pytorch:int8"])
+    with pytest.raises(InputError):
+        benchmark.run(SMALL, ["pytorch"], [5])
+    with pytest.raises(InputError):
+        benchmark.batch_sizes("1,x")
+
+
+# Records
+
+
+def test_records_load_back(tmp_path):
+    record = made_record(made_row(), made_row(batch_size=2), Row("vllm", "fp32", 1, "absent", "not installed here"))
+    assert benchmark.read(benchmark.save(record, tmp_path / "a.json")) == record
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: {**raw, "schema": 2},
+        lambda raw: {k: v for k, v in raw.items() if k != "hardware"},
+        lambda raw: {**raw, "extra": 1},
+        lambda raw: {**raw, "rows": [{**raw["rows"][0], "tpot_s": []}]},
+        lambda raw: {**raw, "rows": [{**raw["rows"][0], "tpot_s": [0.001, "fast"]}]},
+        lambda raw: {**raw, "rows": [{k: v for k, v in raw["rows"][0].items() if k != "e2e_s"}]},
+        lambda raw: {**raw, "rows": [{**raw["rows"][0], "status": "fine"}]},
+        lambda raw: {**raw, "workload": {**raw["workload"], "repeats": 0}},
+        lambda raw: [raw],
+    ],
+)
+def test_broken_records_are_refused_with_what_is_wrong(tmp_path, damage):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(damage(dataclasses.asdict(made_record(made_row())))))
+    with pytest.raises(InputError, match="a.json is not read: ."):
+        benchmark.read(path)
+
+
+def test_truncated_and_missing_records_are_refused(tmp_path):
+    path = benchmark.save(made_record(made_row()), tmp_path / "a.json")
+    path.write_text(path.read_text()[:200])
+    for name in ("a.json", "b.json"):
+        with pytest.raises(InputError):
+            benchmark.read(tmp_path / name)
+
+
+def test_records_merge_only_if_they_did_the_same_work():
+    first = made_record(made_row())
+    second = made_record(made_row("pytorch"), date="2026-01-02T00:00:00+00:00")
+    assert [row.name for row in benchmark.merge(first, second).rows] == ["aot fp32", "pytorch fp32"]
+    other_work = made_record(made_row(), workload=dataclasses.replace(SMALL, output_len=9))
+    for other in (other_work, made_record(made_row(), threads=2), made_record(made_row(), hardware={"name": "b"})):
+        with pytest.raises(InputError, match="do not belong in one table"):
+            benchmark.merge(first, other)
+
+
+def test_a_row_is_asked_for_by_name():
+    record = made_record(made_row(), Row("vllm", "fp32", 1, "absent"))
+    assert record.row("aot fp32").backend == "aot"
+    for name in ("vllm fp32", "aot int8"):
+        with pytest.raises(InputError, match="No measurement"):
+            record.row(name)
+
+
+# Tables and pictures
+
+
+def test_the_table_names_what_failed_and_what_is_not_installed():
+    rows = (
+        made_row(),
+        Row("aot", "int8", 1, "failed", "it broke"),
+        Row("vllm", "fp32", 1, "absent", "not installed here"),
+    )
+    text = str(report.benchmark(made_record(*rows)))
+    assert "it broke" in text and "Not installed here: vllm fp32" in text and "2.00" in text
+    assert "TPOT" in str(report.formulas())
+
+
+def test_pictures_say_their_numbers():
+    record = made_record(made_row(), made_row("pytorch", tpot=0.004), made_row(batch_size=4))
+    assert "aot fp32 2.00, limit 1.00" in report.tpot(record).alt
+    assert "at batch 4" in report.batching(record).alt
+
+
+def test_claims_get_a_verdict_from_the_numbers():
+    record = made_record(
+        made_row(peak_host_bytes=10**8),
+        made_row("pytorch", tpot=0.006, peak_host_bytes=2 * 10**8),
+        made_row(batch_size=4),
+    )
+    text = str(report.claims(record, record))
+    assert "pytorch fp32 3.0" in text and "yes, against eager" in text and "vLLM is not installed here" in text
+
+
+def test_comparing_says_what_differs():
+    slow = made_record(made_row(tpot=0.004), threads=2)
+    text = str(report.compare(made_record(made_row()), slow, ("mine", "yours")))
+    assert "threads: 1 and 2" in text and "0.50" in text
+
+
+# Real runs, in processes of their own
+
+
+@pytest.fixture(scope="module")
+def record():
+    return benchmark.run(SMALL, ["pytorch", "vllm"], [1, 2], quiet=True)
+
+
+def test_a_run_measures_what_it_promises(record):
+    assert [(row.name, row.batch_size, row.status) for row in record.rows] == [
+        ("pytorch fp32", 1, "ok"),
+        ("vllm fp32", 1, "absent"),
+        ("pytorch fp32", 2, "ok"),
+        ("vllm fp32", 2, "absent"),
+    ]
+    row = record.row("pytorch fp32")
+    assert len(row.ttft_s) == SMALL.repeats and len(row.itl_s) == SMALL.repeats * (SMALL.output_len - 1)
+    assert len(row.warmup_e2e_s) == SMALL.warmup
+    assert row.tokens_equal == SMALL.output_len and row.logit_error == 0 and row.agrees
+    for ttft, tpot, e2e in zip(row.ttft_s, row.tpot_s, row.e2e_s, strict=True):
+        assert e2e == pytest.approx(ttft + (SMALL.output_len - 1) * tpot)
+    assert row.start_s > row.load_s > 0 and row.peak_host_bytes > 100e6 and row.limit_s < row.median("tpot_s")
+
+
+def test_a_runs_record_loads_back(record, tmp_path):
+    assert benchmark.read(benchmark.save(record, tmp_path / "a.json")) == record
+
+
+def test_one_failing_batch_size_leaves_the_others(monkeypatch):
+    ask = benchmark._Runner.ask
+
+    def failing(self, row, call, **arguments):
+        if call == "measure" and row.batch_size == 2:
+            arguments["prompts"] = []
+        return ask(self, row, call, **arguments)
+
+    monkeypatch.setattr(benchmark._Runner, "ask", failing)
+    kept = []
+    record = benchmark.run(SMALL, ["pytorch"], [1, 2, 4], quiet=True, keep=lambda r: kept.append(len(r.rows)))
+    assert [row.status for row in record.rows] == ["ok", "failed", "ok"]
+    assert record.rows[1].reason
+    assert kept == [1, 2, 3]
+
+
+def test_a_dying_process_is_a_reason_and_not_the_end(monkeypatch):
+    ask = benchmark._Runner.ask
+
+    def killing(self, row, call, **arguments):
+        if call == "measure" and row.batch_size == 1 and self.worker:
+            self.worker.kill()
+        return ask(self, row, call, **arguments)
+
+    monkeypatch.setattr(benchmark._Runner, "ask", killing)
+    record = benchmark.run(SMALL, ["pytorch"], [1, 2], quiet=True)
+    assert [row.status for row in record.rows] == ["failed", "ok"]
+    assert "ended unexpectedly" in record.rows[0].reason
+
+
+def test_a_processs_peak_memory_is_its_own():
+    ballast = bytearray(400_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    with Worker("helpers.benchmark_process") as worker:
+        worker.call("memory")  # imports torch
+        peak = worker.call("memory")["host"]
+    assert 20e6 < peak < 400e6 < benchmark_process.peak_host_bytes()
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    record = made_record(made_row(), Row("vllm", "fp32", 1, "absent", "not installed here"))
+    asked = []
+
+    def run(workload, contenders, batch_sizes, keep):
+        asked.append((workload.input_len, workload.output_len, contenders, batch_sizes))
+        keep(record)
+        return record
+
+    monkeypatch.setattr(benchmark, "run", run)
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    words = "bench --backends pytorch,aot:int8 --batch 1,4 --input 8 --output 8 --out"
+    for path in paths:
+        assert cli.main([*words.split(), path]) == 0
+    assert asked[0] == (8, 8, ["pytorch", "aot:int8"], [1, 4])
+    assert "TPOT, ms" in capsys.readouterr().out
+    assert cli.main(["bench", "--compare", *paths]) == 0
+    assert "Same work, same machine, same versions." in capsys.readouterr().out
+    assert cli.main(["bench", "--compare", paths[0], "nothing.json"]) == 1
