@@ -18,10 +18,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.basic", description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", help="your prompts instead of the two built in")
     parser.add_argument("--engine", help="an engine's name; default: the one built last")
+    parser.add_argument("--max-tokens", type=int, default=50)
     settings = parser.parse_args()
 
     # 1. How to choose each next token. The same seed gives the same text.
-    sampling = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=50, seed=0)
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=settings.max_tokens, seed=0)
 
     # 2. The engine, with its own tokenizer. Nothing is compiled here.
     built = list_engines()

@@ -302,7 +302,7 @@ def run(
     batch_sizes: Sequence[int] = (1,),
     *,
     quiet: bool = False,
-    keep: Callable[[Record], None] | None = None,
+    keep: Callable[[Record], Any] | None = None,
 ) -> Record:
     """Measure each contender ("aot", "aot:int8", ...) at each batch size, and return the record.
 

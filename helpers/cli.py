@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .errors import CourseError
+from .errors import CourseError, EngineCorrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +121,11 @@ def _list(settings: argparse.Namespace) -> None:
         return
     print(f"{'engine':<40} {'MB':>8} {'built in':>9}  built")
     for folder in folders:
-        manifest = store.read_manifest(folder)
+        try:
+            manifest = store.read_manifest(folder)
+        except EngineCorrupt:
+            print(f"{folder.name:<40} {store.size(folder) / 1e6:>8.1f}   damaged; helpers remove {folder.name}")
+            continue
         took = sum(manifest["seconds"].values())
         print(f"{folder.name:<40} {store.size(folder) / 1e6:>8.1f} {took:>7.0f} s  {manifest['built'][:16]}")
 

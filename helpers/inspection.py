@@ -170,7 +170,12 @@ class InductorRecorder:
 
 
 def _origins(member: Any) -> Iterable[Any]:
-    return member.node.get_origins() if member.node is not None else ()
+    """The operations that a scheduled piece of work does. A library call does one; Inductor also names those that
+    made its inputs, and they run elsewhere."""
+    if member.node is None:
+        return ()
+    own = member.node.get_origin_node() if type(member).__name__ == "ExternKernelSchedulerNode" else None
+    return [own] if own is not None else member.node.get_origins()
 
 
 def _has_dtype(member: Any) -> bool:

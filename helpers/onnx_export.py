@@ -329,7 +329,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 def _source(node: Any) -> str:
     """The innermost line outside torch, from the stack trace that torch.onnx leaves in the node's metadata."""
     trace = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.stack_trace"), "")
-    inside = str(Path(torch.__file__).parent) + os.sep
+    inside = (str(Path(torch.__file__).parent) + os.sep, "torch/")  # torch's own passes give a relative path
     frames = [f for f in re.findall(r'File "([^"]+)", line (\d+)', trace) if not f[0].startswith(inside)]
     if not frames:
         return ""

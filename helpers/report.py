@@ -279,10 +279,10 @@ def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds pe
     axes.barh(names, medians, 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
     for row, values in enumerate(samples.values()):
         axes.plot([v * 1e3 for v in values], [row] * len(values), "o", color="black", markersize=3.5)
-        axes.text(max(values) * 1e3, row, f"  {medians[row]:.2f}", va="center")
+        axes.text(max(values) * 1e3, row, f"  median {medians[row]:.2f}", va="center")
     axes.invert_yaxis()
-    axes.set_xlim(0, max(max(values) for values in samples.values()) * 1e3 * 1.12)
-    axes.set_xlabel(f"{what}: median (bar, number) and every run (dots)")
+    axes.set_xlim(0, max(max(values) for values in samples.values()) * 1e3 * 1.22)
+    axes.set_xlabel(f"{what}: median (bar) and every run (dots)")
     words = "; ".join(f"{name} {median:.2f}" for name, median in zip(names, medians, strict=True))
     return Picture(figure, f"Bars: {what}, median of {len(next(iter(samples.values())))} runs. {words}.")
 

@@ -44,7 +44,8 @@ def next_tokens(engine: Engine, prompt: str, sampling: SamplingParams, count: in
 def walk(engine: Engine, prompt: str, sampling: SamplingParams, count: int = 8) -> Iterator[Step]:
     """Generate token by token, showing each choice. Gives the same text as `engine.stream`."""
     engine.stream(prompt, sampling)  # not consumed: it refuses what this engine cannot serve, before any work
-    ids, output = engine.tokenize(prompt), []
+    ids = engine.tokenize(prompt)
+    output: list[int] = []
     sampler = Sampler(sampling, 1)
     logits = engine.prefill([ids])
     while len(output) < sampling.max_tokens:
@@ -88,7 +89,7 @@ class SamplingExplorer:
     """The widget. Moving a slider redraws the distribution of the first token; Run draws the text from it."""
 
     def __init__(self, engine: Engine, prompt: str, sampling: SamplingParams):
-        import ipywidgets as w
+        import ipywidgets as w  # type: ignore[import-untyped]
 
         self.engine = engine
         self._logits: tuple[str, Tensor] | None = None

@@ -39,7 +39,9 @@ def a_browser(playwright):
 def lab(tmp_path_factory):
     """JupyterLab on a free port, on a folder with one notebook; its address."""
     folder = tmp_path_factory.mktemp("lab")
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())]), folder / "widget.ipynb")
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip())])
+    nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else it asks
+    nbformat.write(nb, folder / "widget.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,7 +77,7 @@ def page(lab):
     with sync_api.sync_playwright() as playwright:
         browser = a_browser(playwright)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(60_000)
         page.goto(lab)
         page.locator(".jp-Cell .cm-content").first.click()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()

@@ -39,9 +39,9 @@ class Block(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def engines(tmp_path_factory):
+def engines(engines_folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_ENGINES", str(tmp_path_factory.mktemp("engines")))
+        patch.setenv("COURSE_ENGINES", str(engines_folder))
         yield
 
 

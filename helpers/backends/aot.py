@@ -6,8 +6,10 @@ Build: the decoder is exported once a phase and batch size and compiled to nativ
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,9 @@ class AotEngine(Engine):
         self.graph_weights = {
             name: [self.weights[w] for w in graph["weights"]] for name, graph in details["graphs"].items()
         }
+        self.num_threads = details["num_threads"]
+        # A CUDA graph of decode reads the whole span, and so does its plain launch; on a CPU two entries are enough.
+        self.one_span = self.span if self.device == "cuda" else self.span[:2]
         self.asynchronous = self.device == "cuda"
         self.lengths: list[int] = []
         self.steps: dict[int, DecodeStep] = {}
@@ -152,17 +157,26 @@ class AotEngine(Engine):
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         self.lengths = [len(p) for p in prompts]
-        rows = []
-        for slot, prompt in enumerate(prompts):
-            tokens = torch.tensor(prompt, device=self.device)
-            if len(prompt) == 1:  # a step of decode from an empty cache; the prefill graph takes two tokens or more
-                arguments = [tokens, tokens * 0, self.span[:2], *self._slots(slot, slot + 1)]
-                rows.append(self._execute("decode_b1", arguments)[0])
-            else:
-                rows.append(self._execute("prefill", [tokens, *(c[slot] for c in self.cache)]))
+        with self._own_threads():
+            rows = [self._prefill_one(slot, torch.tensor(p, device=self.device)) for slot, p in enumerate(prompts)]
         for step in self.steps.values():
             step.start(self.lengths)
         return torch.stack(rows)
+
+    def _prefill_one(self, slot: int, tokens: Tensor) -> Tensor:
+        if len(tokens) == 1:  # a step of decode from an empty cache; the prefill graph takes two tokens or more
+            return self._execute("decode_b1", [tokens, tokens * 0, self.one_span, *self._slots(slot, slot + 1)])[0]
+        return self._execute("prefill", [tokens, *(c[slot] for c in self.cache)])
+
+    @contextlib.contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        """The library products of prefill use as many threads as the generated code was compiled for."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads if self.device == "cpu" else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def decode(self, tokens: Tensor) -> Tensor:
         batch = len(self.lengths)
@@ -226,7 +240,7 @@ class CudaGraphStep(DecodeStep):
 
     def __init__(self, engine: AotEngine, size: int):
         super().__init__(engine, size)
-        stream = torch.cuda.Stream()
+        stream = _side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside the recording, so that lazy initialization is not in it
             self.run(self.graph, [self.tokens, self.positions, self.span, *self.cache])
@@ -240,6 +254,12 @@ class CudaGraphStep(DecodeStep):
         self.tokens[: len(lengths)].copy_(tokens)
         self.recording.replay()
         return self.logits
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all engines: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has seen, for good."""
+    return torch.cuda.Stream()
 
 
 def _convert(recipe: BuildRecipe, checkpoint: models.Checkpoint, device: str, dtype: torch.dtype) -> llama.Weights:

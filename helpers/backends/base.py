@@ -249,9 +249,9 @@ class Engine(ABC):
                 raise
             raise OutOfMemory(
                 f"Out of memory while generating: {str(error).splitlines()[0]}",
-                cause=f"The KV cache is sized for max_batch_size={self.recipe.max_batch_size} and "
-                f"max_seq_len={self.recipe.max_seq_len}.",
-                fix="Close other engines, or build with a smaller max_batch_size or max_seq_len.",
+                cause=f"Weights, KV cache and intermediate results of max_batch_size={self.recipe.max_batch_size} and "
+                f"max_seq_len={self.recipe.max_seq_len} do not fit beside what else is in memory.",
+                fix="Close other engines, send fewer or shorter prompts, or build with smaller limits.",
             ) from error
 
 

@@ -1,0 +1,259 @@
+"""The language model as TensorRT engines: graphs with transformers' tokens, plans that build, a host side that runs.
+
+No GPU that TensorRT for RTX supports was at hand. So the engine's host side runs here against a stand-in for TensorRT's
+execution context: the same calls, answered by ONNX Runtime, which reads and writes the same addresses.
+"""
+
+import ctypes
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this platform")
+
+from helpers import BuildRecipe, SamplingParams, inspect, llama_onnx, load, models, store  # noqa: E402
+from helpers import build as build_engine  # noqa: E402
+from helpers.backends import tensorrt as backend  # noqa: E402
+from helpers.errors import BackendUnavailable, EngineMismatch, LimitError, RecipeError  # noqa: E402
+
+PROMPTS = [
+    "Once upon a time", "One day", "There was a little", "The", "In the", "A small", "Her", "He", "It was a", "They",
+    "Lily", "Tom", "The dog", "The cat", "Every morning", "At night", "Near the", "My", "When the", "She",
+]  # fmt: skip
+RECIPE = BuildRecipe(backend="tensorrt", precision="fp16", max_batch_size=2, max_input_len=16, max_seq_len=64)
+NEW_TOKENS = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines(engines_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_ENGINES", str(engines_folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return models.find("stories")
+
+
+@pytest.fixture(scope="module")
+def sessions(bundled, tmp_path_factory):
+    """Both graphs in fp32, decode for a batch of 1 or 2, in ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("onnx")
+    weights = llama_onnx.load_weights(bundled, torch.float32, RECIPE.max_seq_len)
+    found = {}
+    for graph in backend.GRAPHS:
+        file = folder / f"{graph}.onnx"
+        llama_onnx.export(graph, bundled.config, weights, file, cache_length=RECIPE.max_seq_len, batch_sizes=(1, 2))
+        found[graph] = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(bundled):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(bundled.folder, dtype=torch.float32).eval()
+
+
+class Context:
+    """TensorRT's IExecutionContext as the backend uses it. Shapes outside the profile are refused, as there."""
+
+    def __init__(self, session, limits):
+        self.session, self.limits = session, limits
+        self.shapes, self.addresses = {}, {}
+        self.types = {i.name: i.type for i in session.get_inputs()}
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        least, greatest = self.limits.get(name, (shape, shape))
+        return all(a <= b <= c for a, b, c in zip(least, shape, greatest, strict=True))
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream):
+        feeds = {}
+        for name, kind in self.types.items():
+            dtype = np.int64 if kind == "tensor(int64)" else np.float32
+            feeds[name] = self._view(name, self.shapes[name], dtype).copy()
+        outputs = [o.name for o in self.session.get_outputs()]
+        for name, value in zip(outputs, self.session.run(outputs, feeds), strict=True):
+            self._view(name, value.shape, np.float32)[...] = value
+        return True
+
+    def _view(self, name, shape, dtype):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        buffer = (ctypes.c_char * size).from_address(self.addresses[name])
+        return np.frombuffer(buffer, dtype).reshape(shape)
+
+
+@pytest.fixture
+def engine(bundled, sessions, tmp_path):
+    """The backend's own engine, host side, over the stand-in."""
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    for file in ("config.json", *models.TOKENIZER_FILES):
+        (folder / file).write_bytes((bundled.folder / file).read_bytes())
+    manifest = {"details": {"compute_dtype": "float32"}}
+    facts = {"schema": store.SCHEMA, "recipe": {**RECIPE.to_dict(), "device": "cpu"}}
+    store.write_manifest(folder, facts, {}, manifest["details"])
+    contexts = {"prefill": Context(sessions["prefill"], {"tokens": ((1, 1), (1, 16))})}
+    contexts |= {f"decode_b{b}": Context(sessions["decode"], {"tokens": ((b,), (b,))}) for b in (1, 2)}
+    with backend.TensorRTEngine(folder, manifest, contexts, "cpu") as running:
+        yield running
+
+
+def greedy(reference, ids, count, end):
+    """transformers' own greedy tokens."""
+    out = reference.generate(
+        torch.tensor([ids]),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        attention_mask=torch.ones(1, len(ids)),
+    )
+    found = out[0, len(ids) :].tolist()
+    return found[: found.index(end)] if end in found else found
+
+
+def test_twenty_prompts_give_transformers_tokens(engine, reference, bundled):
+    (end,) = bundled.eos_token_ids()
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+    for pair in zip(PROMPTS[::2], PROMPTS[1::2], strict=True):
+        for answer in engine.generate(list(pair), sampling):
+            assert answer.token_ids == greedy(reference, answer.prompt_token_ids, NEW_TOKENS, end)
+
+
+def test_a_prompt_of_one_token_and_the_last_place_of_the_cache(engine, reference):
+    sampling = SamplingParams(temperature=0.0, max_tokens=RECIPE.max_seq_len - 1, ignore_eos=True)
+    (answer,) = engine.generate([[1]], sampling)
+    assert len(answer.token_ids) == RECIPE.max_seq_len - 1
+    with torch.no_grad():
+        logits = reference(torch.tensor([[1, *answer.token_ids[:-1]]])).logits[0]
+    assert answer.token_ids == logits.argmax(-1).tolist()
+
+
+def test_a_batch_answers_as_each_prompt_alone(engine):
+    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    together = engine.generate(["One day", "The little cat was"], sampling)
+    alone = [engine.generate([p], sampling)[0] for p in ("One day", "The little cat was")]
+    assert [g.token_ids for g in together] == [g.token_ids for g in alone]
+
+
+def test_a_shape_outside_the_profile(engine):
+    with pytest.raises(LimitError, match="outside the profile"):
+        engine.execute("prefill", {"tokens": torch.zeros(1, 17, dtype=torch.long)}, engine.new_outputs(1, 17))
+
+
+@pytest.fixture(scope="module")
+def engine_folder():
+    return build_engine(RECIPE.replace(max_batch_size=1), quiet=True)
+
+
+def test_the_model_builds_as_two_plans(engine_folder):
+    report = inspect(engine_folder)
+    assert report.graphs() == ["prefill", "decode"]
+    for graph in report.graphs():
+        part = report.of(graph)
+        assert len(part.kernels) * 5 < len(part.operations)
+    details = store.read_manifest(engine_folder)["details"]
+    names = [t["name"] for t in details["graphs"]["decode"]["inputs"]]
+    assert names[:4] == ["tokens", "positions", "k0", "v0"]
+    assert details["graphs"]["decode"]["outputs"][0]["dtype"] == "float32"
+
+
+def test_tensorrt_finds_the_attention_and_joins_the_projections(engine_folder, bundled):
+    decode = inspect(engine_folder).of("decode")
+    attention = [k for k in decode.kernels if "mha" in k.name]
+    assert len(attention) == bundled.config.num_hidden_layers
+    assert any(len([s for s in k.details["steps"] if s.startswith("node_linear")]) > 1 for k in decode.kernels)
+
+
+def test_every_node_of_the_model_is_accounted_for_once(engine_folder):
+    report = inspect(engine_folder)
+    for graph in report.graphs():
+        part = report.of(graph)
+        placed = [name for kernel in part.kernels for name in kernel.fused]
+        assert len(placed) == len(set(placed))
+        gone = {name.partition("/")[2] for name in part.removed}
+        assert {o.name for o in part.operations} == set(placed) | (gone & {o.name for o in part.operations})
+        nodes = [node for kernel in part.kernels for node in kernel.details["nodes"]]
+        assert len(nodes) == len(set(nodes))
+        named = {o.node for o in part.operations if o.node}
+        dissolved = {o.node for o in part.operations if o.node and o.name in gone}
+        assert named == set(nodes) | dissolved
+
+
+def test_operations_lead_back_to_the_decoder(engine_folder):
+    files = {o.source.partition(":")[0] for o in inspect(engine_folder).operations if o.source}
+    assert files == {"llama_onnx.py"}  # torch.export notes the lines of `forward`, not of the methods it calls
+
+
+def test_a_second_build_is_a_hit_and_loading_is_refused_in_tensorrts_words(engine_folder):
+    assert build_engine(RECIPE.replace(max_batch_size=1), quiet=True) == engine_folder
+    if torch.cuda.is_available():
+        pytest.skip("this machine has an NVIDIA driver")
+    with pytest.raises(BackendUnavailable, match="cudaError 35"):
+        load(engine_folder)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A two-layer Llama of random weights."""
+    folder = tmp_path_factory.mktemp("small")
+    config = json.loads((models.BUNDLED / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "vocab_size": 256}))
+    return f"dummy:{folder}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4", "fp8"])
+def test_every_precision_builds_the_model(small, precision):
+    recipe = RECIPE.replace(model=small, max_batch_size=1, precision=precision)
+    report = inspect(build_engine(recipe, quiet=True))
+    constants = {t["dtype"] for k in report.kernels for t in k.details["constants"]}
+    wanted = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
+    assert wanted.get(precision, precision) in constants
+
+
+def test_int8_plans_are_smaller_than_fp16s(small):
+    sizes = {}
+    for precision in ("fp16", "int8"):
+        report = inspect(build_engine(RECIPE.replace(model=small, max_batch_size=1, precision=precision), quiet=True))
+        sizes[precision] = report.sizes["decode.plan"]
+    assert sizes["int8"] < sizes["fp16"]
+
+
+@pytest.mark.parametrize("changes", [{"options": {"profiles": []}}, {"fusion": {"qkv": False}}, {"options": {"x": 1}}])
+def test_what_a_language_model_fixes_itself_is_refused(changes):
+    with pytest.raises(RecipeError) as caught:
+        backend.options_of(RECIPE.replace(**changes))
+    assert caught.value.fix
+
+
+def test_a_modules_engine_answers_no_prompts():
+    from helpers.tensorrt_builder import build_module
+
+    folder = build_module(torch.nn.Linear(64, 64), (torch.randn(1, 64),), quiet=True)
+    with pytest.raises(EngineMismatch, match="holds a module"):
+        load(folder)
+
+
+@pytest.mark.slow
+def test_tinyllamas_shape_builds(tmp_path):
+    """1.1 billion dummy weights; ONNX beyond 2 GB keeps them in a file of its own."""
+    config = json.loads((models.BUNDLED / "config.json").read_text())
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 2048}
+    shape |= {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config | shape))
+    recipe = BuildRecipe(f"dummy:{tmp_path}", "tensorrt", "fp16", max_input_len=256, max_seq_len=512)
+    folder = build_engine(recipe)
+    manifest = store.read_manifest(folder)
+    assert sum(manifest["seconds"].values()) < 600
+    assert inspect(folder).sizes["decode.plan"] > 2.1e9
+    store.remove(folder)
