@@ -163,7 +163,8 @@ class InductorRecorder:
         names = sorted({o.name for m in members for o in _origins(m) if self._is_work(o)})
         ops = sorted({_op_name(o) for m in members for o in _origins(m) if self._is_work(o)})
         extern = any(type(m).__name__ == "ExternKernelSchedulerNode" for m in members)
-        nothing = all(type(m).__name__ == "NopKernelSchedulerNode" for m in members)
+        # Taking one result of a call that has several is scheduled like a call, and does nothing either.
+        nothing = not names or all(type(m).__name__ == "NopKernelSchedulerNode" for m in members)
         kind = "nothing" if nothing else "library" if extern else "generated"
         dtype = next((str(m.node.get_dtype()).removeprefix("torch.") for m in members if _has_dtype(m)), "")
         return Kernel(self.graph, "_".join(["fused", *ops])[:120], kind, tuple(names), dtype)

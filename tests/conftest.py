@@ -36,6 +36,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Two threads that spin for a core which another job holds make torch ten times slower; one is never much worse."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 # ---- engines ----------------------------------------------------------------------------------------------
 
 
