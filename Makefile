@@ -79,13 +79,21 @@ check:
 # taken (CPU or CUDA) is for this environment's pip configuration to say, and each brings its own libraries.
 RESOLVE := $(TOOLS)/bin/uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.10 --upgrade
 PLAIN   := sed -E -e '/^(nvidia|cuda|triton)(-[a-z0-9-]*)?==/d' -e 's/^(torch==[0-9.]+)\+[a-z0-9.]+/\1/'
+# TensorRT-LLM's torch is the build for CUDA 13, which is on PyTorch's own index and pins its own CUDA libraries.
+CUDA13  := sed -E '/^(cuda-toolkit|nvidia-(cublas|cuda-[a-z]+|cudnn|cufft|cufile|curand|cusolver|cusparse|cusparselt|nccl|nvjitlink|nvshmem|nvtx)(-cu1[23])?)==/d'
 
 constraints: ## resolve the newest versions anew and write constraints/
 	@$(TOOLS)/bin/uv --version >/dev/null 2>&1 || \
 	  { $(PYTHON) -m venv --clear $(TOOLS) && $(TOOLS)/bin/python -m pip install --quiet uv; }
 	$(RESOLVE) pyproject.toml --extra test --extra browser -o $(TOOLS)/course.txt
 	$(RESOLVE) constraints/oldest.in -o $(TOOLS)/oldest.txt
+	$(RESOLVE) --config-file constraints/nvidia.toml constraints/trtllm.in -o $(TOOLS)/trtllm.txt
+	$(RESOLVE) constraints/vllm.in -o $(TOOLS)/vllm.txt
 	@{ echo '# Written by `make constraints` from pyproject.toml, for Python 3.10 to 3.13.'; \
 	  $(PLAIN) $(TOOLS)/course.txt; } > constraints/course.txt
 	@{ echo '# Written by `make constraints` from oldest.in, for Python 3.10 to 3.12.'; \
 	  $(PLAIN) $(TOOLS)/oldest.txt; } > constraints/oldest.txt
+	@{ echo '# Written by `make constraints` from trtllm.in and nvidia.toml, for Python 3.10 and 3.12 on Linux.'; \
+	  $(CUDA13) $(TOOLS)/trtllm.txt; } > constraints/trtllm.txt
+	@{ echo '# Written by `make constraints` from vllm.in, for Python 3.10 to 3.13 on Linux.'; \
+	  cat $(TOOLS)/vllm.txt; } > constraints/vllm.txt
