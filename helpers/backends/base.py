@@ -217,13 +217,16 @@ class Engine(ABC):
             if all(s.finish_reason for s in sequences):
                 return
             if self.closed or self._request != mine:  # only a stream can be overtaken
-                raise InputError(
-                    f"This stream cannot go on: its engine {'is closed' if self.closed else 'answers another prompt'}.",
-                    cause="An engine has one KV cache; each request starts it anew.",
-                    fix="Read a stream to its end before the next request, or give all prompts to generate at once.",
-                )
+                raise self._overtaken()
             if not early:
                 logits = self._guarded(self.decode, tokens)
+
+    def _overtaken(self) -> InputError:
+        return InputError(
+            f"This stream cannot go on: its engine {'is closed' if self.closed else 'answers another prompt'}.",
+            cause="An engine has one KV cache; each request starts it anew.",
+            fix="Read a stream to its end before the next request, or give all prompts to generate at once.",
+        )
 
     def fetch(self, tokens: Tensor) -> Callable[[], list[int]]:
         """Begin to bring token ids [B] to the host; call the result to wait for them."""

@@ -1,0 +1,118 @@
+"""An engine that answers in a worker process, under another environment's Python: what TensorRT-LLM and vLLM share.
+
+The worker's module serves these calls (see worker.py):
+
+    generate(prompts, sampling)   yields, after each step, a list of [sequence, token id, seconds since the request];
+                                  returns {"seconds": [of each sequence, from the request to its end]}
+    logits(prompt)                scores [V] after the prompt, as a list; refuses if the library gives none
+    memory()                      {"host": bytes, "device": bytes}: the most that its process has held
+
+Tokens, text, limits, stopping and metrics are those of base.py, so they mean the same for every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..recipe import BuildRecipe
+from ..sampling import SamplingParams
+from .base import Engine, _Sequence
+from .worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+TIME_LIMIT_S = 3600.0  # of one request
+
+
+class RemoteEngine(Engine):
+    """The face over a worker that generates by itself. It owns the worker, and ends it when it is closed."""
+
+    def __init__(
+        self,
+        recipe: BuildRecipe,
+        tokenizer: Tokenizer | None,
+        end_ids: tuple[int, ...],
+        vocab_size: int,
+        worker: Worker,
+    ):
+        super().__init__(recipe, tokenizer, end_ids, vocab_size)
+        self.worker = worker
+        self._events: Iterator[Any] = iter(())  # of the request that the worker is busy with
+
+    def logits(self, prompt: str | Sequence[int]) -> Tensor:
+        import torch
+
+        ids = self.tokenize(prompt)
+        self._check_limits([ids], SamplingParams(max_tokens=1))
+        self._finish()
+        return torch.tensor(self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids))
+
+    def memory(self) -> dict[str, int]:
+        """The most bytes that the worker has held so far, on the host and on the GPU."""
+        self._finish()
+        return self.worker.call("memory")
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        raise self._no_steps()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        raise self._no_steps()
+
+    def release(self) -> None:
+        self.worker.close()
+
+    def _run(self, sequences: list[_Sequence], sampling: SamplingParams) -> Iterator[int]:
+        """As in base.py, but the loop runs in the worker: each step's tokens arrive as one event."""
+        self._finish()
+        self._request += 1
+        mine = self._request
+        events = self._events = self.worker.stream(
+            "generate",
+            time_limit=TIME_LIMIT_S,
+            prompts=[s.prompt for s in sequences],
+            sampling={**asdict(sampling), "end_ids": list(self.end_ids)},
+        )
+        try:
+            step = 0
+            while True:
+                try:
+                    tokens = next(events)
+                except StopIteration as done:
+                    self._close_sequences(sequences, done.value)
+                    return
+                for index, token, seconds in tokens:
+                    if not sequences[index].finish_reason:
+                        sequences[index].accept(token, seconds, sampling, self.end_ids)
+                yield step
+                step += 1
+                if self.closed or self._request != mine:
+                    raise self._overtaken()
+        finally:
+            if not self.closed:  # a stream that nobody reads on still runs in the worker; the next request waits for it
+                for _ in events:
+                    pass
+
+    def _close_sequences(self, sequences: list[_Sequence], ended: dict[str, Any]) -> None:
+        """A sequence that the worker ended before max_tokens met an end token that it did not hand out."""
+        for sequence, seconds in zip(sequences, ended["seconds"], strict=True):
+            sequence.finish_reason = sequence.finish_reason or "stop"
+            if not sequence.times:
+                sequence.times.append(seconds)
+
+    def _finish(self) -> None:
+        for _ in self._events:
+            pass
+
+    def _no_steps(self) -> InputError:
+        return InputError(
+            f"Backend {self.recipe.backend!r} hands out no single steps.",
+            cause="Its library runs prefill, decode and sampling itself, and batches as it sees fit.",
+            fix="Use generate or stream; for prefill and decode one by one, an engine of backend 'aot'.",
+        )
