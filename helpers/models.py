@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 BUNDLED = Path(__file__).parent / "stories" / "checkpoint"
+SHAPES = Path(__file__).parent / "shapes"  # configurations of public models, for dummy weights: dummy:tinyllama-1.1b
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = {  # and what each needs
     "default": (),
@@ -105,11 +106,14 @@ class ModelConfig:
 
 def find(name: str) -> Checkpoint:
     """The checkpoint that `name` means: "stories", a folder, a Hub id that is already in the local Hub cache,
-    or "dummy:" before any of these. Nothing is downloaded. Raises ModelError."""
+    or "dummy:" before any of these or before a folder's name in helpers/shapes. Nothing is downloaded.
+    Raises ModelError."""
     dummy = name.startswith("dummy:")
     plain = name.removeprefix("dummy:")
     if plain == "stories":
         folder = BUNDLED
+    elif dummy and plain in {shape.name for shape in SHAPES.iterdir()}:
+        folder = SHAPES / plain
     elif _is_folder(plain):
         folder = Path(plain).expanduser().resolve()
     elif plain.count("/") == 1 and not plain.startswith((".", "/", "~")):

@@ -25,11 +25,13 @@ class Metrics:
     ttft_s  from the request to its first token (time to first token)
     tpot_s  (e2e_s - ttft_s) / (output tokens - 1), time per output token; 0.0 for a single token
     e2e_s   from the request to its last token
+    gaps_s  between each token and the one before it, as the caller sees them (inter-token latency)
     """
 
     ttft_s: float
     tpot_s: float
     e2e_s: float
+    gaps_s: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class _Sequence:
 
     def metrics(self) -> Metrics:
         first, last = self.times[0], self.times[-1]
-        return Metrics(first, (last - first) / max(1, len(self.times) - 1), last)
+        gaps = tuple(later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
+        return Metrics(first, (last - first) / max(1, len(self.times) - 1), last, gaps)
 
 
 class Engine(ABC):
