@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ..errors import BackendUnavailable
 
-MODULES = {"aot": "aot", "pytorch": "pytorch", "tensorrt": "tensorrt", "torch_compile": "pytorch"}
+MODULES = {"aot": "aot", "pytorch": "pytorch", "tensorrt": "tensorrt", "torch_compile": "pytorch", "vllm": "vllm"}
 
 
 def module(backend: str) -> ModuleType:

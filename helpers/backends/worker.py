@@ -116,6 +116,7 @@ class Worker:
 
     def kill(self) -> None:
         if self._process.poll() is None:
+            _kill_children(self._process.pid)
             self._process.kill()
         self._process.wait()
 
@@ -226,7 +227,18 @@ def _listen(requests: queue.Queue[str]) -> None:
     """Pass on the lines of standard input. Its end means that the parent closed us or is gone: end at once."""
     for line in sys.stdin:
         requests.put(line)
+    _kill_children(os.getpid())
     os._exit(0)
+
+
+def _kill_children(pid: int) -> None:
+    """vLLM and MPI start processes of their own, which would live on and hold the GPU's memory."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 if __name__ == "__main__":
