@@ -19,7 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-BACKENDS = ("aot", "pytorch", "torch_compile", "tensorrt", "tensorrt_llm", "vllm")
+BACKENDS = ("aot", "pytorch", "torch_compile", "tensorrt", "tensorrt_llm", "tensorrt_llm_pytorch", "vllm")
 COMPILED = ("aot", "tensorrt", "tensorrt_llm")  # these leave an engine on disk; the others only hold a recipe
 PRECISIONS = {  # what each backend can build; issue text and README table say the same
     "aot": ("fp32", "bf16", "fp16", "int8"),
@@ -27,6 +27,7 @@ PRECISIONS = {  # what each backend can build; issue text and README table say t
     "torch_compile": ("fp32", "bf16", "fp16"),
     "tensorrt": ("fp32", "bf16", "fp16", "int8", "int4", "fp8"),
     "tensorrt_llm": ("fp32", "bf16", "fp16", "int8", "int4", "fp8"),
+    "tensorrt_llm_pytorch": ("bf16", "fp16"),
     "vllm": ("fp32", "bf16", "fp16", "fp8"),
 }
 DEVICES = ("auto", "cpu", "cuda")
@@ -57,7 +58,7 @@ class BuildRecipe:
     device              "cpu", "cuda", or "auto": cuda where there is one
     batch_sizes         the batch sizes that get a decode graph of their own; empty: 1 and max_batch_size
     num_threads         CPU threads that the kernels are compiled for; 0: chosen from the weights' size
-    options             settings that only this backend has, in its own words
+    options             settings that only this backend has, in its own words; in a file, the section named after it
 
     Raises RecipeError with the field, the value and what is allowed.
     """
@@ -100,6 +101,10 @@ class BuildRecipe:
         for size in self.batch_sizes:
             if size < 1 or size > self.max_batch_size:
                 raise _wrong("batch_sizes", size, f"sizes from 1 to max_batch_size ({self.max_batch_size})")
+        if self.backend.startswith("tensorrt_llm"):
+            from .backends import tensorrt_llm_options
+
+            tensorrt_llm_options.check(self)
 
     @property
     def decode_batch_sizes(self) -> tuple[int, ...]:
@@ -128,7 +133,17 @@ class BuildRecipe:
 
 
 def from_dict(fields: dict[str, Any]) -> BuildRecipe:
-    """A recipe from plain values, as a TOML file or a manifest holds them."""
+    """A recipe from plain values, as a TOML file or a manifest holds them. A section that is named after the backend
+    holds its options."""
+    sections = [name for name in fields if name in BACKENDS]
+    for name in sections:
+        if name != fields.get("backend", BuildRecipe.backend) or "options" in fields:
+            raise RecipeError(
+                f"Section [{name}] does not belong in this recipe.",
+                cause=f"It holds options of backend {name!r}; the recipe names another one, or has options already.",
+                fix="Leave one of the two out.",
+            )
+        fields = {**{k: v for k, v in fields.items() if k != name}, "options": fields[name]}
     return _from_fields(BuildRecipe, fields)
 
 
@@ -156,6 +171,7 @@ def write(recipe: BuildRecipe, path: str | Path) -> Path:
     """Write a recipe as TOML; `read` gives back an equal one."""
     tables = {key: value for key, value in recipe.to_dict().items() if isinstance(value, dict)}
     lines = [f"{key} = {_toml(value)}" for key, value in recipe.to_dict().items() if key not in tables]
+    tables[recipe.backend] = tables.pop("options")
     for name, table in tables.items():
         if table:
             lines += ["", f"[{name}]", *(f"{_key(key)} = {_toml(value)}" for key, value in table.items())]

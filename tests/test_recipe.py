@@ -87,7 +87,8 @@ def test_reading_what_was_written_gives_the_same_recipe(recipe, tmp_path):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
 def test_every_recipe_file_reads_and_begins_with_a_comment(path):
     recipe = recipes.read(path)
-    assert path.stem == f"{recipe.short_name.split('-')[0].lower()}-{recipe.precision}"
+    backend = "" if recipe.backend == "aot" else f"{recipe.backend}-"
+    assert path.stem == f"{recipe.short_name.split('-')[0].lower()}-{backend}{recipe.precision}"
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
