@@ -1,4 +1,4 @@
-"""The course from a terminal: helpers build, list, inspect, generate, remove, download, bench, run."""
+"""The course from a terminal: helpers build, list, inspect, generate, remove, download, bench, run, doctor, env."""
 
 from __future__ import annotations
 
@@ -75,6 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("build"))
     command.add_argument("--update", action="store_true", help="write the outputs back into notebooks/")
     command.set_defaults(run=_run)
+
+    command = commands.add_parser("doctor", help="is this machine ready? each check with the step that mends it")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=_doctor)
+
+    command = commands.add_parser("env", help="the environments of TensorRT-LLM and vLLM")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("create", help="check this machine, then install from the lock in constraints/")
+    action.add_argument("name", choices=["trtllm", "vllm"])
+    action.add_argument("--python", default="", help="the Python to make it with")
+    action.set_defaults(run=_env_create)
+    action = actions.add_parser("list", help="which are there, and where")
+    action.set_defaults(run=_env_list)
     return parser
 
 
@@ -209,3 +222,22 @@ def _run(settings: argparse.Namespace) -> int:
     from . import notebooks
 
     return notebooks.main(settings.notebooks, settings.out, update=settings.update)
+
+
+def _doctor(settings: argparse.Namespace) -> int:
+    from . import doctor
+
+    return doctor.main(as_json=settings.json)
+
+
+def _env_create(settings: argparse.Namespace) -> None:
+    from . import environments
+
+    environments.create(settings.name, python=settings.python)
+
+
+def _env_list(_: argparse.Namespace) -> None:
+    from . import environments
+
+    for name, version, where in environments.describe():
+        print(f"{name:<8} {version:<10} {where}")
