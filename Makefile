@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.set-up
 QUIET  := $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-oldest lab lint format constraints clean check
+.PHONY: help setup run test test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -29,6 +29,12 @@ test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
 
 test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported versions (Python 3.10 or 3.12)
 	$(OLDEST)/bin/python -m pytest tests
+
+gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course there; report in build/gpu-check/
+	$(PY) -m helpers gpu-check
+
+doctor: $(STAMP) ## is this machine ready? each check with the step that mends it
+	$(PY) -m helpers doctor
 
 lab: $(STAMP) ## open the course in JupyterLab
 	$(PY) -m jupyterlab notebooks/00_start_here.ipynb

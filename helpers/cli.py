@@ -1,4 +1,5 @@
-"""The course from a terminal: helpers build, list, inspect, generate, remove, download, bench, run, doctor, env."""
+"""The course from a terminal: helpers build, list, inspect, generate, remove, download, bench, run, doctor, env,
+gpu-check."""
 
 from __future__ import annotations
 
@@ -63,6 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--input", type=int, default=16, help="tokens in")
     command.add_argument("--output", type=int, default=64, help="tokens out")
     command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--max-batch", type=int, default=4, help="with the next two: the limits that engines get")
+    command.add_argument("--max-input", type=int, default=64)
+    command.add_argument("--max-seq", type=int, default=256)
+    command.add_argument("--graphs", default="", help="batch sizes that get a decode graph beside 1 and the largest")
+    command.add_argument(
+        "--start-together",
+        action="store_true",
+        help="build and start all at once; quicker with many cores, but build and start times disturb each other",
+    )
     command.add_argument("--threads", type=int, default=0, help="CPU threads, for all alike; 0 chooses")
     command.add_argument("--out", type=Path, help="write the record here, as JSON")
     command.add_argument(
@@ -88,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     action.set_defaults(run=_env_create)
     action = actions.add_parser("list", help="which are there, and where")
     action.set_defaults(run=_env_list)
+
+    command = commands.add_parser("gpu-check", help="on a machine with a GPU: run all of the course and report on it")
+    command.add_argument("--only", default="doctor,tests,notebooks,bench", help="some of these parts")
+    command.add_argument("--out", type=Path, default=Path("build/gpu-check"))
+    command.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds for all of it")
+    command.set_defaults(run=_gpu_check)
     return parser
 
 
@@ -193,28 +209,30 @@ def _download(settings: argparse.Namespace) -> None:
 
 
 def _bench(settings: argparse.Namespace) -> int:
-    from . import benchmark, report
+    from . import benchmark, comparison, records
 
     if settings.compare:
         first, second = settings.compare
-        print(report.compare(benchmark.read(first), benchmark.read(second), (first.stem, second.stem)))
+        print(comparison.compare(records.read(first), records.read(second), (first.stem, second.stem)))
         return 0
     batches = benchmark.batch_sizes(settings.batch)
-    workload = benchmark.Workload(
+    workload = records.Workload(
         settings.model,
         settings.input,
         settings.output,
         settings.repeats,
         threads=settings.threads,
-        max_batch_size=max(4, *batches),
-        max_input_len=max(64, settings.input),
-        max_seq_len=max(256, settings.input + settings.output),
+        max_batch_size=max(settings.max_batch, *batches),
+        max_input_len=max(settings.max_input, settings.input),
+        max_seq_len=max(settings.max_seq, settings.input + settings.output),
+        decode_graphs=tuple(benchmark.batch_sizes(settings.graphs)) if settings.graphs else (),
+        start_together=settings.start_together,
     )
-    keep = (lambda record: benchmark.save(record, settings.out)) if settings.out else None
+    keep = (lambda record: records.save(record, settings.out)) if settings.out else None
     record = benchmark.run(workload, settings.backends.split(","), batches, keep=keep)
     for size in record.batch_sizes:
-        print(f"\n{report.benchmark(record, size)}")
-    print(f"\n{report.formulas()}")
+        print(f"\n{comparison.table(record, size)}")
+    print(f"\n{comparison.formulas()}")
     return 0 if all(row.status != "failed" for row in record.rows) else 1
 
 
@@ -241,3 +259,9 @@ def _env_list(_: argparse.Namespace) -> None:
 
     for name, version, where in environments.describe():
         print(f"{name:<8} {version:<10} {where}")
+
+
+def _gpu_check(settings: argparse.Namespace) -> int:
+    from . import gpu_check
+
+    return gpu_check.main(settings.only.split(","), settings.out, settings.time_limit)
