@@ -101,6 +101,9 @@ def _check_machine(folder: Path, manifest: dict) -> None:
     built = manifest["identity"]
     if built["recipe"]["backend"] == "tensorrt":
         return  # TensorRT itself judges, when it loads the engine
+    if built["recipe"]["backend"] == "tensorrt_llm":
+        backends.module("tensorrt_llm").check_machine(folder, manifest)
+        return
     here = hardware.describe(built["recipe"]["device"])
     found = {"architecture": here.architecture, **hardware.versions()}
     wanted = {"architecture": built["architecture"], **built["versions"]}

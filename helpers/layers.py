@@ -130,6 +130,23 @@ def account(
     return operations, kernels, removed
 
 
+def by_name(graph: str, layers: list[Layer]) -> tuple[list[Operation], list[Kernel]]:
+    """The report of an engine whose network is not at hand, such as TensorRT-LLM's: a merged layer's name lists its
+    parts, joined by " + ", and these stand for the operations. What TensorRT removed is not in it.
+
+    An operation's kind is the end of its name: ".../attention/qkv/PLUGIN_V2_Gemm_0" is a plugin_v2_gemm.
+    """
+    operations: dict[str, Operation] = {}
+    kernels = []
+    for index, layer in enumerate(layers):
+        parts = tuple(steps(layer.name)) or (layer.name,)
+        kernels.append(_kernel(graph, index, layer, parts, dict.fromkeys(layer.nodes, index)))
+        for part in parts:
+            op = part.rpartition("/")[2].rstrip("0123456789").rstrip("_").lower() or part
+            operations.setdefault(part, Operation(graph, part, op, kernels[-1].dtype))
+    return list(operations.values()), kernels
+
+
 def _kernel(graph: str, index: int, layer: Layer, fused: tuple[str, ...], first: dict[str, int]) -> Kernel:
     written = next((t.dtype for t in (*layer.outputs, *layer.inputs)), "")
     details = {

@@ -28,6 +28,7 @@ SCHEMA = 1
 # A change in these files changes what is compiled, so it makes earlier engines another engine's.
 SOURCES = {
     "aot": ("llama.py", "backends/aot.py"),
+    "tensorrt_llm": ("backends/tensorrt_llm.py", "backends/tensorrt_llm_worker.py", "backends/tensorrt_llm_options.py"),
     "tensorrt": ("llama.py", "llama_onnx.py", "onnx_export.py", "layers.py", "tensorrt_api.py", "backends/tensorrt.py"),
 }
 
@@ -41,7 +42,8 @@ def root() -> Path:
 
 def identity(recipe: BuildRecipe, checkpoint: models.Checkpoint) -> dict[str, Any]:
     """All that an engine depends on. Two builds with equal identities are the same engine."""
-    machine = hardware.describe(recipe.device)
+    remote = recipe.backend == "tensorrt_llm"  # it has another PyTorch: that one knows the GPU, ours may not
+    machine = hardware.describe("auto" if remote else recipe.device)
     fields = recipe.to_dict()
     fields["device"] = machine.device
     fields["batch_sizes"] = list(recipe.decode_batch_sizes)
@@ -58,7 +60,12 @@ def identity(recipe: BuildRecipe, checkpoint: models.Checkpoint) -> dict[str, An
         "versions": hardware.versions(),
         "source": _source_digest(recipe.backend),
     }
-    if recipe.backend == "tensorrt":  # its engines depend on TensorRT's version, not on this processor
+    if remote:
+        from .backends import tensorrt_llm
+
+        fields["device"], fields["batch_sizes"] = "cuda", []
+        facts |= tensorrt_llm.identity()
+    elif recipe.backend == "tensorrt":  # its engines depend on TensorRT's version, not on this processor
         from . import tensorrt_builder
 
         facts |= tensorrt_builder.machine_facts(recipe.options.get("provider", "tensorrt_rtx"))
@@ -124,11 +131,13 @@ def building(name: str) -> Iterator[Path]:
 
 def write_manifest(folder: Path, facts: dict[str, Any], seconds: dict[str, float], details: dict[str, Any]) -> None:
     """Seal a finished build: every file's size and hash, and where, when and from what it was made."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+    found = details.pop("hardware", None) or asdict(hardware.describe(facts["recipe"]["device"]))
     manifest = {
         "identity": facts,
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": asdict(hardware.describe(facts["recipe"]["device"])),
+        "hardware": found,
         "compiler": hardware.compiler_version(),
         "seconds": {phase: round(took, 3) for phase, took in seconds.items()},
         "details": details,
@@ -222,7 +231,7 @@ def recipe_of(folder: Path) -> BuildRecipe:
 
 def size(folder: Path) -> int:
     """Bytes of all files of an engine."""
-    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def _discard(folder: Path) -> None:

@@ -29,6 +29,30 @@ KNOWN: tuple[tuple[str, type[CourseError], str, str], ...] = (
         "Build the engine again here.",
     ),
     (
+        "IPluginCreator not found",
+        BackendUnavailable,
+        "The plan holds plugins, such as TensorRT-LLM's, and the library that has them is not loaded.",
+        "Load an engine of TensorRT-LLM with load(folder): its worker imports tensorrt_llm, which brings them.",
+    ),
+    (
+        "stdVersionRead == kSERIALIZATION_VERSION",
+        EngineMismatch,
+        "The plan was written by another version of TensorRT.",
+        "Build the engine again here.",
+    ),
+    (
+        "not compatible with this version of TensorRT",
+        EngineMismatch,
+        "The plan was written by another version of TensorRT.",
+        "Build the engine again here.",
+    ),
+    (
+        "expecting compute",
+        EngineMismatch,
+        "A plan is native code for one GPU architecture, and this GPU has another.",
+        "Build the engine again here.",
+    ),
+    (
         "Serialization assertion",
         EngineCorrupt,
         "The plan file was cut or changed after the build.",
@@ -152,6 +176,22 @@ def load(plan: str, provider: str) -> dict[str, Any]:
     if engine is None:
         raise explain(log.errors(), f"Engine {Path(plan).name!r} cannot be loaded.")
     return {"layers": engine.num_layers, "profiles": engine.num_optimization_profiles, "version": trt.__version__}
+
+
+def inspect(plan: str, provider: str, plugins: str = "") -> dict[str, Any]:
+    """EngineInspector's JSON of a plan file, and its number of layers. Needs a GPU that the engine runs on.
+
+    plugins: a package whose import registers the plugins in the plan; TensorRT cannot read it without them.
+    Importing tensorrt_llm loads libnvinfer_plugin_tensorrt_llm.so and calls its initTrtLlmPlugins (plugin/plugin.py).
+    """
+    trt = load_provider(provider)
+    if plugins:
+        load_provider(plugins)
+    engine, log = deserialize(trt, plan)
+    if engine is None:
+        raise explain(log.errors(), f"Engine {Path(plan).name!r} cannot be loaded.")
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return {"inspector": text, "layers": engine.num_layers}
 
 
 def deserialize(trt: ModuleType, plan: str | Path) -> tuple[Any, Any]:
@@ -330,4 +370,4 @@ def memory() -> float:
 
 
 warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT's own notes to its maintainers
-CALLS = {"build": build, "load": load, "version": version, "crash": crash, "memory": memory}
+CALLS = {"build": build, "inspect": inspect, "load": load, "version": version, "crash": crash, "memory": memory}
