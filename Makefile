@@ -31,7 +31,7 @@ test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported v
 	$(OLDEST)/bin/python -m pytest tests
 
 gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course there; report in build/gpu-check/
-	$(PY) -m helpers gpu-check $(if $(ONLY),--only $(ONLY))
+	$(PY) -m helpers gpu-check $(if $(ONLY),--only '$(ONLY)')
 
 doctor: $(STAMP) ## is this machine ready? each check with the step that mends it
 	$(PY) -m helpers doctor
