@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
 
 if TYPE_CHECKING:
     from .backends.base import Engine
     from .sampling import SamplingParams
 
 _engine: Engine
+
+
+def build(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Build the engine of a recipe, or find it built; how long that took when it was done, and its size."""
+    from . import engine, store
+    from .recipe import from_dict
+
+    folder = engine.build(from_dict(recipe), quiet=True)
+    return {"seconds": sum(store.read_manifest(folder)["seconds"].values()), "bytes": store.size(folder)}
 
 
 def load(recipe: dict[str, Any], threads: int, cache: str) -> dict[str, Any]:
@@ -30,47 +42,52 @@ def load(recipe: dict[str, Any], threads: int, cache: str) -> dict[str, Any]:
     start = time.perf_counter()
     _engine = engine.load(from_dict(recipe))
     seconds = time.perf_counter() - start
-    return {"load_s": seconds, "versions": {"python": sys.version.split()[0], **hardware.versions()}}
+    versions = getattr(_engine, "versions", None) or {"python": sys.version.split()[0], **hardware.versions()}
+    return {"load_s": seconds, "versions": versions}
 
 
-def check(prompts: list[list[int]], output_len: int) -> dict[str, Any]:
-    """The first request of all, timed apart: its tokens, then the logits after the first prompt."""
+def check(prompts: list[list[int]], output_len: int, logits: bool) -> dict[str, Any]:
+    """The first request at a batch size, timed apart: its tokens, then, if asked, the logits after the first prompt."""
     start = time.perf_counter()
     answers = _engine.generate(prompts, _greedy(output_len))
     seconds = time.perf_counter() - start
-    logits = [round(value, 6) for value in _engine.logits(prompts[0]).tolist()]
-    return {"tokens": answers[0].token_ids, "logits": logits, "seconds": seconds}
+    found = None
+    if logits:
+        with contextlib.suppress(InputError):  # some backends hand out none
+            found = [round(value, 6) for value in _engine.logits(prompts[0]).tolist()]
+    return {"tokens": answers[0].token_ids, "logits": found, "seconds": seconds, "host_bytes": _host_bytes()}
 
 
-def measure(prompts: list[list[int]], output_len: int, stream: bool) -> dict[str, Any]:
-    """One batch, timed; with `stream` the first prompt once more, as a stream, for the gaps between its tokens."""
-    metrics = _engine.generate(prompts, _greedy(output_len))[0].metrics
-    gaps: list[float] = []
-    if stream:
-        at = [token.elapsed_s for token in _engine.stream(prompts[0], _greedy(output_len))]
-        gaps = [later - earlier for earlier, later in zip(at, at[1:], strict=False)]
-    return {**asdict(metrics), "itl_s": gaps}
+def measure(prompts: list[list[int]], output_len: int) -> dict[str, Any]:
+    """One batch, timed: TTFT and TPOT are means over its requests, E2E the last one's, the gaps the first one's."""
+    answers = _engine.generate(prompts, _greedy(output_len))
+    metrics = [answer.metrics for answer in answers]
+    return {
+        "ttft_s": statistics.fmean(m.ttft_s for m in metrics),
+        "tpot_s": statistics.fmean(m.tpot_s for m in metrics),
+        "e2e_s": max(m.e2e_s for m in metrics),
+        "itl_s": [round(gap, 7) for gap in metrics[0].gaps_s],
+    }
 
 
-def memory() -> dict[str, int]:
-    """Most bytes that this process has held, on the host and on the GPU."""
-    import torch
+def _host_bytes() -> int:
+    """Most bytes that the engine's process has held: this one, or the worker that a remote engine answers in."""
+    from .backends.remote import RemoteEngine
 
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"host": peak_host_bytes(), "device": torch.cuda.max_memory_reserved() if on_gpu else 0}
+    return _engine.memory()["host"] if isinstance(_engine, RemoteEngine) else peak_host_bytes()
 
 
-def peak_host_bytes() -> int:
+def peak_host_bytes(pid: int | str = "self") -> int:
     """On Linux from /proc: getrusage would count what the parent held when it started this process."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass  # not Linux
     import psutil
 
-    info = psutil.Process().memory_info()
+    info = psutil.Process(None if pid == "self" else int(pid)).memory_info()
     return getattr(info, "peak_wset", info.rss)  # Windows counts the peak; elsewhere it is what is held now
 
 
@@ -80,4 +97,4 @@ def _greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
 
-CALLS = {"load": load, "check": check, "measure": measure, "memory": memory}
+CALLS = {"build": build, "load": load, "check": check, "measure": measure}

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .backends.base import Engine
-    from .benchmark import Record
     from .inspection import EngineReport
     from .models import ModelConfig
     from .recipe import BuildRecipe
+    from .records import Record
     from .sampling import SamplingParams
 
 

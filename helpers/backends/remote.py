@@ -34,6 +34,8 @@ TIME_LIMIT_S = 3600.0  # of one request
 class RemoteEngine(Engine):
     """The face over a worker that generates by itself. It owns the worker, and ends it when it is closed."""
 
+    versions: dict[str, str] | None = None  # of the libraries in the worker, where it says so
+
     def __init__(
         self,
         recipe: BuildRecipe,

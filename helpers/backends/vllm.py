@@ -30,12 +30,14 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
         raise ModelError(f"max_seq_len={recipe.max_seq_len} exceeds the model's {config.max_position_embeddings}.")
     worker = Worker("helpers.backends.vllm_worker", python=find_python())
     try:
-        worker.call("load", time_limit=START_LIMIT_S, settings=settings(recipe, checkpoint))
+        versions = worker.call("load", time_limit=START_LIMIT_S, settings=settings(recipe, checkpoint))
     except BaseException:
         worker.kill()
         raise
     tokenizer = load_tokenizer(checkpoint.folder)
-    return RemoteEngine(recipe, tokenizer, checkpoint.eos_token_ids(), config.vocab_size, worker)
+    engine = RemoteEngine(recipe, tokenizer, checkpoint.eos_token_ids(), config.vocab_size, worker)
+    engine.versions = versions
+    return engine
 
 
 def find_python() -> str:

@@ -8,10 +8,12 @@ moment this process has the token; no text is made.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from .. import hardware
 from ..errors import BackendUnavailable, OutOfMemory
 
 ENVIRONMENT = {
@@ -26,25 +28,25 @@ _llm: Any = None  # vLLM's LLMEngine
 _count = 0  # requests so far: their names
 
 
-def load(settings: dict[str, Any]) -> None:
-    """Start vLLM; settings are the arguments of `vllm.LLM`."""
-    import torch
-
+def load(settings: dict[str, Any]) -> dict[str, str]:
+    """Start vLLM; settings are the arguments of `vllm.LLM`. The versions of what answers."""
     global _llm
-    if not torch.cuda.is_available():
-        raise BackendUnavailable("vLLM needs an NVIDIA GPU, and its PyTorch finds none here.")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from vllm import LLM
+    import vllm
+    from vllm.platforms import current_platform
 
+    if not current_platform.is_cuda():
+        raise BackendUnavailable("vLLM is used on NVIDIA GPUs here, and it finds none on this machine.")
     try:
-        _llm = LLM(**settings).llm_engine
+        _llm = vllm.LLM(**settings).llm_engine
     except (RuntimeError, ValueError) as error:
         if "memory" not in str(error).lower():
             raise
         raise OutOfMemory(
             f"vLLM did not start: {str(error).splitlines()[0]}", fix="Close what else is on the GPU, or ask for less."
         ) from error
+    return {"python": sys.version.split()[0], "vllm": vllm.__version__, **hardware.versions()}
 
 
 def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> Generator[Any, None, dict[str, Any]]:

@@ -1,0 +1,84 @@
+"""A stand-in for vLLM 0.25.1: the calls that helpers/backends/vllm_worker.py makes, with its signatures.
+
+It checks what it is given as vLLM does, keeps the arguments in the file that STAND_IN_LOG names, and answers each
+request with the ids 3, 4, 5, ... It has seen no model; it stands for vLLM's interface, not for vLLM.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]
+__version__ = "0.25.1"
+VOCABULARY = 2048
+
+
+@dataclass
+class Logprob:
+    logprob: float
+
+
+@dataclass
+class CompletionOutput:
+    token_ids: list
+    logprobs: list | None = None
+
+
+@dataclass
+class RequestOutput:
+    request_id: str
+    outputs: list
+    finished: bool
+
+
+@dataclass
+class Request:
+    request_id: str
+    params: SamplingParams
+    given: int = 0
+    tokens: list = field(default_factory=list)
+
+
+class Core:
+    def shutdown(self, timeout=None):
+        pass
+
+
+class LLMEngine:
+    def __init__(self):
+        self.engine_core, self.requests = Core(), {}
+
+    def add_request(self, request_id, prompt, params, arrival_time=None):
+        assert isinstance(request_id, str) and prompt["type"] == "token" and prompt["prompt_token_ids"]
+        assert params.output_kind is RequestOutputKind.DELTA and not params.detokenize
+        self.requests[request_id] = Request(request_id, params)
+        return f"{request_id}-internal"
+
+    def has_unfinished_requests(self):
+        return bool(self.requests)
+
+    def step(self):
+        answers = []
+        for request in list(self.requests.values()):
+            token, request.given = 3 + request.given, request.given + 1
+            stops = request.given == int(os.environ.get("STAND_IN_ENDS_AFTER", 0)) and not request.params.ignore_eos
+            done = stops or request.given == request.params.max_tokens
+            if done:
+                del self.requests[request.request_id]
+            every = {i: Logprob(-float(i)) for i in reversed(range(VOCABULARY))}
+            logprobs = [every] if request.params.logprobs == -1 else None
+            output = CompletionOutput([2 if stops else token], logprobs)
+            answers.append(RequestOutput(request.request_id, [output], done))
+        return answers
+
+
+class LLM:
+    def __init__(self, model, **settings):
+        if "fails" in model:
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
+        if log := os.environ.get("STAND_IN_LOG"):
+            with open(log, "w", encoding="utf-8") as file:  # noqa: PTH123
+                json.dump({"model": model, **settings}, file)
+        self.llm_engine = LLMEngine()

@@ -1,0 +1,9 @@
+import os
+
+
+class Platform:
+    def is_cuda(self):
+        return os.environ.get("STAND_IN_GPU", "1") == "1"
+
+
+current_platform = Platform()
