@@ -76,12 +76,13 @@ def parse_inspector(text: str) -> list[Layer]:
 def steps(name: str) -> list[str]:
     """What a layer does, from its name: the generated ones spell out their operations, the others name their nodes.
 
-    "__myl_FcAddErfMul_myl0_1" gives Fc, Add, Erf, Mul; "node_q+node_k_myl0_2" gives node_q, node_k.
+    "__myl_FcAddErfMul_myl0_1" gives Fc, Add, Erf, Mul; "node_q+node_k_U7_myl0_2" gives node_q, node_k.
     """
     base = re.sub(r"_myl\d+_\d+$", "", name)
     if base.startswith("__myl_"):
         return re.findall(r"[A-Z][a-z0-9]*", base.removeprefix("__myl_"))
-    return [part.strip("_ ") for part in base.split("+") if part.strip("_ ")]
+    parts = (re.sub(r"_U\d+$", "", part).strip("_ ") for part in base.split("+"))  # _U18: a number that it adds
+    return [part for part in parts if part]
 
 
 def account(

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from .errors import BuildError
 
 OPSET = 21  # the first with blocks in DequantizeLinear; TensorRT 10 and later read it
+IR_VERSION = 10  # of ONNX files that belongs to that opset
+SOURCE = "source"  # metadata of a node: "model.py:12", where we write the node ourselves
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTE = {"int8": "fp16", "int4": "fp16", "fp8": "fp16"}  # what quantized weights are widened to
 ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -35,6 +37,7 @@ TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
 }
+ALL_TYPES = {**TORCH_TYPES, TensorProto.INT8: torch.int8, TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn}
 BLOCKS = (128, 64)  # int4 weights that share a scale, along the axis that is summed over
 LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GB, beyond that the weights lie in a file beside it
 FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 7.0
@@ -148,7 +151,7 @@ def retype(model: onnx.ModelProto, precision: str) -> None:
     for tensor in _tensors(model):
         if tensor.data_type == TensorProto.FLOAT:
             values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(dtype)
-            tensor.CopyFrom(_proto(tensor.name, values, target))
+            tensor.CopyFrom(proto(tensor.name, values))
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             value.type.tensor_type.elem_type = target
@@ -174,11 +177,8 @@ def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float
         name = f"{weight}_{precision}"
         if weight not in done:
             done.add(weight)
-            graph.initializer.extend(_quantized(name, values, precision, rows))
-        axis, block = rows, 0
-        if precision == "int4":
-            axis, block = 1 - rows, _block(weight, values.shape[1 - rows])
-        attributes = {"axis": axis, "block_size": block} if block else {} if precision == "fp8" else {"axis": axis}
+            graph.initializer.extend(narrowed(name, values, precision, rows))
+        attributes = scale_axes(weight, precision, rows, values.shape[1 - rows])
         _insert(graph, node, 1, "DequantizeLinear", [name, f"{name}_scale"], f"{node.name}_weight", attributes)
         if precision == "fp8":
             _quantize_activation(graph, node, weight, (largest or {})[weight], initializers[weight].data_type)
@@ -187,6 +187,16 @@ def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return sorted(done)
+
+
+def proto(name: str, values: Tensor) -> TensorProto:
+    """A torch tensor as a tensor of an ONNX file."""
+    raw = values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return helper.make_tensor(name, onnx_type(values.dtype), values.shape, raw, raw=True)
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    return next(kind for kind, known in ALL_TYPES.items() if known == dtype)
 
 
 def calibrate(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -240,14 +250,13 @@ def _products(graph: onnx.GraphProto, initializers: Mapping[str, TensorProto]) -
             yield node, weight, 0 if transposed else 1
 
 
-def _quantized(name: str, values: Tensor, precision: str, rows: int) -> Iterator[TensorProto]:
-    """The narrow weights and their scales, as initializers NAME and NAME_scale."""
-    wide, source = values.float(), _onnx_type(values.dtype)
+def narrowed(name: str, values: Tensor, precision: str, rows: int) -> Iterator[TensorProto]:
+    """A weight's narrow values and their scales, as tensors NAME and NAME_scale. rows: the axis of output rows."""
+    wide, source = values.float(), values.dtype
     if precision == "int8":
         scale = wide.abs().amax(1 - rows, keepdim=True).clamp_min(1e-6) / INT8_MAX
-        narrow = (wide / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
-        yield _proto(name, narrow, TensorProto.INT8)
-        yield _proto(f"{name}_scale", scale.flatten().to(values.dtype), source)
+        yield proto(name, (wide / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8))
+        yield proto(f"{name}_scale", scale.flatten().to(source))
     elif precision == "int4":
         size = _block(name, wide.shape[1 - rows])
         blocks = wide.unflatten(1 - rows, (-1, size))  # the block's own axis comes right after its number
@@ -256,22 +265,31 @@ def _quantized(name: str, values: Tensor, precision: str, rows: int) -> Iterator
         pairs = narrow.flatten().numpy().view(np.uint8)
         packed = (pairs[0::2] & 15) | (pairs[1::2] << 4)  # two to a byte, the first in the low half
         yield helper.make_tensor(name, TensorProto.INT4, wide.shape, packed.tobytes(), raw=True)
-        yield _proto(f"{name}_scale", scale.squeeze(2 - rows).to(values.dtype), source)
+        yield proto(f"{name}_scale", scale.squeeze(2 - rows).to(source))
     else:
-        scale = (wide.abs().max().clamp_min(1e-6) / FP8_MAX).to(values.dtype)
-        narrow = (wide / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        yield _proto(name, narrow, TensorProto.FLOAT8E4M3FN)
-        yield _proto(f"{name}_scale", scale, source)
+        scale = fp8_scale(wide.abs().max().item())
+        yield proto(name, (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        yield proto(f"{name}_scale", torch.tensor(scale).to(source))
+
+
+def scale_axes(weight: str, precision: str, rows: int, columns: int) -> dict[str, int]:
+    """DequantizeLinear's attributes: which numbers share a scale. columns: weights in a row."""
+    if precision == "int4":
+        return {"axis": 1 - rows, "block_size": _block(weight, columns)}
+    return {} if precision == "fp8" else {"axis": rows}
+
+
+def fp8_scale(largest: float) -> float:
+    return max(largest, 1e-6) / FP8_MAX
 
 
 def _quantize_activation(graph: onnx.GraphProto, node: Any, weight: str, largest: float, source: int) -> None:
     """QuantizeLinear and DequantizeLinear on the product's input: TensorRT then feeds fp8 to the product."""
     scale, zero = f"{weight}_input_scale", f"{weight}_input_zero"
     if scale not in {t.name for t in graph.initializer}:
-        value = torch.tensor(max(largest, 1e-6) / FP8_MAX).to(TORCH_TYPES[source])
-        graph.initializer.append(_proto(scale, value, source))
-        nothing = torch.tensor(0.0).to(torch.float8_e4m3fn)
-        graph.initializer.append(_proto(zero, nothing, TensorProto.FLOAT8E4M3FN))
+        value = torch.tensor(fp8_scale(largest)).to(TORCH_TYPES[source])
+        graph.initializer.append(proto(scale, value))
+        graph.initializer.append(proto(zero, torch.tensor(0.0).to(torch.float8_e4m3fn)))
     _insert(graph, node, 0, "QuantizeLinear", [node.input[0], scale, zero], f"{node.name}_narrow", {})
     _insert(graph, node, 0, "DequantizeLinear", [node.input[0], scale], f"{node.name}_input", {})
 
@@ -311,15 +329,6 @@ def _values(tensor: TensorProto) -> Tensor:
     return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
 
 
-def _proto(name: str, values: Tensor, kind: int) -> TensorProto:
-    raw = values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return helper.make_tensor(name, kind, values.shape, raw, raw=True)
-
-
-def _onnx_type(dtype: torch.dtype) -> int:
-    return next(kind for kind, known in TORCH_TYPES.items() if known == dtype)
-
-
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_cast(v, dtype) for v in value)
@@ -328,7 +337,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _source(node: Any) -> str:
     """The innermost line outside torch, from the stack trace that torch.onnx leaves in the node's metadata."""
-    trace = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.stack_trace"), "")
+    metadata = {p.key: p.value for p in node.metadata_props}
+    if SOURCE in metadata:
+        return metadata[SOURCE]
+    trace = metadata.get("pkg.torch.onnx.stack_trace", "")
     inside = (str(Path(torch.__file__).parent) + os.sep, "torch/")  # torch's own passes give a relative path
     frames = [f for f in re.findall(r'File "([^"]+)", line (\d+)', trace) if not f[0].startswith(inside)]
     if not frames:

@@ -6,6 +6,7 @@ execution context: the same calls, answered by ONNX Runtime, which reads and wri
 
 import ctypes
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,11 +44,11 @@ def bundled():
 def sessions(bundled, tmp_path_factory):
     """Both graphs in fp32, decode for a batch of 1 or 2, in ONNX Runtime."""
     folder = tmp_path_factory.mktemp("onnx")
-    weights = llama_onnx.load_weights(bundled, torch.float32, RECIPE.max_seq_len)
+    weights = llama_onnx.write_weights(bundled, "fp32", RECIPE.max_seq_len, folder)
     found = {}
     for graph in backend.GRAPHS:
-        file = folder / f"{graph}.onnx"
-        llama_onnx.export(graph, bundled.config, weights, file, cache_length=RECIPE.max_seq_len, batch_sizes=(1, 2))
+        limits = {"cache_length": RECIPE.max_seq_len, "batch_sizes": (1, 2)}
+        file = llama_onnx.write(graph, bundled.config, weights, folder, precision="fp32", **limits)
         found[graph] = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     return found
 
@@ -129,6 +130,44 @@ def test_twenty_prompts_give_transformers_tokens(engine, reference, bundled):
             assert answer.token_ids == greedy(reference, answer.prompt_token_ids, NEW_TOKENS, end)
 
 
+FAMILIES = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_transformers_logits(checkpoint, tmp_path, family):
+    """Three prompt tokens by prefill, three more by decode, against one forward of transformers; random weights."""
+    from transformers import AutoModelForCausalLM
+
+    name, changes = FAMILIES[family]
+    small = models.find(str(checkpoint(name, **changes)))
+    limits = {"precision": "fp32", "cache_length": 8, "batch_sizes": (1,)}
+    weights = llama_onnx.write_weights(small, "fp32", 8, tmp_path)
+    prefill, decode = (
+        ort.InferenceSession(str(llama_onnx.write(graph, small.config, weights, tmp_path, **limits)))
+        for graph in backend.GRAPHS
+    )
+    ids = np.array([[5, 17, 3, 99, 64, 1]])
+    logits, *new = prefill.run(None, {"tokens": ids[:, :3]})
+    found = [logits[0]]
+    kv_heads, size = small.config.num_key_value_heads, small.config.head_dim
+    cache = {key: np.zeros((1, kv_heads, 8, size), np.float32) for key in llama_onnx.cache_names(small.config)}
+    for position in range(3, 7):
+        for name, entry in zip(cache, new, strict=True):
+            cache[name][:, :, position - entry.shape[2] : position] = entry
+        if position < 6:
+            inputs = {"tokens": ids[0, position : position + 1], "positions": np.array([position])}
+            logits, *new = decode.run(None, inputs | cache)
+            found.append(logits[0])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(small.folder, dtype=torch.float32)(torch.from_numpy(ids)).logits
+    torch.testing.assert_close(torch.from_numpy(np.stack(found)), expected[0, 2:], atol=1e-4, rtol=1e-4)
+
+
 def test_a_prompt_of_one_token_and_the_last_place_of_the_cache(engine, reference):
     sampling = SamplingParams(temperature=0.0, max_tokens=RECIPE.max_seq_len - 1, ignore_eos=True)
     (answer,) = engine.generate([[1]], sampling)
@@ -160,7 +199,7 @@ def test_the_model_builds_as_two_plans(engine_folder):
     assert report.graphs() == ["prefill", "decode"]
     for graph in report.graphs():
         part = report.of(graph)
-        assert len(part.kernels) * 5 < len(part.operations)
+        assert len(part.kernels) < len(part.operations)
     details = store.read_manifest(engine_folder)["details"]
     names = [t["name"] for t in details["graphs"]["decode"]["inputs"]]
     assert names[:4] == ["tokens", "positions", "k0", "v0"]
@@ -171,7 +210,8 @@ def test_tensorrt_finds_the_attention_and_joins_the_projections(engine_folder, b
     decode = inspect(engine_folder).of("decode")
     attention = [k for k in decode.kernels if "mha" in k.name]
     assert len(attention) == bundled.config.num_hidden_layers
-    assert any(len([s for s in k.details["steps"] if s.startswith("node_linear")]) > 1 for k in decode.kernels)
+    joined = [sorted(k.details["steps"]) for k in decode.kernels if k.kind == "gemm"]
+    assert ["layers.1.gate", "layers.1.up"] in joined
 
 
 def test_every_node_of_the_model_is_accounted_for_once(engine_folder):
@@ -190,8 +230,12 @@ def test_every_node_of_the_model_is_accounted_for_once(engine_folder):
 
 
 def test_operations_lead_back_to_the_decoder(engine_folder):
-    files = {o.source.partition(":")[0] for o in inspect(engine_folder).operations if o.source}
-    assert files == {"llama_onnx.py"}  # torch.export notes the lines of `forward`, not of the methods it calls
+    lines = Path(llama_onnx.__file__).read_text().splitlines()
+    products = [o for o in inspect(engine_folder).operations if o.op == "matrix_multiply" and "layers.0.q" in o.name]
+    assert len(products) == 2
+    for operation in products:
+        file, _, line = operation.source.partition(":")
+        assert file == "llama_onnx.py" and '"Gemm"' in lines[int(line) - 1]
 
 
 def test_a_second_build_is_a_hit_and_loading_is_refused_in_tensorrts_words(engine_folder):

@@ -60,29 +60,24 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
     settings = options_of(recipe)
     version = tensorrt_builder.provider_version(settings.provider)
     config = checkpoint.config
-    dtype = onnx_export.compute_dtype(recipe.precision)
-    with progress.phase("load weights"):
-        weights = llama_onnx.load_weights(checkpoint, dtype, recipe.max_seq_len)
     report = EngineReport("tensorrt", [], [])
     graphs: dict[str, Any] = {}
-    largest: dict[str, float] = {}
     sizes = recipe.decode_batch_sizes
     with (
-        tempfile.TemporaryDirectory(prefix=".onnx-", dir=store.root()) as work,
+        tempfile.TemporaryDirectory(prefix=".onnx-", dir=store.root()) as temporary,
         tensorrt_builder.start_worker() as worker,
     ):
+        work = Path(temporary)
+        limits: dict[str, Any] = {"cache_length": recipe.max_seq_len, "batch_sizes": sizes}
+        if recipe.precision == "fp8":
+            with progress.phase("calibrate"):
+                limits["largest"] = _calibrate(checkpoint, recipe, work, limits)
+        with progress.phase("write weights"):
+            weights = llama_onnx.write_weights(checkpoint, recipe.precision, recipe.max_seq_len, work)
         for graph in GRAPHS:
-            file = Path(work) / f"{graph}.onnx"
-            with progress.phase(f"export {graph}"):
-                llama_onnx.export(graph, config, weights, file, cache_length=recipe.max_seq_len, batch_sizes=sizes)
-            narrow = recipe.precision in onnx_export.COMPUTE
-            model = onnx_export.read(file, weights=narrow)
-            if narrow:
-                with progress.phase(f"quantize {graph}"):
-                    if recipe.precision == "fp8" and graph == llama_onnx.PREFILL:
-                        largest = onnx_export.calibrate(model, {"tokens": _calibration_tokens(checkpoint, recipe)})
-                    onnx_export.quantize(model, recipe.precision, largest)
-                    onnx_export.save(model, file)
+            with progress.phase(f"write {graph}"):
+                file = llama_onnx.write(graph, config, weights, work, precision=recipe.precision, **limits)
+                model = onnx_export.read(file, weights=False)
             shapes = llama_onnx.profiles(graph, config, recipe.max_input_len, recipe.max_seq_len, sizes)
             chosen = tensorrt_builder.make_options({**vars(settings), "profiles": shapes})
             plan = folder / f"{graph}.plan"
@@ -90,8 +85,6 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
             report.operations.extend(parts[0])
             report.kernels.extend(parts[1])
             report.removed.extend(parts[2])
-            for used in Path(work).iterdir():
-                used.unlink()
         memory = worker.call("memory")
     write_report(report, folder)
     return {
@@ -99,7 +92,7 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
         "provider": settings.provider,
         "version": version,
         "runs_on": tensorrt_builder.runs_on(settings),
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": str(onnx_export.compute_dtype(recipe.precision)).removeprefix("torch."),
         "builder_peak_bytes": int(memory),
         "graphs": graphs,
     }
@@ -255,8 +248,14 @@ def _contexts(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _calibration_tokens(checkpoint: models.Checkpoint, recipe: BuildRecipe) -> Any:
-    """A fixed random prompt [1, T]: enough for the scale of activations, which depends little on the text."""
+def _calibrate(
+    checkpoint: models.Checkpoint, recipe: BuildRecipe, work: Path, limits: dict[str, Any]
+) -> dict[str, float]:
+    """fp8's scales of activations, from a fixed random prompt: they depend little on the text."""
+    weights = llama_onnx.write_weights(checkpoint, "fp16", recipe.max_seq_len, work)
+    file = llama_onnx.write(llama_onnx.PREFILL, checkpoint.config, weights, work, precision="fp16", **limits)
     generator = torch.Generator().manual_seed(0)
     length = min(CALIBRATION, recipe.max_input_len)
-    return torch.randint(checkpoint.config.vocab_size, (1, length), generator=generator).numpy()
+    tokens = torch.randint(checkpoint.config.vocab_size, (1, length), generator=generator).numpy()
+    found = onnx_export.calibrate(onnx_export.read(file), {"tokens": tokens})
+    return {**found, "head.weight": found.get("head.weight", found.get("embedding", 0.0))}  # a tied embedding
