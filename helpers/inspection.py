@@ -33,7 +33,7 @@ class Kernel:
 
     graph: str
     name: str
-    kind: str  # "generated" by the compiler, "library" call, or TensorRT's layer type
+    kind: str  # "generated" by the compiler, "library" call, "ours" (gpu_kernels.py), or TensorRT's layer type
     fused: tuple[str, ...]
     dtype: str
     details: dict[str, Any] = field(default_factory=dict)
@@ -165,7 +165,8 @@ class InductorRecorder:
         extern = any(type(m).__name__ == "ExternKernelSchedulerNode" for m in members)
         # Taking one result of a call that has several is scheduled like a call, and does nothing either.
         nothing = not names or all(type(m).__name__ == "NopKernelSchedulerNode" for m in members)
-        kind = "nothing" if nothing else "library" if extern else "generated"
+        ours = any("kernel_idx" in o.kwargs for m in members for o in _origins(m))
+        kind = "nothing" if nothing else "ours" if ours else "library" if extern else "generated"
         dtype = next((str(m.node.get_dtype()).removeprefix("torch.") for m in members if _has_dtype(m)), "")
         return Kernel(self.graph, "_".join(["fused", *ops])[:120], kind, tuple(names), dtype)
 
@@ -184,6 +185,10 @@ def _has_dtype(member: Any) -> bool:
 
 
 def _op_name(node: Any) -> str:
+    if "kernel_idx" in node.kwargs:  # a kernel written in Triton: its function's name
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).__name__.lstrip("_")
     target = node.target
     packet = getattr(target, "_overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,43 +79,56 @@ class Decoder(nn.Module):
         """
         return x.as_strided(x.shape, x.stride()) if self.writes else x
 
-    def project(self, weights: Weights, layer: str, fused: str, parts: Iterable[str], x: Tensor) -> list[Tensor]:
-        """Several projections of the same x: one product if the engine fused their weights, else one each."""
-        if f"{layer}{fused}.weight" in weights or f"{layer}{fused}.packed" in weights:
-            return [matmul(weights, layer + fused, x, self.product)]
-        return [matmul(weights, layer + part, x, self.product) for part in parts]
+    def project(self, weights: Weights, norm: str, names: Iterable[str], x: Tensor) -> list[Tensor]:
+        """x [M, E], normalized, times the transpose of each of the named weights."""
+        x = self.keep(rms_norm(x, weights[norm], self.config.rms_norm_eps))
+        return [matmul(weights, name, x, self.product) for name in names]
 
-    def qkv(self, weights: Weights, layer: str, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [M, E] to rotated q [M, H, D], rotated k [M, G, D] and v [M, G, D]."""
+    def add(self, weights: Weights, name: str, h: Tensor, x: Tensor) -> Tensor:
+        """The residual connection: x plus h times the transpose of the named weight."""
+        return self.keep(x + matmul(weights, name, self.keep(h), self.product))
+
+    def heads(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
+        """x [M, E] to the queries, keys and values of all heads, [M, H + G + G, D], not yet rotated."""
         c = self.config
-        projected = self.project(weights, layer, "qkv", ("q", "k", "v"), x)
+        projected = self.project(weights, layer + "attention_norm", _stored(weights, layer, "qkv", "q", "k", "v"), x)
         heads = torch.cat(projected, -1) if len(projected) > 1 else projected[0]
-        q, k, v = heads.unflatten(-1, (-1, c.head_dim)).split(
-            (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads), 1
-        )
-        if c.qk_norm:
-            q = rms_norm(q, weights[layer + "q_norm"], c.rms_norm_eps)
-            k = rms_norm(k, weights[layer + "k_norm"], c.rms_norm_eps)
-        return self.keep(rotate(q, cos, sin)), rotate(k, cos, sin), v
+        heads = heads.unflatten(-1, (-1, c.head_dim))
+        if not c.qk_norm:
+            return heads
+        q, k, v = self.split(heads)
+        q = rms_norm(q, weights[layer + "q_norm"], c.rms_norm_eps)
+        k = rms_norm(k, weights[layer + "k_norm"], c.rms_norm_eps)
+        return torch.cat([q, k, v], 1)
 
-    def mlp(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
-        projected = self.project(weights, layer, "gate_up", ("gate", "up"), x)
+    def split(self, heads: Tensor) -> tuple[Tensor, ...]:
+        return heads.split((self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2), 1)
+
+    def gated(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
+        """The gated half of the MLP: x [M, E] to silu(gate) * up [M, intermediate_size]."""
+        projected = self.project(weights, layer + "mlp_norm", _stored(weights, layer, "gate_up", "gate", "up"), x)
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)
-        return matmul(weights, layer + "down", self.keep(F.silu(gate) * up), self.product)
+        return F.silu(gate) * up
 
     def layers(
         self, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, positions: Tensor, *rest: Tensor
     ) -> Tensor:
-        eps = self.config.rms_norm_eps
         for i in range(self.config.num_hidden_layers):
             layer = f"layers.{i}."
-            h = self.keep(rms_norm(x, weights[layer + "attention_norm"], eps))
-            q, k, v = self.qkv(weights, layer, h, cos, sin)
-            h = self.attention(q, k, v, cache[2 * i], cache[2 * i + 1], positions, *rest)
-            x = self.keep(x + matmul(weights, layer + "o", self.keep(h), self.product))
-            h = self.keep(rms_norm(x, weights[layer + "mlp_norm"], eps))
-            x = self.keep(x + self.mlp(weights, layer, h))
-        return self.keep(rms_norm(x, weights["norm"], eps))
+            heads = self.heads(weights, layer, x)
+            h = self.attend(heads, cos, sin, cache[2 * i], cache[2 * i + 1], positions, *rest)
+            x = self.add(weights, layer + "o", h, x)
+            x = self.add(weights, layer + "down", self.gated(weights, layer, x), x)
+        return x
+
+    def logits(self, weights: Weights, x: Tensor) -> Tensor:
+        """x [M, E] to logits [M, V], in float32."""
+        return self.project(weights, "norm", ["head"], x)[0].float()
+
+    def attend(self, heads: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+        """Rotate queries and keys to their positions, then attention: to [M, H * D]."""
+        q, k, v = self.split(heads)
+        return self.attention(self.keep(rotate(q, cos, sin)), rotate(k, cos, sin), v, *rest)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         raise TypeError("Decoder has two phases: use Prefill or Decode")
@@ -131,7 +145,7 @@ class Prefill(Decoder):
         x = self.embed(weights, tokens)
         cos, sin = weights["rope.cos"][:length, None], weights["rope.sin"][:length, None]
         x = self.layers(weights, x, cos, sin, cache, torch.arange(length, device=x.device))
-        return matmul(weights, "head", x[-1:], self.product)[0].float()
+        return self.logits(weights, x[-1:])[0]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         keys[:, positions] = k.transpose(0, 1)
@@ -154,7 +168,7 @@ class Decode(Decoder):
         cos, sin = weights["rope.cos"][positions, None], weights["rope.sin"][positions, None]
         hidden = span[None] > positions[:, None]  # [B, n]: entries that lie in the future, or in no sequence
         x = self.layers(weights, x, cos, sin, cache, positions, hidden)
-        return matmul(weights, "head", x, self.product).float()
+        return self.logits(weights, x)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *rest: Tensor
@@ -171,6 +185,12 @@ class Decode(Decoder):
         scores = (q.float() * k.float()).sum(-1) * size**-0.5  # [B, G, H/G, n]
         weights = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)
         return (weights[..., None] * v.float()).sum(-2).to(q.dtype).flatten(1)
+
+
+def _stored(weights: Weights, layer: str, joined: str, *parts: str) -> list[str]:
+    """The joined projection if the engine joined their weights, else each."""
+    together = f"{layer}{joined}.weight" in weights or f"{layer}{joined}.packed" in weights
+    return [layer + joined] if together else [layer + part for part in parts]
 
 
 def convert(

@@ -90,3 +90,55 @@ def test_closing_gives_the_memory_back(built):
         with load(folder) as engine:
             engine.generate(PROMPTS[:2], GREEDY)
     assert torch.cuda.memory_allocated() - before < 1e6
+
+
+def close(ours, reference, share=2e-2):
+    assert ((ours.float() - reference.float()).abs().max() / reference.float().abs().max()).item() < share
+
+
+@pytest.mark.parametrize("columns, rows", [(2048, 256), (5632, 31), (100, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matvec_is_the_product_with_its_neighbours(columns, rows, dtype):
+    from helpers import gpu_kernels, llama
+
+    torch.manual_seed(0)
+    x, norm, bias, residual, weight = (
+        torch.randn(*shape, device="cuda", dtype=dtype)
+        for shape in ((1, columns), (columns,), (2 * rows,), (1, rows), (2 * rows, columns))
+    )
+    share = 1e-4 if dtype == torch.float32 else 2e-2
+    normed = llama.rms_norm(x, norm, 1e-5)
+    gate, up = torch.nn.functional.linear(normed, weight, bias).chunk(2, -1)
+    ours = gpu_kernels.matvec(x, weight, None, bias, norm, 1e-5, residual, True)
+    close(ours, torch.nn.functional.silu(gate) * up + residual, share)
+    narrow, scale = (weight * 30).round().clamp(-127, 127).to(torch.int8), torch.rand(2 * rows, device="cuda")
+    ours = gpu_kernels.matvec(x, narrow, scale, None, None, 0.0, None, False)
+    close(ours, x.float() @ (narrow.float() * scale[:, None]).T, share)
+
+
+@pytest.mark.parametrize("heads, kv_heads, size", [(32, 4, 64), (6, 6, 128), (4, 1, 32)])
+@pytest.mark.parametrize("length", [64, 257, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_is_that_of_the_decoder(heads, kv_heads, size, length, dtype):
+    from helpers import gpu_kernels, llama
+
+    torch.manual_seed(0)
+    for positions in ([length - 1, 0, length // 2], [3]):
+        at = torch.tensor(positions, device="cuda")
+        projected, keys, values, cos, sin = (
+            torch.randn(*shape, device="cuda", dtype=dtype)
+            for shape in (
+                (len(at), heads + 2 * kv_heads, size),
+                *[(len(at), kv_heads, length, size)] * 2,
+                *[(length, size)] * 2,
+            )
+        )
+        copies = keys.clone(), values.clone()
+        ours = gpu_kernels.decode_attention(projected.flatten(1), cos, sin, keys, values, at)
+        q, k, v = projected.split((heads, kv_heads, kv_heads), 1)
+        q, k = (llama.rotate(x, cos[at][:, None], sin[at][:, None]) for x in (q, k))
+        future = torch.arange(length, device="cuda")[None] > at[:, None]
+        reference = llama.Decode.attention(None, q, k, v, *copies, at, future)
+        share = 1e-4 if dtype == torch.float32 else 2e-2
+        for mine, other in ((ours, reference), (keys, copies[0]), (values, copies[1])):
+            close(mine, other, share)

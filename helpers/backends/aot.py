@@ -49,8 +49,18 @@ def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
     return "rows" if recipe.optimization_level == 1 else "packed"
 
 
-def inductor_options(recipe: BuildRecipe, device: str, threads: int, module: llama.Decoder) -> dict[str, Any]:
-    """Settings of Inductor for one graph: what the recipe's fusion options and optimization level mean to it."""
+def decode_class(recipe: BuildRecipe, config: models.ModelConfig, device: str, batch: int) -> type[llama.Decode]:
+    """On a GPU with kernels of our own (see gpu_kernels.py), unless the recipe asks for the compiler's alone."""
+    power_of_two = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0
+    if device == "cpu" or recipe.optimization_level < 2 or not recipe.fusion.kernels or not power_of_two:
+        return llama.Decode
+    from .. import llama_gpu
+
+    return llama_gpu.GpuDecodeOne if batch == 1 else llama_gpu.GpuDecode
+
+
+def inductor_options(recipe: BuildRecipe, device: str, threads: int) -> dict[str, Any]:
+    """Settings of Inductor: what the recipe's fusion options and optimization level mean to it."""
     options: dict[str, Any] = {"cpp.cxx": (None, hardware.compiler())}
     if device == "cpu":
         options["cpp.threads"] = threads
@@ -63,16 +73,6 @@ def inductor_options(recipe: BuildRecipe, device: str, threads: int, module: lla
             "realize_opcount_threshold": 0,
             "realize_acc_reads_threshold": 0,
         }
-    if device == "cuda" and isinstance(module, llama.Decode):  # prefill is the library's products, little else
-        if recipe.optimization_level >= 2 and module.product == "rows":
-            options["coordinate_descent_tuning"] = True  # tries block sizes of the generated products on this GPU
-        if recipe.optimization_level >= 3 and module.product == "library":
-            # Times Triton's products against cuBLAS for each shape; its tables of candidates are not shown.
-            options |= {
-                "max_autotune": True,
-                "max_autotune_gemm_backends": "TRITON,ATEN",
-                "autotune_num_choices_displayed": 0,
-            }
     return options
 
 
@@ -105,7 +105,7 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
             dims = (dict.fromkeys(needed, None), *lengths, [None] * (2 * config.num_hidden_layers))
             program = torch.export.export(module, (needed, *arguments), dynamic_shapes=dims, strict=False)
         with progress.phase(f"compile {name}"):
-            options = inductor_options(recipe, device, threads, module) | {"_post_fusion_custom_pass": recorder}
+            options = inductor_options(recipe, device, threads) | {"_post_fusion_custom_pass": recorder}
             _compile(program, folder / f"{name}.pt2", options)
         with progress.phase(f"verify {name}"), torch.no_grad():
             _verify(folder / f"{name}.pt2", module, needed, arguments, dtype)
@@ -318,7 +318,8 @@ def _graphs(
     yield "prefill", llama.Prefill(config, "library", writes), (tokens, [c[0] for c in cache]), ({0: length},)
     span = torch.arange(recipe.max_seq_len, device=device)
     for size in recipe.decode_batch_sizes:
-        module = llama.Decode(config, product_form(recipe, device, size), writes)
+        phase = decode_class(recipe, config, device, size)
+        module = phase(config, product_form(recipe, device, size), writes)
         tokens = torch.ones(size, dtype=torch.long, device=device)
         if device == "cuda":
             reads, varies = span, None

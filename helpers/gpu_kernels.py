@@ -1,0 +1,212 @@
+"""Two GPU kernels of our own for decode, as TensorRT-LLM has plugins where its compiler's kernels are not enough.
+
+A step with one token a sequence does little work in each operation, so what counts is how few kernels there are and
+how fast each reads its bytes. `matvec` reads a weight once and does the norm before it and the sum or activation
+after it on the way; `decode_attention` does rotary embedding, the write to the KV cache and attention. That leaves
+five kernels a layer. Written in Triton (https://triton-lang.org); imported only where there is a GPU.
+
+Shapes: B sequences, H heads, G KV heads, D head size (a power of two), S cache length, K and N a weight's columns
+and rows. Arithmetic is in float32, whatever the tensors hold.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows of the weight and columns that a program takes at once, and its warps, by bytes a weight; the same for cache
+# entries. Found by trying on an H200; another GPU may like others better, and gets right results with these too.
+TILES = {1: (4, 2048, 4), 2: (4, 2048, 4), 4: (4, 1024, 4)}
+ENTRIES, ATTENTION_WARPS, ATTENTION_STAGES = 64, 4, 2
+LONG = 512  # cache entries from which on several programs share a sequence's head, if there are few sequences
+BUSY = 128  # programs that fill a GPU
+
+
+@triton.jit
+def _matvec(  # type: ignore[no-untyped-def]
+    x, weight, scale, bias, norm, residual, y, eps,
+    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    gated = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([COLUMNS], tl.float32)
+    for start in tl.static_range(0, K, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        inside = (row < N)[:, None] & (k < K)[None, :]
+        at = row[:, None] * K + k[None, :]
+        w = tl.load(weight + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            second = tl.load(weight + N * K + at, mask=inside, other=0.0, eviction_policy="evict_first")
+        v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        if NORMED:
+            squares += v * v
+            v *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        products += w.to(tl.float32) * v[None, :]
+        if GATED:
+            gated += second.to(tl.float32) * v[None, :]
+    result = tl.sum(products, 1)
+    other = tl.sum(gated, 1)
+    if NORMED:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        result *= factor
+        other *= factor
+    if SCALED:
+        result *= tl.load(scale + row, mask=row < N)
+        if GATED:
+            other *= tl.load(scale + N + row, mask=row < N)
+    if BIASED:
+        result += tl.load(bias + row, mask=row < N).to(tl.float32)
+        if GATED:
+            other += tl.load(bias + N + row, mask=row < N).to(tl.float32)
+    if GATED:
+        result = result / (1 + tl.exp(-result)) * other
+    if ADDED:
+        result += tl.load(residual + row, mask=row < N).to(tl.float32)
+    tl.store(y + row, result, mask=row < N)
+
+
+@torch.library.triton_op("helpers::matvec", mutates_args={})
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """x [1, K] times the transpose of weight [N, K]: [1, N], of x's type.
+
+    norm [K]: x is RMS-normalized first. scale [N], float32: of int8 rows. residual [1, N] is added last. gated: the
+    weight holds gate [N/2, K] and up [N/2, K], and the result is silu(gate) * up [1, N/2].
+    """
+    rows, columns = weight.shape
+    rows = rows // 2 if gated else rows
+    tile, width, warps = TILES[weight.itemsize]
+    width = min(width, triton.next_power_of_2(columns))
+    y = torch.empty((1, rows), device=x.device, dtype=x.dtype)
+    torch.library.wrap_triton(_matvec)[(triton.cdiv(rows, tile),)](
+        x,
+        weight,
+        x if scale is None else scale,
+        x if bias is None else bias,
+        x if norm is None else norm,
+        x if residual is None else residual,
+        y,
+        eps,
+        N=rows,
+        K=columns,
+        ROWS=tile,
+        COLUMNS=width,
+        SCALED=scale is not None,
+        BIASED=bias is not None,
+        NORMED=norm is not None,
+        ADDED=residual is not None,
+        GATED=gated,
+        num_warps=warps,
+    )
+    return y
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    heads, cos, sin, keys, values, positions, out, top, total,
+    cache_b, cache_g, cache_s, span, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ENTRIES: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one KV head with its group of query heads, `span` entries of the cache."""
+    b = tl.program_id(0) // KV_HEADS
+    g = tl.program_id(0) % KV_HEADS
+    piece = tl.program_id(1)
+    group: tl.constexpr = HEADS // KV_HEADS
+    position = tl.load(positions + b)
+    row = tl.arange(0, ROWS)  # the group's heads, padded to what tl.dot takes
+    inside = (row < group)[:, None]
+    d = tl.arange(0, SIZE)
+    swapped = (d + SIZE // 2) % SIZE  # see llama.rotate: the halves are swapped by address
+    c = tl.load(cos + position * SIZE + d).to(tl.float32)
+    s = tl.load(sin + position * SIZE + d).to(tl.float32)
+    first = heads + b * (HEADS + 2 * KV_HEADS) * SIZE
+    query = first + (g * group + row[:, None]) * SIZE
+    q = tl.load(query + d[None, :], mask=inside, other=0.0).to(tl.float32) * c[None, :]
+    q += tl.load(query + swapped[None, :], mask=inside, other=0.0).to(tl.float32) * s[None, :]
+    new = first + (HEADS + g) * SIZE
+    key = (tl.load(new + d).to(tl.float32) * c + tl.load(new + swapped).to(tl.float32) * s).to(keys.dtype.element_ty)
+    value = tl.load(new + KV_HEADS * SIZE + d)
+    entry = b * cache_b + g * cache_g + d
+    q = q.to(key.dtype)
+    if piece == 0:  # the new entry is this program's; nobody reads it from the cache in this step
+        tl.store(keys + entry + position * cache_s, key)
+        tl.store(values + entry + position * cache_s, value)
+        highest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+        weight = tl.full([ROWS], 1.0, tl.float32)
+        result = tl.zeros([ROWS, SIZE], tl.float32) + value.to(tl.float32)[None, :]
+    else:
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        result = tl.zeros([ROWS, SIZE], tl.float32)
+    for start in range(piece * span, min(position, (piece + 1) * span), ENTRIES):
+        n = start + tl.arange(0, ENTRIES)
+        old = n < min(position, (piece + 1) * span)
+        at = entry[None, :] + n[:, None] * cache_s
+        k = tl.load(keys + at, mask=old[:, None], other=0.0)
+        v = tl.load(values + at, mask=old[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(old[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        factor = tl.exp(highest - higher)
+        shares = tl.exp(scores - higher[:, None])
+        weight = weight * factor + tl.sum(shares, 1)
+        result = result * factor[:, None] + tl.dot(shares.to(v.dtype), v, input_precision="ieee")
+        highest = higher
+    at = (b * HEADS + g * group + row) * PIECES + piece
+    if PIECES == 1:
+        result /= weight[:, None]
+    else:
+        tl.store(top + at, highest, mask=row < group)
+        tl.store(total + at, weight, mask=row < group)
+    tl.store(out + at[:, None] * SIZE + d[None, :], result, mask=inside)
+
+
+@torch.library.triton_op("helpers::decode_attention", mutates_args={"keys", "values"})
+def _pieces(
+    heads: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor, pieces: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, kv_heads, length, size = keys.shape
+    number = heads.shape[1] // size - 2 * kv_heads
+    kind = heads.dtype if pieces == 1 else torch.float32
+    out = torch.empty((batch, number, pieces, size), device=heads.device, dtype=kind)
+    top = torch.empty((batch, number, pieces), device=heads.device, dtype=torch.float32)
+    total = torch.empty_like(top)
+    torch.library.wrap_triton(_attend)[(batch * kv_heads, pieces)](
+        heads, cos, sin, keys, values, positions, out, top, total,
+        keys.stride(0), keys.stride(1), keys.stride(2), triton.cdiv(length, pieces), size**-0.5,
+        HEADS=number, KV_HEADS=kv_heads, ROWS=max(16, triton.next_power_of_2(number // kv_heads)), SIZE=size,
+        ENTRIES=ENTRIES, PIECES=pieces, num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES,
+    )  # fmt: skip
+    return out, top, total
+
+
+def decode_attention(
+    heads: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> Tensor:
+    """heads [B, (H + G + G) * D]: q, k and v of one token a sequence, contiguous, not yet rotated. -> [B, H * D]
+
+    Rotates q and k by cos and sin [S, D], writes k and v into the cache [B, G, S, D] at positions [B], attends to
+    all entries up to there. A long cache is read in pieces side by side, each softmax scaled by its own highest
+    score, and the pieces are joined at the end ("flash decoding": https://pytorch.org/blog/flash-decoding/).
+    """
+    batch, kv_heads, length, _ = keys.shape
+    pieces = 1 if batch * kv_heads >= BUSY else max(1, length // LONG)
+    out, top, total = _pieces(heads, cos, sin, keys, values, positions, pieces)
+    if pieces == 1:
+        return out.flatten(1)
+    share = (top - top.amax(-1, keepdim=True)).exp()
+    joined = (out * share[..., None]).sum(-2) / (total * share).sum(-1)[..., None]
+    return joined.to(heads.dtype).flatten(1)
