@@ -116,6 +116,9 @@ def read_notebook(step: Step, out: Path, output: str) -> None:
     step.counts = {"cells run": result.cells_run, "cells skipped": len(result.skipped)}
     step.skipped = [f"cell {number}: {reason}" for number, reason in result.skipped]
     step.problems = result.problems
+    if not result.cells_run:  # a list of all cells would hide the reason
+        lines = [line for line in output.splitlines() if line.strip()]
+        step.problems = [f"no cell ran: {lines[-1].strip() if lines else 'no output'}"]
 
 
 def read_bench(step: Step, out: Path, output: str) -> None:
