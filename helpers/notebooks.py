@@ -232,11 +232,20 @@ class _Progress:
         print(f"{time.perf_counter() - self.began:7.1f} s", flush=True)
 
 
+# nbconvert's page leaves out the text that a picture's output carries for those who cannot see it.
+PICTURE_WITH_ITS_TEXT = """{% extends "lab/index.html.j2" %}
+{% block data_png scoped %}<div class="jp-RenderedImage jp-OutputArea-output"><img
+alt="{{ (output | get_metadata("alt", "image/png") or "") | escape_html }}"
+src="data:image/png;base64,{{ output.data["image/png"] | escape_html }}"></div>{% endblock %}
+"""
+
+
 def write_html(nb: NotebookNode, page: Path) -> None:
     """One page that needs no other file: pictures inside, nothing fetched except the script for formulas."""
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="", mermaid_js_url="")
+    exporter.raw_template = PICTURE_WITH_ITS_TEXT
     html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": page.stem}})
     html = re.sub(r'(href="[\w./-]+)\.ipynb\b', r"\1.html", html)  # from page to page
     page.write_text(html, encoding="utf-8")

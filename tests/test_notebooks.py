@@ -131,6 +131,14 @@ def test_run_all_writes_notebooks_and_pages_and_updates_only_what_passed(tmp_pat
     assert "cell   1 of 1" in capsys.readouterr().out
 
 
+def test_a_picture_keeps_its_text_on_the_page(tmp_path):
+    data = {"image/png": "iVBORw0KGgo=", "text/plain": "a picture"}
+    output = nbformat.v4.new_output("display_data", data=data, metadata={"image/png": {"alt": 'Bars: 1 & "2"'}})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
+    notebooks.write_html(nb, tmp_path / "page.html")
+    assert 'alt="Bars: 1 &amp; &#34;2&#34;"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_the_exit_status_tells(tmp_path, monkeypatch, capsys):
     result = notebooks.NotebookResult("00_made", cells_run=1)
     monkeypatch.setattr(notebooks, "run_all", lambda *_, **__: [result])
