@@ -237,15 +237,15 @@ def _load_pytorch(recipe: BuildRecipe) -> RemoteEngine:
     )
 
 
-def _loaded(recipe: BuildRecipe, checkpoint: models.Checkpoint, call: str, **arguments: Any) -> RemoteEngine:
+def _loaded(recipe: BuildRecipe, source: models.Checkpoint, call: str, **arguments: Any) -> RemoteEngine:
     worker = start_worker()
     try:
         worker.call(call, time_limit=LOAD_LIMIT_S, **arguments)
     except BaseException:
         worker.kill()
         raise
-    tokenizer = load_tokenizer(checkpoint.folder)
-    return RemoteEngine(recipe, tokenizer, checkpoint.eos_token_ids(), checkpoint.config.vocab_size, worker)
+    tokenizer = load_tokenizer(source.folder)
+    return RemoteEngine(recipe, tokenizer, source.eos_token_ids(), source.config.vocab_size, worker)
 
 
 def _with_phases(worker: Worker, arguments: dict[str, Any], progress: Progress) -> dict[str, float]:

@@ -72,8 +72,9 @@ def _translated(what: str, otherwise: type[CourseError]) -> Generator[None, None
 @explained("TensorRT-LLM cannot be used here.", BackendUnavailable)
 def describe() -> dict[str, Any]:
     """What an engine depends on: versions and the GPU. TensorRT-LLM's own config.json names its version only."""
+    import torch  # isort: skip  (before TensorRT-LLM, whose libraries link to it)
     import tensorrt
-    import torch
+    import tensorrt_llm
 
     if not torch.cuda.is_available():
         raise BackendUnavailable(
@@ -81,8 +82,6 @@ def describe() -> dict[str, Any]:
             cause="No GPU, no driver, or a container that was started without it.",
             fix="Use backend='aot' here.",
         )
-    import tensorrt_llm
-
     gpu = torch.cuda.get_device_properties(0)
     return {
         "versions": {
