@@ -136,7 +136,7 @@ def test_a_picture_keeps_its_text_on_the_page(tmp_path):
     output = nbformat.v4.new_output("display_data", data=data, metadata={"image/png": {"alt": 'Bars: 1 & "2"'}})
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
     notebooks.write_html(nb, tmp_path / "page.html")
-    assert 'alt="Bars: 1 &amp; &#34;2&#34;"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'alt="Bars: 1 &amp; &quot;2&quot;"' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_exit_status_tells(tmp_path, monkeypatch, capsys):
