@@ -19,6 +19,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -114,7 +115,7 @@ def read_notebook(step: Step, out: Path, output: str) -> None:
     nb = nbformat.read(executed, as_version=4)
     result = notebooks.judge(nb, executed.stem)
     step.counts = {"cells run": result.cells_run, "cells skipped": len(result.skipped)}
-    step.skipped = [f"cell {number}: {reason}" for number, reason in result.skipped]
+    step.skipped = list(notebooks.grouped(result.skipped))
     step.problems = result.problems
     if not result.cells_run:  # a list of all cells would hide the reason
         lines = [line for line in output.splitlines() if line.strip()]
@@ -235,9 +236,13 @@ def main(
     out: Path = OUT,
     time_limit: float = 0.0,
     *,
+    jobs: int = 1,
     folder: Path = notebooks.NOTEBOOKS,
 ) -> int:
     """`helpers gpu-check`: exit status 0 if every chosen step passed. time_limit: seconds for all of it; 0 for none.
+
+    jobs: how many of the tests and notebooks run at a time. What they time is then worth less; the benchmark is
+    always alone.
 
     Raises BackendUnavailable, with what would have run, on a machine without a usable GPU.
     """
@@ -267,19 +272,36 @@ def main(
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         engines = Path(os.environ.get("COURSE_ENGINES") or temporary)
-        for number, step in enumerate(steps, start=1):
-            left = time_limit - (time.monotonic() - start) if time_limit else step.limit
-            if left < 1:
-                step.problems.append("the time limit of the whole check was used up")
-            else:
-                print(f"[{number}/{len(steps)}] {step.name}", flush=True)
-                run_step(step, out, engines, min(step.limit, left))
-                print(f"    {step.status} in {step.seconds:.0f} s {_in_words(step.counts)}", flush=True)
-                for problem in step.problems:
-                    print(f"    {problem[:300]}", flush=True)
-            write(steps, facts, out, time.monotonic() - start)  # after each step: an interrupted check has a report too
+        ended = 0
+        together = [step for step in steps if step.kind in ("tests", "notebooks")]
+        for group in (
+            [step for step in steps if step.kind == "doctor"],
+            together,
+            [step for step in steps if step.kind == "bench"],
+        ):
+            with ThreadPoolExecutor(jobs if group is together else 1) as pool:
+                running = [pool.submit(_limited, step, out, engines, start, time_limit) for step in group]
+                for future in as_completed(running):
+                    step, ended = future.result(), ended + 1
+                    print(f"[{ended}/{len(steps)}] {step.name} {step.status}", end=" ")
+                    print(f"in {step.seconds:.0f} s {_in_words(step.counts)}", flush=True)
+                    for problem in step.problems:
+                        print(f"    {problem[:300]}", flush=True)
+                    # After each step: an interrupted check has a report too.
+                    write(steps, facts, out, time.monotonic() - start)
     print(f"\n{os.path.relpath(out / 'report.md')}\n\n{summary(steps)}")
     return 0 if all(step.status == "passed" for step in steps) else 1
+
+
+def _limited(step: Step, out: Path, engines: Path, start: float, time_limit: float) -> Step:
+    """Run a step in what is left of the whole check's time."""
+    left = time_limit - (time.monotonic() - start) if time_limit else step.limit
+    if left < 1:
+        step.problems.append("the time limit of the whole check was used up")
+    else:
+        print(f"{step.name} begins", flush=True)
+        run_step(step, out, engines, min(step.limit, left))
+    return step
 
 
 def _copy_clean(folder: Path, copy: Path) -> None:

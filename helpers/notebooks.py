@@ -301,7 +301,7 @@ def report(results: list[NotebookResult]) -> str:
             str(result.cells_run),
             str(len(result.skipped)),
             "ok" if result.ok else "FAILED",
-            "; ".join(_grouped(result.skipped)),
+            "; ".join(grouped(result.skipped)),
         )
         for result in results
     ]
@@ -326,7 +326,7 @@ def report(results: list[NotebookResult]) -> str:
     return "\n".join([*problems, "", *lines] if problems else lines)
 
 
-def _grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
+def grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
     """ "needs an NVIDIA GPU (cells 4, 7)", each reason once."""
     for reason in dict.fromkeys(reason for _, reason in skipped):
         cells = [str(cell) for cell, other in skipped if other == reason]

@@ -70,7 +70,7 @@ def test_one_notebook_that_fails_does_not_stop_the_next_and_both_are_reported(on
     assert [step["status"] for step in report["steps"]] == ["passed", "failed", "passed"]
     assert "ZeroDivisionError" in bad["problems"][0] and bad["log"]
     assert good["counts"] == {"cells run": 1, "cells skipped": 1}
-    assert good["skipped"] == ["cell 2: needs something"]
+    assert good["skipped"] == ["needs something (cell 2)"]
     assert not report["passed"] and report["machine"]["gpu"] == "Test GPU"
     assert report["versions"]["torch"] and "vllm" in report["versions"]
     executed = nbformat.read(out / "notebooks" / "02_good.ipynb", as_version=4)
