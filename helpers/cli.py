@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--only", default="doctor,tests,notebooks,bench", help="some of these parts")
     command.add_argument("--out", type=Path, default=Path("build/gpu-check"))
     command.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds for all of it")
+    command.add_argument("--jobs", type=int, default=1, help="tests and notebooks at a time; the benchmark runs alone")
     command.set_defaults(run=_gpu_check)
     return parser
 
@@ -264,4 +265,4 @@ def _env_list(_: argparse.Namespace) -> None:
 def _gpu_check(settings: argparse.Namespace) -> int:
     from . import gpu_check
 
-    return gpu_check.main(settings.only.split(","), settings.out, settings.time_limit)
+    return gpu_check.main(settings.only.split(","), settings.out, settings.time_limit, jobs=settings.jobs)
