@@ -117,7 +117,7 @@ def read_notebook(step: Step, out: Path, output: str) -> None:
     step.counts = {"cells run": result.cells_run, "cells skipped": len(result.skipped)}
     step.skipped = list(notebooks.grouped(result.skipped))
     step.problems = result.problems
-    if not result.cells_run:  # a list of all cells would hide the reason
+    if all(cell.execution_count is None for _, cell in notebooks.code_cells(nb)):  # their list would hide the reason
         lines = [line for line in output.splitlines() if line.strip()]
         step.problems = [f"no cell ran: {lines[-1].strip() if lines else 'no output'}"]
 
