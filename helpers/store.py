@@ -29,7 +29,10 @@ SCHEMA = 1
 SOURCES = {
     "aot": ("llama.py", "backends/aot.py"),
     "tensorrt_llm": ("backends/tensorrt_llm.py", "backends/tensorrt_llm_worker.py", "backends/tensorrt_llm_options.py"),
-    "tensorrt": ("llama.py", "llama_onnx.py", "onnx_export.py", "layers.py", "tensorrt_api.py", "backends/tensorrt.py"),
+    "tensorrt": (
+        *("llama.py", "llama_onnx.py", "onnx_export.py", "layers.py"),
+        *("tensorrt_api.py", "tensorrt_builder.py", "tensorrt_options.py", "backends/tensorrt.py"),
+    ),
 }
 
 
@@ -58,7 +61,7 @@ def identity(recipe: BuildRecipe, checkpoint: models.Checkpoint) -> dict[str, An
         "device_name": machine.name if machine.device == "cuda" else "",
         "instructions": " ".join(machine.instructions),
         "versions": hardware.versions(),
-        "source": _source_digest(recipe.backend),
+        "source": source_digest(recipe.backend),
     }
     if remote:
         from .backends import tensorrt_llm
@@ -132,7 +135,7 @@ def building(name: str) -> Iterator[Path]:
 def write_manifest(folder: Path, facts: dict[str, Any], seconds: dict[str, float], details: dict[str, Any]) -> None:
     """Seal a finished build: every file's size and hash, and where, when and from what it was made."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in paths}
+    files = {p.relative_to(folder).as_posix(): entry_of(p) for p in paths}
     found = details.pop("hardware", None) or asdict(hardware.describe(facts["recipe"]["device"]))
     manifest = {
         "identity": facts,
@@ -144,6 +147,11 @@ def write_manifest(folder: Path, facts: dict[str, Any], seconds: dict[str, float
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -257,7 +265,8 @@ def _disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "no space left on device" in str(error).lower()
 
 
-def _source_digest(backend: str) -> str:
+def source_digest(backend: str) -> str:
+    """A hash of the course's code that decides what this backend compiles."""
     here = Path(__file__).parent
     return hashlib.sha256(b"".join((here / s).read_bytes() for s in SOURCES.get(backend, ()))).hexdigest()
 

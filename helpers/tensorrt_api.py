@@ -134,7 +134,7 @@ def build(
     yield {"phase": "parse"}
     start = time.perf_counter()
     builder = trt.Builder(log)
-    network = builder.create_network(_strongly_typed(trt))
+    network = builder.create_network(_typing(trt, options))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(onnx):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -169,12 +169,12 @@ def build(
     }
 
 
-def load(plan: str, provider: str) -> dict[str, Any]:
+def load(plan: str, name: str, provider: str) -> dict[str, Any]:
     """Load a plan file as a check, and give it back at once. Raises our error with TensorRT's own words."""
     trt = load_provider(provider)
     engine, log = deserialize(trt, plan)
     if engine is None:
-        raise explain(log.errors(), f"Engine {Path(plan).name!r} cannot be loaded.")
+        raise explain(log.errors(), f"Engine {name!r} cannot be loaded.")
     return {"layers": engine.num_layers, "profiles": engine.num_optimization_profiles, "version": trt.__version__}
 
 
@@ -221,10 +221,19 @@ def _log(trt: ModuleType) -> Any:
     return Log()
 
 
-def _strongly_typed(trt: ModuleType) -> int:
-    """TensorRT 10 takes each tensor's type from the graph only when told so; 11 and TensorRT for RTX always do."""
-    if int(trt.__version__.split(".")[0]) == 10:
-        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+def _typing(trt: ModuleType, options: dict[str, Any]) -> int:
+    """The network's creation flags. TensorRT 10 takes each tensor's type from the graph only when told so (strong
+    typing), or chooses among the precisions that are flagged (weak typing); 11 and TensorRT for RTX know only the
+    first. BuilderFlag.FP16 and the like are gone from 11: see NVIDIA's list of APIs removed from 10.x to 11.x."""
+    ten = int(trt.__version__.split(".")[0]) == 10
+    if not options.get("precision_flags"):
+        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if ten else 0
+    if not ten:
+        raise BuildError(
+            f"TensorRT {trt.__version__} has no precision flags: its networks are strongly typed.",
+            cause="Weak typing ended with TensorRT 10.",
+            fix="Leave precision_flags out, and set the type in the graph: precision='fp16'.",
+        )
     return 0
 
 
@@ -242,6 +251,8 @@ def _configure(trt: ModuleType, builder: Any, network: Any, options: dict[str, A
     ):
         if options.get(option):
             config.set_flag(getattr(trt.BuilderFlag, flag))
+    for flag in options.get("precision_flags", ()):
+        config.set_flag(getattr(trt.BuilderFlag, flag))
     if level := options.get("hardware_compatibility"):
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.upper())
     if targets := options.get("compute_capabilities"):

@@ -21,19 +21,7 @@
     store.read_manifest(folder)["details"]    # provider, version, runs_on (compute capabilities), inputs, outputs
     load_plan(folder)                         # loads it; without a fitting GPU: TensorRT's own words, cause and fix
 
-precision is fp32, fp16, bf16, int8, int4 (both weights only) or fp8. Options, all by name:
-
-    mark_outputs="all" or [names]     intermediates become outputs, so they must be written to memory: fusion is
-                                      hindered (11 -> 5; TensorRT still computes the block in two of the five and
-                                      writes the rest out of them; a varying batch or int8 weights split it, 11 -> 3)
-    compute_capabilities=["8.6"]      targets; fp8 is refused for 8.6, and begins with 8.9
-    profiles=[{"x": ((1, 256), (8, 256), (64, 256))}]   least, likely and greatest shape of an input that varies
-    optimization_level=0 .. 5         accepted; in TensorRT for RTX without a GPU it changed nothing that we saw
-    weight_streaming=True             weights may stay in host memory while the engine runs
-    refit=True, strip_weights=True    weights to be exchanged or added later; needs an NVIDIA driver to build
-    version_compatible=True           TensorRT: runs with later versions; TensorRT for RTX lacks what it needs
-    hardware_compatibility="ampere_plus", timing_cache="file"      TensorRT only; TensorRT for RTX refuses them
-    provider="tensorrt"               TensorRT itself, where it and a GPU are there; default "tensorrt_rtx"
+precision is fp32, fp16, bf16, int8, int4 (both weights only) or fp8. Options, all by name: tensorrt_options.py.
 
 What TensorRT for RTX is: NVIDIA's TensorRT for GeForce and RTX cards. It builds ahead of time without a GPU and
 finishes its kernels when the engine first runs. TensorRT itself, which TensorRT-LLM uses, measures kernels on the GPU
@@ -50,86 +38,33 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import layers, store
 from .backends.worker import Worker
-from .errors import BackendUnavailable, BuildError, RecipeError
+from .errors import BackendUnavailable, BuildError
 from .inspection import EngineReport, Kernel, Operation, write_report
 from .progress import Progress, say
 from .recipe import BuildRecipe
 from .tensorrt_api import explain
+from .tensorrt_options import Options, make_options
 
 if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-PROVIDERS = ("tensorrt_rtx", "tensorrt")
 API = "helpers.tensorrt_api"
 MODULE = "module"  # the one graph of an engine that was built from a module or an ONNX file
 TIME_LIMIT = 1800.0  # seconds
 # Where an engine runs that was built without targets, in TensorRT for RTX 1.7.1's own words at loading.
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1", "newer than 12.0")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The builder's settings; see the top of this file. Raises RecipeError for a wrong value."""
-
-    provider: str = "tensorrt_rtx"
-    optimization_level: int | None = None
-    profiles: tuple[Mapping[str, Any], ...] | list[Mapping[str, Any]] = ()
-    compute_capabilities: tuple[str, ...] | list[str] = ()
-    mark_outputs: str | list[str] = ""
-    refit: bool = False
-    strip_weights: bool = False
-    weight_streaming: bool = False
-    version_compatible: bool = False
-    hardware_compatibility: str = ""
-    timing_cache: str = ""
-
-    def __post_init__(self) -> None:
-        if self.provider not in PROVIDERS:
-            raise _wrong("provider", self.provider, f"one of {', '.join(PROVIDERS)}")
-        level = self.optimization_level
-        if level is not None and not (isinstance(level, int) and 0 <= level <= 5):
-            raise _wrong("optimization_level", level, "a whole number from 0 to 5")
-        for target in self.compute_capabilities:
-            if not re.fullmatch(r"\d+\.\d", str(target)):
-                raise _wrong("compute_capabilities", target, "texts such as '8.6'")
-        if isinstance(self.mark_outputs, str) and self.mark_outputs not in ("", "all"):
-            raise _wrong("mark_outputs", self.mark_outputs, "'all' or a list of tensor names")
-        if self.hardware_compatibility not in ("", "ampere_plus", "same_compute_capability"):
-            raise _wrong(
-                "hardware_compatibility", self.hardware_compatibility, "ampere_plus or same_compute_capability"
-            )
-        for profile in self.profiles:
-            for name, shapes in profile.items():
-                _check_profile(name, shapes)
-        if self.provider == "tensorrt_rtx":
-            self._refuse_what_rtx_lacks()
-
-    def _refuse_what_rtx_lacks(self) -> None:
-        if self.timing_cache:
-            raise BuildError(
-                "TensorRT for RTX keeps no timing cache: it measures no kernels while it builds.",
-                cause="TensorRT says: Timing cache operations are no-ops in TensorRT-RTX.",
-                fix="Leave the option out, or use provider='tensorrt' on a machine with a GPU.",
-            )
-        if self.hardware_compatibility:
-            raise BuildError(
-                "TensorRT for RTX has no hardware compatibility level: its engines run on several GPUs anyway.",
-                cause="TensorRT says: setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX.",
-                fix="Name the targets instead: compute_capabilities=['8.6', '8.9'].",
-            )
 
 
 def build_module(
@@ -145,7 +80,7 @@ def build_module(
 ) -> Path:
     """A TensorRT engine from a torch module, in a folder under engines/; an equal one is returned at once.
 
-    example_inputs: what forward takes; sizes that no profile opens are fixed. options: see the top of this file.
+    example_inputs: what forward takes; sizes that no profile opens are fixed. options: see tensorrt_options.py.
     Raises BuildError, RecipeError, BackendUnavailable, WorkerError.
     """
     settings = make_options(options)
@@ -163,7 +98,8 @@ def build_module(
         onnx_export.export(module, example_inputs, path, precision=precision, varying=varying)
 
     label = name or type(module).__name__.lower()
-    return _build(label, export, precision, settings, force, quiet, time_limit, example_inputs)
+    content = content_of(module, example_inputs, precision)
+    return _build(label, export, content, precision, settings, force, quiet, time_limit, example_inputs)
 
 
 def build_onnx(
@@ -188,7 +124,7 @@ def build_onnx(
         onnx_export.save(model, path)
 
     label = name or source.stem
-    return _build(label, export, precision or "fp32", make_options(options), force, quiet, time_limit, ())
+    return _build(label, export, "", precision or "fp32", make_options(options), force, quiet, time_limit, ())
 
 
 def load_plan(engine: Path | str, *, provider: str = "") -> dict[str, Any]:
@@ -202,16 +138,32 @@ def load_plan(engine: Path | str, *, provider: str = "") -> dict[str, Any]:
         plan = path
     else:
         folder = store.locate(engine)
-        manifest = store.verify(folder)
+        manifest = store.read_manifest(folder)
+        if "recorded" in manifest:
+            raise BackendUnavailable(
+                f"Engine {folder.name!r} is a record of one that was built elsewhere, without its plan file.",
+                cause="TensorRT cannot build on this machine, so it could not load a plan either.",
+                fix="Build it on a Linux or Windows machine: pip install tensorrt-rtx==1.7.1.116.",
+            )
+        store.verify(folder)
         provider = provider or manifest["details"]["provider"]
         plan = next(folder.glob("*.plan"))
     with start_worker() as worker:
-        return worker.call("load", plan=str(plan), provider=provider or "tensorrt_rtx")
+        return worker.call("load", plan=str(plan), name=path.name, provider=provider or "tensorrt_rtx")
 
 
 def start_worker() -> Worker:
     """A worker with TensorRT in it, under the Python that COURSE_TENSORRT_PYTHON names if it is set."""
     return Worker(API, python=os.environ.get("COURSE_TENSORRT_PYTHON", ""))
+
+
+def missing(provider: str = "tensorrt_rtx") -> str:
+    """Why nothing can be built here, in one line; "" where it can."""
+    try:
+        provider_version(provider)
+    except BackendUnavailable as error:
+        return f"{error.what} {error.cause}"
+    return ""
 
 
 @cache
@@ -293,6 +245,7 @@ def runs_on(settings: Options) -> list[str]:
 def _build(
     label: str,
     export: Callable[[Path], None],
+    content: str,
     precision: str,
     settings: Options,
     force: bool,
@@ -300,11 +253,23 @@ def _build(
     time_limit: float,
     example_inputs: Sequence[Any],
 ) -> Path:
-    """Export, quantize, compile, publish: what build_module and build_onnx share."""
+    """Export, quantize, compile, publish: what build_module and build_onnx share. content: a hash of what is built;
+    where it is "", the hash of the exported graph takes its place."""
     start = time.perf_counter()
     version = provider_version(settings.provider)
     chosen = {k: v for k, v in asdict(settings).items() if v != getattr(Options(), k)}
     recipe = BuildRecipe(model=label, backend="tensorrt", precision=precision, options=json.loads(json.dumps(chosen)))
+
+    def stored(content: str) -> Path | None:
+        folder = store.root() / store.name_of(recipe, _identity(recipe, content))
+        if force or not (folder / store.MANIFEST).exists():
+            return None
+        if not quiet:
+            say(f"Cache hit: {folder.name} is built already ({time.perf_counter() - start:.2f} s).")
+        return folder
+
+    if content and (hit := stored(content)):
+        return hit
     from . import onnx_export
 
     title = f"Building {label} with {settings.provider} {version} in {precision}"
@@ -323,13 +288,12 @@ def _build(
                     largest = onnx_export.calibrate(model, onnx_export.example_feeds(model, example_inputs))
                 onnx_export.quantize(model, precision, largest)
                 onnx_export.save(model, file)
-        facts = _identity(recipe, model)
+        content = content or _content_of_graph(model)
+        facts = _identity(recipe, content)
         name = store.name_of(recipe, facts)
         with store.building(name) as folder:
-            if not force and (store.root() / name / store.MANIFEST).exists():
-                if not quiet:
-                    say(f"Cache hit: {name} is built already ({time.perf_counter() - start:.2f} s).")
-                return store.root() / name
+            if hit := stored(content):  # an equal graph, or another process built it while this one waited
+                return hit
             with start_worker() as worker:
                 plan = folder / f"{MODULE}.plan"
                 parts, details = plan_from_onnx(worker, model, file, plan, settings, progress, time_limit)
@@ -339,9 +303,22 @@ def _build(
         return store.root() / name
 
 
-def _identity(recipe: BuildRecipe, model: onnx.ModelProto) -> dict[str, Any]:
-    """As store.identity, with the graph in the checkpoint's place. Of the nodes' metadata only the module's lines
-    count: the rest names files that lie elsewhere in every session."""
+def _identity(recipe: BuildRecipe, content: str) -> dict[str, Any]:
+    """As store.identity, with what is built, and the code that builds it, in the checkpoint's place."""
+    both = hashlib.sha256(f"{content} {store.source_digest('tensorrt')}".encode())
+    return {
+        "schema": store.SCHEMA,
+        "recipe": {**recipe.to_dict(), "device": "cpu"},
+        "checkpoint": both.hexdigest(),
+        "tokenizer": "",
+        "source": "",
+        **machine_facts(recipe.options.get("provider", "tensorrt_rtx")),
+    }
+
+
+def _content_of_graph(model: onnx.ModelProto) -> str:
+    """A hash of a graph. Of the nodes' metadata only the module's lines count: the rest names files that lie
+    elsewhere in every session."""
     from . import onnx_export
 
     bare = copy.deepcopy(model)
@@ -352,36 +329,39 @@ def _identity(recipe: BuildRecipe, model: onnx.ModelProto) -> dict[str, Any]:
     for thing in (*bare.graph.node, *bare.graph.input, *bare.graph.output, *bare.graph.value_info, bare.graph, bare):
         del thing.metadata_props[:]
     lines = json.dumps(onnx_export.sources(model))
-    graph = hashlib.sha256(bare.SerializeToString(deterministic=True) + lines.encode() + weights.digest())
-    return {
-        "schema": store.SCHEMA,
-        "recipe": {**recipe.to_dict(), "device": "cpu"},
-        "checkpoint": graph.hexdigest(),
-        "tokenizer": "",
-        "source": "",
-        **machine_facts(recipe.options.get("provider", "tensorrt_rtx")),
-    }
+    return hashlib.sha256(bare.SerializeToString(deterministic=True) + lines.encode() + weights.digest()).hexdigest()
 
 
-def make_options(options: dict[str, Any]) -> Options:
-    """Checked settings from plain values, as a recipe or a call gives them."""
-    known = [f.name for f in fields(Options)]
-    for option in options:
-        if option not in known:
-            raise RecipeError(
-                f"The TensorRT builder has no option {option!r}.", fix=f"Options are: {', '.join(known)}."
-            )
-    return Options(**options)
+def content_of(module: nn.Module, example_inputs: Sequence[Any], precision: str) -> str:
+    """A hash of a module that consists of torch's own modules, so that an equal one is found without an export.
+
+    "" for any other: what a class of one's own computes is only known when it is exported.
+    """
+    import torch
+
+    bookkeeping = vars(torch.nn.Module())
+    total = hashlib.sha256(torch.__version__.encode())
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if key not in bookkeeping}
+        hooks = any(vars(part)[key] for key in bookkeeping if key.endswith("hooks"))
+        if not type(part).__module__.startswith("torch.nn.modules.") or hooks or not _is_plain([*settings.values()]):
+            return ""
+        total.update(repr((name, type(part).__name__, sorted(settings.items()))).encode())
+    inputs = [(str(index), value) for index, value in enumerate(example_inputs)]
+    if not all(isinstance(value, torch.Tensor) for _, value in inputs):
+        return ""
+    for key, tensor in (*module.named_parameters(), *module.named_buffers(), *inputs):
+        total.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
+        if not key.isdigit() or precision == "fp8":  # of inputs only the shape counts, but fp8's scales rest on them
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            total.update(raw.numpy().tobytes())
+    return total.hexdigest()
 
 
-def _check_profile(name: str, shapes: Any) -> None:
-    try:
-        least, likely, greatest = (tuple(s) for s in shapes)
-        ordered = all(0 < a <= b <= c for a, b, c in zip(least, likely, greatest, strict=True))
-    except (TypeError, ValueError):
-        ordered = False
-    if not ordered:
-        raise _wrong(f"profile of {name}", shapes, "three shapes, each size of one at least that of the one before")
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _refused(built: dict[str, Any], nodes: dict[str, str]) -> BuildError:
@@ -396,7 +376,3 @@ def _refused(built: dict[str, Any], nodes: dict[str, str]) -> BuildError:
         else "The file is no network that TensorRT knows.",
         fix="Write that line of the module with other operations.",
     )
-
-
-def _wrong(name: str, value: Any, allowed: str) -> RecipeError:
-    return RecipeError(f"TensorRT option {name} is {value!r}, which is not allowed.", fix=f"Give {allowed}.")
