@@ -273,8 +273,17 @@ def _empty_record(workload: Workload) -> Record:
         hardware.measure_bandwidth(workload.device, threads),
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         os.environ.get("COURSE_COMMIT") or _commit(),
-        shlex.join(["helpers", *sys.argv[1:]]) if "bench" in sys.argv[1:2] else "",
+        _command(),
     )
+
+
+def _command() -> str:
+    """What was typed, if this is `helpers bench`, without the file it writes."""
+    words = sys.argv[1:]
+    if words[:1] != ["bench"]:
+        return ""
+    kept = [w for at, w in enumerate(words) if w != "--out" and words[at - 1] != "--out"]
+    return shlex.join(["helpers", *kept])
 
 
 def _version(package: str) -> str:
