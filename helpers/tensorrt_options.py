@@ -2,11 +2,11 @@
 or as a recipe's options.
 
     mark_outputs="all" or [names]     intermediates become outputs, so they must be written to memory: fusion is
-                                      hindered (11 -> 5: TensorRT still computes the block in two layers, and three
-                                      more only copy constants that became outputs; a varying batch or int8
-                                      weights split the two, 11 -> 3)
+                                      hindered (the block's 11 network layers become 5 instead of 2: it is still
+                                      computed in two, which write more, and three copy constants to outputs)
     compute_capabilities=["8.6"]      targets; fp8 is refused for 8.6, and begins with 8.9
-    profiles=[{"x": ((1, 256), (8, 256), (64, 256))}]   least, likely and greatest shape of an input that varies
+    profiles=[{"x": ((1, 256), (8, 256), (64, 256))}]   least, likely and greatest shape of an input that varies;
+                                      one layer more, shape_call, works out the sizes when the engine runs
     optimization_level=0 .. 5         accepted; in TensorRT for RTX without a GPU it changed nothing that we saw
     weight_streaming=True             weights may stay in host memory while the engine runs, if the program that runs
                                       it sets a budget; layers and plan stay the same
