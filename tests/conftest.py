@@ -6,8 +6,10 @@ COURSE_TEST_ENGINES=/some/folder pytest ...
 """
 
 import importlib.util
+import json
 import os
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -99,6 +101,35 @@ def own_engines(tiny_engine, tmp_path, monkeypatch) -> Path:
     shutil.copytree(tiny_engine, copy)
     monkeypatch.setenv("COURSE_ENGINES", str(copy.parent))
     return copy
+
+
+# ---- contract tests ---------------------------------------------------------------------------------------
+
+CONTRACT = Path(__file__).parent / "contract"
+
+
+@pytest.fixture
+def standin(monkeypatch, tmp_path):
+    """The stand-ins of contract/ as the environment "trtllm", reached through a real worker process, and a folder of
+    engines for this test alone. standin(GPU="8.6") sets one of their variables; contract/README.md lists them."""
+    from helpers.backends import tensorrt_llm
+
+    monkeypatch.setenv("HELPERS_TRTLLM_PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(CONTRACT))
+    monkeypatch.setenv("STANDIN_MPI", "broken")
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
+    changed = []
+
+    def change(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(f"STANDIN_{name}", value if isinstance(value, str) else json.dumps(value))
+            if name in ("GPU", "VERSION", "INSPECTOR") or "import" in str(value):  # else the machine stays the same
+                changed.append(name)
+                tensorrt_llm._machine.cache_clear()
+
+    yield change
+    if changed:
+        tensorrt_llm._machine.cache_clear()
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
