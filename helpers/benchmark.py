@@ -63,16 +63,30 @@ def run(
     A contender that fails becomes a row with its reason; the others go on. `keep` is called after each batch size
     with what there is so far.
     """
-    pairs = list(dict.fromkeys(_parse(contender) for contender in contenders))
+    for contender in contenders:
+        _parse(contender)
     for size in batch_sizes:
         if not 1 <= size <= workload.max_batch_size:
             raise InputError(f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.")
-    record = _empty_record(workload)
+    record = empty_record(workload)
+    runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]
+    return run_all(record, runners, batch_sizes, quiet=quiet, keep=keep)
+
+
+def run_all(
+    record: Record,
+    runners: list[Runner],
+    batch_sizes: Sequence[int],
+    *,
+    quiet: bool = False,
+    keep: Callable[[Record], Any] | None = None,
+) -> Record:
+    """The same with contenders that the caller made: fills the record, and ends them."""
+    workload = record.workload
     prompts = make_prompts(workload, max(batch_sizes))
-    title = f"{len(pairs)} contenders, {workload.repeats} rounds each"
+    title = f"{len(runners)} contenders, {workload.repeats} rounds each"
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(title, quiet=quiet))
-        runners = [_Runner(workload, record.threads, *pair) for pair in pairs]
         for runner in runners:
             stack.callback(runner.close)
         if workload.start_together:
@@ -97,7 +111,7 @@ def run(
     return record
 
 
-def _measure(runners: list[_Runner], record: Record, prompts: list[list[int]], progress: Progress) -> list[Row]:
+def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], progress: Progress) -> list[Row]:
     """Warm-up of each at one batch size, then rounds in which each has its turn."""
     workload, size = record.workload, len(prompts)
     work = {"prompts": prompts, "output_len": workload.output_len}
@@ -123,10 +137,10 @@ def _measure(runners: list[_Runner], record: Record, prompts: list[list[int]], p
     return [row for row, _ in turns]
 
 
-def _compare(runners: list[_Runner], record: Record, prompt: list[int]) -> None:
+def _compare(runners: list[Runner], record: Record, prompt: list[int]) -> None:
     """Each row's tokens and logits beside what PyTorch computes in fp32 for the first prompt."""
     runner = next((r for r in runners if r.row.name == "pytorch fp32"), None)
-    own = runner or _Runner(record.workload, record.threads, "pytorch", "fp32")
+    own = runner or Runner(record.workload, record.threads, "pytorch", "fp32")
     row = replace(own.row)
     expected = own.ask(row, "check", prompts=[prompt], output_len=record.workload.output_len, logits=True)
     if runner is None:
@@ -140,7 +154,7 @@ def _compare(runners: list[_Runner], record: Record, prompt: list[int]) -> None:
             row.logit_error = _logit_error(answer["logits"], expected["logits"])
 
 
-def _device_memory(runners: list[_Runner], record: Record) -> None:
+def _device_memory(runners: list[Runner], record: Record) -> None:
     """End one process after the other; what the GPU then has more of was that process's."""
     import torch
 
@@ -253,13 +267,18 @@ def batch_sizes(text: str) -> list[int]:
         raise InputError(f"Batch sizes are numbers with commas between, not {text!r}.", fix="Such as 1,4.") from None
 
 
+def make_runner(workload: Workload, threads: int, contender: str) -> Runner:
+    return Runner(workload, threads, *_parse(contender))
+
+
 def _parse(contender: str) -> tuple[str, str]:
     backend, _, precision = contender.partition(":")
     BuildRecipe(backend=backend, precision=precision or "fp32")  # RecipeError for names that do not exist
     return backend, precision or "fp32"
 
 
-def _empty_record(workload: Workload) -> Record:
+def empty_record(workload: Workload) -> Record:
+    """A record of this machine, with its bandwidth measured, and no rows yet."""
     machine = hardware.describe(workload.device)
     size = models.find(workload.model).config.parameter_count() * 4
     threads = workload.threads or hardware.default_threads(size)
@@ -308,8 +327,10 @@ def _commit() -> str:
 # A contender in a process of its own
 
 
-class _Runner:
+class Runner:
     """Starts the worker, asks one thing at a time, and turns whatever goes wrong into a row's reason."""
+
+    module, python = "helpers.benchmark_process", ""  # what the worker serves, and under which Python
 
     def __init__(self, workload: Workload, threads: int, backend: str, precision: str):
         self.workload, self.threads = workload, threads
@@ -364,7 +385,7 @@ class _Runner:
 
     def _start(self) -> Worker:
         started = time.perf_counter()
-        self.worker = Worker("helpers.benchmark_process")
+        self.worker = Worker(self.module, python=self.python)
         arguments = {"recipe": self.recipe.to_dict(), "threads": self.threads, "cache": self.cache.name}
         answer = self.worker.call("load", time_limit=TIME_LIMIT_S, **arguments)
         self.row.start_s = time.perf_counter() - started

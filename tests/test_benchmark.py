@@ -212,14 +212,14 @@ def test_a_runs_record_loads_back(record, tmp_path):
 
 
 def test_one_failing_batch_size_leaves_the_others(monkeypatch):
-    ask = benchmark._Runner.ask
+    ask = benchmark.Runner.ask
 
     def failing(self, row, call, **arguments):
         if call == "measure" and row.batch_size == 2:
             arguments["prompts"] = []
         return ask(self, row, call, **arguments)
 
-    monkeypatch.setattr(benchmark._Runner, "ask", failing)
+    monkeypatch.setattr(benchmark.Runner, "ask", failing)
     kept = []
     record = benchmark.run(SMALL, ["pytorch"], [1, 2, 4], quiet=True, keep=lambda r: kept.append(len(r.rows)))
     assert [row.status for row in record.rows] == ["ok", "failed", "ok"]
@@ -228,14 +228,14 @@ def test_one_failing_batch_size_leaves_the_others(monkeypatch):
 
 
 def test_a_dying_process_is_a_reason_and_not_the_end(monkeypatch):
-    ask = benchmark._Runner.ask
+    ask = benchmark.Runner.ask
 
     def killing(self, row, call, **arguments):
         if call == "measure" and row.batch_size == 1 and self.worker:
             self.worker.kill()
         return ask(self, row, call, **arguments)
 
-    monkeypatch.setattr(benchmark._Runner, "ask", killing)
+    monkeypatch.setattr(benchmark.Runner, "ask", killing)
     record = benchmark.run(SMALL, ["pytorch"], [1, 2], quiet=True)
     assert [row.status for row in record.rows] == ["failed", "ok"]
     assert "ended unexpectedly" in record.rows[0].reason
