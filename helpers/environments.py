@@ -236,6 +236,10 @@ def create(name: str, *, python: str = "") -> Path:
             f"{wanted.title} {wanted.version} cannot be installed here; nothing was made.{''.join(lines)}",
             fix=f"Mend these. {wanted.instead.replace('Use', 'Or use', 1)}",
         )
+    if name == "trtllm" and not os.environ.get("CUDA_HOME") and not shutil.which("nvcc"):
+        print(
+            "      Note: NVIDIA's guide asks for the CUDA Toolkit 13 and CUDA_HOME; neither is here. Going on without."
+        )
     target = folder(name)
     interpreter = target / "bin" / "python"
     finished = False
@@ -250,7 +254,10 @@ def create(name: str, *, python: str = "") -> Path:
         _step([*_pip(interpreter), "install", *_indexes(wanted), "-r", str(_lock(name))], wanted)
         print(f"[4/4] Importing {wanted.module}, which can take a minute", flush=True)
         start = time.monotonic()
-        _step([str(interpreter), "-c", f"import {wanted.module}; print({wanted.module}.__version__)"], wanted)
+        try:
+            _step([str(interpreter), "-c", f"import {wanted.module}; print({wanted.module}.__version__)"], wanted)
+        except CourseError as error:
+            raise _not_importable(name, error.cause) from None
         print(f"      {time.monotonic() - start:.0f} s. Ready: {interpreter.relative_to(PROJECT)}")
         (target / UNFINISHED).unlink()
         finished = True
@@ -303,3 +310,21 @@ def _step(command: list[str], wanted: Environment) -> None:
             cause=last,
             fix=f"Mend that and run it again. {wanted.instead}",
         )
+
+
+def _not_importable(name: str, said: str) -> CourseError:
+    """Why an installed library does not load: `said` is the last line of its traceback."""
+    wanted = ENVIRONMENTS[name]
+    what = f"{wanted.title} was installed, but importing it failed."
+    if re.search(r"lib(cu(?!da\.so)|nv(?!infer))\w*\.so", said):
+        return BackendUnavailable(
+            f"{what} {said}",
+            cause="The loader does not find a library of the CUDA Toolkit.",
+            fix="Install the CUDA Toolkit 13 and set CUDA_HOME, or put the folder nvidia/cu13/lib of a Python that has "
+            f"these wheels on LD_LIBRARY_PATH; then run this again (pip has kept the downloads). {wanted.instead}",
+        )
+    if name == "trtllm":
+        from .backends.tensorrt_llm_errors import explain
+
+        return explain(said, what, otherwise=BackendUnavailable)
+    return BackendUnavailable(f"{what} {said}", cause="See its last line above.", fix=wanted.instead)

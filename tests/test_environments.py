@@ -201,10 +201,27 @@ def test_where_the_installation_breaks_off_nothing_stays(wheels, project):
 
 def test_where_the_import_fails_the_reason_is_told_and_nothing_stays(wheels, project):
     wheels("raise ImportError('libcudart.so.13: cannot open shared object file')")
-    with pytest.raises(CourseError) as broken:
+    with pytest.raises(BackendUnavailable, match=r"libcudart\.so\.13") as broken:
         environments.create("vllm")
-    assert "libcudart.so.13" in broken.value.cause
+    assert "CUDA Toolkit" in broken.value.cause and "LD_LIBRARY_PATH" in broken.value.fix
     assert not (project / ".venv-vllm").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (
+            "ImportError: libmpi.so.40: cannot open shared object file",
+            "libopenmpi-dev",
+        ),  # NVIDIA/TensorRT-LLM issue 167
+        ("ImportError: libpython3.12.so.1.0: cannot open shared object file", "LD_LIBRARY_PATH"),  # issue 6102
+        ("ImportError: libcublasLt.so.13: cannot open shared object file", "CUDA Toolkit 13"),
+        ("ImportError: bindings.so: undefined symbol: _ZN3c10", "container"),  # issues 1008, 2380
+    ],
+)
+def test_what_tensorrt_llm_says_when_it_does_not_load_has_a_way_out(said, fix):
+    error = environments._not_importable("trtllm", said)
+    assert isinstance(error, BackendUnavailable) and fix in error.fix and said.split()[1][:9] in error.what
 
 
 def test_what_a_killed_attempt_left_is_made_anew(wheels, project):
