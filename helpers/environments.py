@@ -249,9 +249,14 @@ def create(name: str, *, python: str = "") -> Path:
         target.mkdir()
         (target / UNFINISHED).touch()
         _step([find_python(name, python), "-m", "venv", str(target)], wanted)
-        print("[3/4] Asking the package indexes, then installing; with a fast network some ten minutes", flush=True)
-        _require_wheel(interpreter, wanted)
-        _step([*_pip(interpreter), "install", *_indexes(wanted), "-r", str(_lock(name))], wanted)
+        print("[3/4] Fetching the wheel, then what it needs, and installing: several GB", flush=True)
+        wheels = target / "wheels"
+        _fetch(interpreter, wanted, wheels)
+        _step(
+            [*_pip(interpreter), "install", "--find-links", str(wheels), *_indexes(wanted), "-r", str(_lock(name))],
+            wanted,
+        )
+        shutil.rmtree(wheels)
         print(f"[4/4] Importing {wanted.module}, which can take a minute", flush=True)
         start = time.monotonic()
         try:
@@ -280,41 +285,44 @@ def _lock(name: str) -> Path:
     return PROJECT / "constraints" / f"{name}.txt"
 
 
-def _require_wheel(interpreter: Path, wanted: Environment) -> None:
-    """Fail within seconds where the wheel cannot be had: pip would first fetch gigabytes of other packages."""
-    asking = ["index", "versions", wanted.package, "--only-binary=:all:", "--retries=1", "--timeout=10"]
-    done = subprocess.run([*_pip(interpreter), *asking, *_indexes(wanted)], capture_output=True, text=True, check=False)
-    if wanted.version not in re.split(r"[\s,()]+", done.stdout):
-        said = [line for line in done.stderr.splitlines() if line.startswith(("ERROR", "WARNING"))]
+def _fetch(interpreter: Path, wanted: Environment, wheels: Path) -> None:
+    """Download the one wheel that matters, first: where it cannot be had, this fails within seconds, and not after
+    gigabytes of other packages. (On the Python Package Index, TensorRT-LLM is a stub without a wheel.)"""
+    what = f"{wanted.package}=={wanted.version}"
+    options = ["--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15", "--dest", str(wheels)]
+    try:
+        _step([*_pip(interpreter), "download", what, *options, *_indexes(wanted)], wanted)
+    except CourseError as error:
         raise BackendUnavailable(
-            f"pip finds no wheel of {wanted.package} {wanted.version} for this Python and machine.",
-            cause="The package index that has it cannot be reached from here." + "".join(f"\n  {s}" for s in said[-3:]),
+            f"pip finds no wheel of {what} for this Python and machine.",
+            cause=f"The index that has it cannot be reached, or has none for this Python. pip says:\n  {error.cause}",
             fix=wanted.instead,
-        )
+        ) from None
 
 
 def _step(command: list[str], wanted: Environment) -> None:
-    """One command whose output a person can follow; its last line becomes the cause if it fails."""
-    last = ""
+    """One command whose output a person can follow; its last lines become the cause if it fails."""
+    lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if line.strip():
-                last = line.strip()
-                print(f"      {last[:150]}", flush=True)
+                lines.append(line.strip())
+                print(f"      {line.strip()[:150]}", flush=True)
     if run.returncode != 0:
         raise CourseError(
             f"{wanted.title} could not be installed: a step ended with exit status {run.returncode}.",
-            cause=last,
+            cause="\n  ".join(lines[-3:]),
             fix=f"Mend that and run it again. {wanted.instead}",
         )
 
 
 def _not_importable(name: str, said: str) -> CourseError:
-    """Why an installed library does not load: `said` is the last line of its traceback."""
+    """Why an installed library does not load: `said` is the end of its traceback."""
     wanted = ENVIRONMENTS[name]
+    said = said.splitlines()[-1].strip()
     what = f"{wanted.title} was installed, but importing it failed."
     if re.search(r"lib(cu(?!da\.so)|nv(?!infer))\w*\.so", said):
         return BackendUnavailable(
