@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
-from .records import Record, Row, differences
-from .report import COLOURS, Picture, Table, new_figure
+from .records import REFERENCES, Record, Row, differences
+from .report import COLOURS, HATCHES, Picture, Table, new_figure
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MISSING = "no record of this workload from another machine comes with the course yet."
+_AGREES = {True: "yes", False: "NO", None: "-"}
 
 
 def table(record: Record, batch_size: int = 1) -> Table:
@@ -47,7 +56,7 @@ def table(record: Record, batch_size: int = 1) -> Table:
             lambda r: "-" if r.tokens_equal is None else f"{r.tokens_equal} of {record.workload.output_len}",
         ),
         line("logits off by", lambda r: "-" if r.logit_error is None else f"{r.logit_error:.0e}"),
-        line("agrees", lambda r: {True: "yes", False: "NO", None: "-"}[r.agrees]),
+        line("agrees", lambda r: _AGREES[r.agrees]),
     ]
     if not all(ok):
         lines.append(["failed", *(row.reason for row in rows)])
@@ -134,53 +143,114 @@ def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -
     return Table(caption, columns, rows)
 
 
-def claims(record: Record, sweep: Record) -> Table:
-    """What is often said about compiled engines, and what this machine measured. `sweep` has several batch sizes."""
-    rows = {row.name: row for row in record.at(1) if row.status == "ok"}
-    eager, engine = record.row("pytorch fp32"), record.row("aot fp32")
-    faster = {name: row.median("tpot_s") / engine.median("tpot_s") for name, row in rows.items()}
-    cold = engine.warmup_e2e_s[0] / engine.median("e2e_s")
-    largest = max(sweep.batch_sizes)
-    gain = sweep.throughput(sweep.row("aot fp32", largest)) / sweep.throughput(sweep.row("aot fp32", 1))
-    said = [
-        (
-            "2 to 5 times faster",
-            "TPOT of others / the engine's: "
-            + ", ".join(f"{name} {ratio:.1f}" for name, ratio in faster.items() if not name.startswith("aot")),
-            _verdict(faster[eager.name], 2, 5),
-        ),
-        (
-            "lower memory usage",
-            f"{engine.peak_host_bytes / 1e6:.0f} MB a process, eager PyTorch {eager.peak_host_bytes / 1e6:.0f} MB",
-            "yes" if engine.peak_host_bytes < 0.95 * eager.peak_host_bytes else "no",
-        ),
-        (
-            "a build takes 10 to 30 minutes",
-            f"{engine.build_s / 60:.1f} minutes for this model",
-            "no, not for this model" if engine.build_s < 600 else "yes",
-        ),
-        (
-            "the first inference is slower",
-            f"first request {cold:.1f} times as long as the median",
-            "yes" if cold > 1.15 else "no",
-        ),
-        (
-            "batching raises throughput",
-            f"{gain:.1f} times the tokens/s at batch {largest}",
-            "yes" if gain > 1.1 else "no",
-        ),
-    ]
-    if int8 := rows.get("aot int8"):
-        of = record.workload.output_len
-        measured = f"{int8.tokens_equal} of {of} tokens as fp32; logits off by {int8.logit_error or 0:.1%}"
-        said.append(("int8 without loss of accuracy", measured, "small, but not without"))
-    if "vllm" not in {row.backend for row in rows.values()}:
-        said.append(("vLLM: good speed, more memory", "vLLM is not installed here", "not measured"))
-    return Table("Claims, on this machine with this model", ("claim", "measured", "verdict"), said)
+def overview(record: Record) -> Table:
+    """All of a record in one table: a line for each contender at each batch size."""
+    lines = []
+    for size in record.batch_sizes:
+        for row in record.at(size):
+            if row.status != "ok":
+                lines.append((row.name, size, f"{row.status}: {row.reason}", "", "", "", "", ""))
+                continue
+            memory = row.device_bytes or row.peak_host_bytes
+            lines.append(
+                (
+                    row.name,
+                    size,
+                    f"{row.median('ttft_s') * 1e3:.2f}",
+                    f"{row.median('tpot_s') * 1e3:.2f}",
+                    f"{row.limit_s / row.median('tpot_s'):.0%}",
+                    f"{record.throughput(row):,.0f}",
+                    f"{memory / 1e6:,.0f}",
+                    _AGREES[row.agrees],
+                )
+            )
+    of = "GPU" if record.hardware["device"] == "cuda" else "host"
+    columns = ("contender", "batch", "TTFT, ms", "TPOT, ms", "limit / TPOT", "tokens/s", f"{of} memory, MB", "agrees")
+    work = record.workload
+    return Table(f"{work.model}, {work.input_len} tokens in, {work.output_len} out; {record.place}", columns, lines)
 
 
-def _verdict(ratio: float, low: float, high: float) -> str:
-    """Of a claim about the speed against eager PyTorch."""
-    if ratio < low:
-        return "no, less against eager"
-    return "yes, against eager" if ratio <= high else "more, against eager"
+def beside(mine: Record, theirs: Record | None, batch_size: int = 1) -> Table:
+    """This machine's results and the reference machine's in columns of their own, for every contender of either."""
+    records = [record for record in (mine, theirs) if record]
+    names = list(dict.fromkeys(row.name for record in records for row in record.at(batch_size)))
+    rows = []
+    for name in names:
+        line = [name]
+        for record in (mine, theirs):
+            row = record.find(name, batch_size) if record else None
+            if record and row:
+                line += [f"{row.median('tpot_s') * 1e3:.2f}", f"{record.throughput(row):,.0f}", _AGREES[row.agrees]]
+            else:
+                line += ["", "", ""]
+        rows.append(line)
+    there = theirs.place if theirs else MISSING
+    columns = (
+        "contender",
+        "TPOT here, ms",
+        "tokens/s here",
+        "agrees here",
+        "TPOT there, ms",
+        "tokens/s there",
+        "agrees",
+    )
+    return Table(f"Here: {mine.place}. There: {there}", columns, rows)
+
+
+def first_token(record: Record, batch_size: int = 1) -> Picture:
+    """Seconds from nothing to the very first token: build, then start, then the TTFT of the first request."""
+    rows = [row for row in record.at(batch_size) if row.status == "ok"]
+    figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
+    names = [row.name for row in rows]
+    parts = {
+        "build or compile": [row.build_s for row in rows],
+        "start": [row.start_s for row in rows],
+        "TTFT": [row.median("ttft_s") for row in rows],
+    }
+    left = [0.0] * len(rows)
+    for (part, values), colour, hatch in zip(
+        parts.items(), (COLOURS[1], COLOURS[4], COLOURS[0]), HATCHES, strict=False
+    ):
+        axes.barh(names, values, 0.6, left=left, label=part, color=colour, hatch=hatch, edgecolor="white")
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    for y, total in enumerate(left):
+        axes.text(total, y, f"  {total:.1f} s", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(left) * 1.2)
+    axes.set_xlabel("seconds until the first token ever")
+    axes.legend(frameon=False, loc="best")
+    words = "; ".join(
+        f"{row.name} {total:.1f}, of which build {row.build_s:.1f}" for row, total in zip(rows, left, strict=True)
+    )
+    return Picture(figure, f"Bars: seconds until the first token ever. {words}.")
+
+
+def memory(record: Record, batch_size: int = 1) -> Picture:
+    """Megabytes that each contender's process holds: on the host, and on the GPU if there is one."""
+    rows = [row for row in record.at(batch_size) if row.status == "ok"]
+    kinds = {"host": [row.peak_host_bytes / 1e6 for row in rows]}
+    if any(row.device_bytes for row in rows):
+        kinds["GPU"] = [row.device_bytes / 1e6 for row in rows]
+    figure, axes = new_figure(height=0.9 + 0.5 * len(rows) * len(kinds))
+    height = 0.8 / len(kinds)
+    for at, ((kind, values), colour, hatch) in enumerate(zip(kinds.items(), COLOURS, HATCHES, strict=False)):
+        spots = [y + (at - (len(kinds) - 1) / 2) * height for y in range(len(rows))]
+        bars = axes.barh(spots, values, height * 0.9, label=kind, color=colour, hatch=hatch, edgecolor="white")
+        axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(map(max, kinds.values())) * 1.18)
+    axes.set_xlabel("MB held by the process, Python and libraries included")
+    axes.legend(frameon=False, loc="best")
+    words = "; ".join(f"{kind}: " + ", ".join(f"{r.name} {v:,.0f}" for r, v in zip(rows, values, strict=True))
+                      for kind, values in kinds.items())  # fmt: skip
+    return Picture(figure, f"Bars: megabytes of each process. {words}.")
+
+
+def published() -> Table:
+    """What others published, apart from what this course measured."""
+    figures = tomllib.loads((REFERENCES / "published.toml").read_text(encoding="utf-8"))["figure"]
+    columns = ("publisher", "date", "software", "hardware", "work", "figure", "link")
+    return Table(
+        "Published by others; not measured by this course", columns, [[f[c] for c in columns] for f in figures]
+    )
