@@ -212,6 +212,7 @@ def record_kernels(module: Any, inputs: tuple, name: str = "module") -> EngineRe
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(module, inputs)
         options = {"_post_fusion_custom_pass": recorder, "cpp.threads": 1}
+        options["aot_inductor.package_cpp_only"] = True  # written, not compiled: the report needs no more
         package = str(Path(temporary) / "module.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
     return EngineReport("aot", recorder.operations, recorder.kernels, recorder.removed())
