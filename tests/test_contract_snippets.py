@@ -57,14 +57,12 @@ def in_standin(pieces, folder):
     )
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in COMMITTED if list(blocks(p, "python"))], ids=lambda p: p.stem)
 def test_shown_python_runs_against_the_stand_in(path, tmp_path):
     pieces = []
     for cell, source in blocks(path, "python"):
         before, behind = AROUND.get(cell, ("", ""))
         pieces += [("prepare", before), (cell, source), ("clean up", behind)]
-    if not pieces:
-        pytest.skip("this notebook shows no Python of TensorRT-LLM")
     done = in_standin(pieces, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -83,7 +81,7 @@ def commands():
                     yield pytest.param(line, id=cell)
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_shown_commands_have_the_flags_of_1_2_1(line):
     """commands/build.py, bench.py, serve.py and bench/ of NVIDIA/TensorRT-LLM."""
     sys.path.insert(0, str(CONTRACT))
@@ -99,7 +97,7 @@ def test_shown_commands_have_the_flags_of_1_2_1(line):
     flags = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
     assert flags and set(flags) <= known
     if "--backend" in words:
-        assert words[words.index("--backend") + 1] in BACKENDS[words[0]]
+        assert words[words.index("--backend") + 1] in BACKENDS
 
 
 def test_build_bench_and_serve_are_all_shown():

@@ -36,7 +36,4 @@ FLAGS = {
     ("trtllm-bench", "build"): set(BENCH.split() + BENCH_BUILD.split()),
     ("trtllm-serve",): set(SERVE.split()),
 }
-BACKENDS = {
-    "trtllm-bench": {"pytorch", "_autodeploy", "tensorrt"},
-    "trtllm-serve": {"pytorch", "_autodeploy", "tensorrt"},
-}
+BACKENDS = {"pytorch", "_autodeploy", "tensorrt"}  # of trtllm-bench and trtllm-serve
