@@ -114,8 +114,9 @@ def versions(*packages: str) -> None:
 
 def files(folder: Path) -> Table:
     """The files of an engine: how large, and what for."""
-    rows = [(path.name, f"{path.stat().st_size:,}", _purpose(path.name)) for path in sorted(folder.iterdir())]
-    total = sum(path.stat().st_size for path in folder.iterdir())
+    paths = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    rows = [(name, f"{size:,}", _purpose(name)) for name, size in paths.items()]
+    total = sum(paths.values())
     return Table(f"Engine {folder.name}", ("file", "bytes", "what it is"), [*rows, ("all", f"{total:,}", "")])
 
 
@@ -126,6 +127,8 @@ def _purpose(name: str) -> str:
         "weights.safetensors": "the weights, once",
         "packed.safetensors": "the same weights once more, in the order the kernels read them",
         "config.json": "the model's shape",
+        "tensorrt_llm/config.json": "TensorRT-LLM's own: its version, the model, the build settings",
+        "tensorrt_llm/rank0.engine": "TensorRT's plan, with the weights in it",
         "tokenizer.json": "text to token ids and back",
         "tokenizer_config.json": "settings of the tokenizer",
         "generation_config.json": "which token ends a text",

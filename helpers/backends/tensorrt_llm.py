@@ -113,7 +113,7 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
     _check_gpu(recipe, here["compute_capability"])
     chosen = settings(recipe)
     engine_dir = folder / FOLDER
-    with start_worker() as worker, tempfile.TemporaryDirectory(prefix=".trtllm-", dir=store.root()) as workspace:
+    with start_worker() as worker, tempfile.TemporaryDirectory(dir=folder) as workspace:
         arguments = {
             "checkpoint": str(checkpoint.folder),
             "engine_dir": str(engine_dir),

@@ -1,7 +1,5 @@
 """Stand-in. Source: tensorrt_llm/plugin/plugin.py (PluginConfig as a pydantic model, after pull request 8277)."""
 
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict
 
 _Type = str | None
@@ -15,7 +13,7 @@ def _load_plugin_lib() -> None:
 
 
 class PluginConfig(BaseModel):
-    """A name that is not here is dropped without a word: extra="ignore"."""
+    """A name that is not here is dropped without a word when the object is made: extra="ignore"."""
 
     model_config = ConfigDict(validate_assignment=True, extra="ignore")
 
@@ -58,8 +56,3 @@ class PluginConfig(BaseModel):
     paged_state: bool = True
     streamingllm: bool = False
     pp_reduce_scatter: bool = False
-
-    def __setattr__(self, name: str, value: str | bool | int | None) -> Any:
-        if name not in type(self).model_fields:
-            return  # extra="ignore"
-        super().__setattr__(name, value)
