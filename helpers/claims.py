@@ -89,6 +89,37 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
     return Table(f"{record.workload.model}; {record.place}", columns, table)
 
 
+def guide(mine: Record, theirs: Record | None) -> Table:
+    """For each situation the contender whose figure is best, on this machine and on the reference machine."""
+    here = _best(mine)
+    there = _best(theirs) if theirs else {}
+    rows = [(situation, found, there.get(situation, "no record")) for situation, found in here.items()]
+    place = f"; there: {theirs.workload.model}, {theirs.place}" if theirs else ""
+    return Table(
+        f"Here: {mine.workload.model}, {mine.place}{place}", ("what counts", "least or most here", "there"), rows
+    )
+
+
+def _best(record: Record) -> dict[str, str]:
+    rows = [row for row in record.at(1) if row.status == "ok" and row.agrees is not False]
+    size = max(record.batch_sizes)
+    many = [row for row in record.at(size) if row.status == "ok" and row.agrees is not False]
+    pace = min(rows, key=lambda r: r.median("tpot_s"))
+    wait = min(rows, key=lambda r: r.median("ttft_s"))
+    most = max(many, key=record.throughput)
+    new = min(rows, key=lambda r: r.build_s + r.start_s + r.median("ttft_s"))
+    restart = min(rows, key=lambda r: r.start_s + r.median("ttft_s"))
+    small = min(rows, key=lambda r: r.device_bytes or r.peak_host_bytes)
+    return {
+        "one answer, each next word soon (TPOT)": f"{pace.name}: {pace.median('tpot_s') * 1e3:.2f} ms",
+        "the first word soon (TTFT)": f"{wait.name}: {wait.median('ttft_s') * 1e3:.1f} ms",
+        "many answers at a time (tokens/s)": f"{most.name}: {record.throughput(most):,.0f} at batch {size}",
+        "a model that is new or changes (first token ever)": f"{new.name}: {new.build_s + new.start_s:.1f} s",
+        "a process that starts often (first token, built before)": f"{restart.name}: {restart.start_s:.1f} s",
+        "little memory": f"{small.name}: {(small.device_bytes or small.peak_host_bytes) / 1e6:,.0f} MB",
+    }
+
+
 def _row(record: Record, backend: str, like: Row | None = None) -> Row | None:
     """A backend's row at batch 1, in the precision of another row if there is one."""
     rows = [row for row in record.at(1) if row.backend == backend and row.status == "ok"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from .records import REFERENCES, Record, Row, differences
 from .report import COLOURS, HATCHES, Picture, Table, new_figure
@@ -218,7 +219,7 @@ def first_token(record: Record, batch_size: int = 1) -> Picture:
     axes.invert_yaxis()
     axes.set_xlim(0, max(left) * 1.2)
     axes.set_xlabel("seconds until the first token ever")
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     words = "; ".join(
         f"{row.name} {total:.1f}, of which build {row.build_s:.1f}" for row, total in zip(rows, left, strict=True)
     )
@@ -241,10 +242,30 @@ def memory(record: Record, batch_size: int = 1) -> Picture:
     axes.invert_yaxis()
     axes.set_xlim(0, max(map(max, kinds.values())) * 1.18)
     axes.set_xlabel("MB held by the process, Python and libraries included")
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     words = "; ".join(f"{kind}: " + ", ".join(f"{r.name} {v:,.0f}" for r, v in zip(rows, values, strict=True))
                       for kind, values in kinds.items())  # fmt: skip
     return Picture(figure, f"Bars: megabytes of each process. {words}.")
+
+
+class Programs:
+    """Programs side by side, with their lines counted: blank lines and comments do not count."""
+
+    def __init__(self, programs: Mapping[str, str]):
+        self.programs = {name: text.strip("\n") for name, text in programs.items()}
+        code = {name: [line.strip() for line in text.splitlines()] for name, text in self.programs.items()}
+        self.lines = {name: sum(bool(x) and not x.startswith("#") for x in lines) for name, lines in code.items()}
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"# {name}: {self.lines[name]} lines\n{text}" for name, text in self.programs.items())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col">{html.escape(n)}: {self.lines[n]} lines</th>' for n in self.programs)
+        left = 'style="text-align: left; vertical-align: top"'
+        body = "".join(f"<td {left}><pre>{html.escape(text)}</pre></td>" for text in self.programs.values())
+        return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>"
 
 
 def published() -> Table:

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from helpers import BuildRecipe, benchmark, benchmark_process, cli, comparison, records
+from helpers import BuildRecipe, benchmark, benchmark_process, claims, cli, comparison, records
 from helpers.backends.worker import Worker
 from helpers.errors import InputError, RecipeError
 from helpers.records import SCHEMA, Record, Row, Workload
@@ -59,6 +59,13 @@ def test_least_time_grows_with_the_bytes():
 @pytest.mark.parametrize(("mine", "theirs", "equal"), [([1, 2, 3], [1, 2, 4], 2), ([1], [1], 1), ([9], [1], 0)])
 def test_tokens_are_equal_up_to_the_first_difference(mine, theirs, equal):
     assert benchmark._equal_prefix(mine, theirs) == equal
+
+
+def test_logits_may_be_off_by_a_constant_and_nothing_else():
+    """A softmax does not see the constant, and vLLM hands out log-probabilities."""
+    assert benchmark._logit_error([1.0, 2.0, 4.0], [-1.0, 0.0, 2.0]) == pytest.approx(0)
+    assert benchmark._logit_error([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx(2 / 3)
+    assert benchmark._logit_error(None, [1.0]) is None
 
 
 def test_a_contender_that_computes_something_else_is_flagged():
@@ -167,14 +174,84 @@ def test_pictures_say_their_numbers():
     assert "at batch 4" in comparison.batching(record).alt
 
 
-def test_claims_get_a_verdict_from_the_numbers():
-    record = made_record(
-        made_row(peak_host_bytes=10**8),
-        made_row("pytorch", tpot=0.006, peak_host_bytes=2 * 10**8),
+@pytest.fixture
+def two_machines():
+    """A record of a CPU, and one of a GPU that has vLLM too."""
+    mine = made_record(
+        made_row(peak_host_bytes=10**8, build_s=60.0, start_s=1.0),
+        made_row("pytorch", tpot=0.006, peak_host_bytes=2 * 10**8, start_s=3.0),
         made_row(batch_size=4),
     )
-    text = str(comparison.claims(record, record))
-    assert "pytorch fp32 3.0" in text and "yes, against eager" in text and "vLLM is not installed here" in text
+    rows = [
+        made_row(name, "bf16", size, tpot=tpot * (1 + size / 8), device_bytes=size_bytes, start_s=start)
+        for name, tpot, size_bytes, start in (
+            ("aot", 0.001, 10**9, 5.0), ("pytorch", 0.012, 3 * 10**9, 9.0), ("vllm", 0.0015, 2 * 10**9, 80.0)
+        )
+        for size in (1, 8)
+    ]  # fmt: skip
+    theirs = made_record(*rows, hardware={"name": "made GPU", "device": "cuda"})
+    return mine, theirs
+
+
+def test_claims_are_judged_on_each_machine_by_its_own_figures(two_machines):
+    mine, theirs = two_machines
+    here, there = claims.judge(mine), claims.judge(theirs)
+    assert here["2 to 5 times faster than eager PyTorch"] == (
+        "TPOT 3.0 times shorter (aot fp32 against pytorch fp32)", "yes")  # fmt: skip
+    assert there["2 to 5 times faster than eager PyTorch"][1] == "more"
+    assert there["2 to 5 times faster than vLLM"][1] == "no"
+    assert here["2 to 5 times faster than vLLM"] == ("not measured", "open")
+    assert here["lower memory usage than eager PyTorch"] == ("host: 100 MB, pytorch 200 MB", "yes")
+    assert there["vLLM uses more memory"] == ("GPU: 1,000 MB, vllm 2,000 MB", "yes")
+    assert here["a build takes 10 to 30 minutes"] == ("1.0 minutes", "less")
+    table = claims.claims(mine, theirs)
+    assert {len(row) for row in table.rows} == {5} and "made GPU" in table.caption
+    assert "no record" in str(claims.claims(mine, None))
+
+
+def test_what_is_missing_on_this_machine_comes_from_the_other_marked_as_such(two_machines):
+    mine, theirs = two_machines
+    rows = {row[0]: row for row in comparison.beside(mine, theirs).rows}
+    assert rows["vllm bf16"][1:4] == ["", "", ""] and float(rows["vllm bf16"][4]) == pytest.approx(1.69, abs=0.01)
+    assert rows["aot fp32"][4:] == ["", "", ""]
+    assert comparison.MISSING in comparison.beside(mine, None).caption
+
+
+def test_the_guide_and_the_aspects_name_who_leads(two_machines):
+    mine, theirs = two_machines
+    guide = {row[0]: row[1:] for row in claims.guide(mine, theirs).rows}
+    assert guide["one answer, each next word soon (TPOT)"] == ("aot fp32: 2.00 ms", "aot bf16: 1.13 ms")
+    assert guide["a model that is new or changes (first token ever)"] == ("pytorch fp32: 3.0 s", "aot bf16: 5.0 s")
+    wrong = made_record(made_row(logit_error=0.5), made_row("pytorch", tpot=0.006, logit_error=0.0))
+    assert "pytorch" in claims.guide(wrong, None).rows[0][1]  # fast and wrong is not best
+    rows = {row[0]: row for row in claims.aspects(mine, {"aot": 5, "tensorrt_llm": 12}).rows}
+    assert rows["aot fp32"][1:4] == (5, "61.0", "1.0") and "not measured by us" in rows["tensorrt_llm"]
+
+
+def test_an_overview_has_a_line_for_each_row(two_machines):
+    failed = Row("vllm", "bf16", 1, "failed", "it broke")
+    assert len(comparison.overview(two_machines[1]).rows) == 6
+    assert "failed: it broke" in str(comparison.overview(made_record(made_row(), failed)))
+    assert "GPU: aot bf16 1,000" in comparison.memory(two_machines[1]).alt
+    assert "aot fp32 61.0, of which build 60.0" in comparison.first_token(two_machines[0]).alt
+
+
+def test_programs_count_lines_of_code_only():
+    programs = comparison.Programs({"a": "\n# a comment\n\nx = 1\nprint(x < 2)\n"})
+    assert programs.lines == {"a": 2}
+    assert "x &lt; 2" in programs._repr_html_() and "2 lines" in str(programs)
+
+
+def test_published_figures_say_who_when_what_on_which_machine_and_where():
+    table = comparison.published()
+    assert all(all(row) and row[-1].startswith("https://") for row in table.rows)
+
+
+def test_records_that_come_with_the_course_are_whole_and_of_nobodys_machine():
+    for path in records.REFERENCES.glob("*.json"):
+        record = records.read(path)
+        assert "H200" in record.hardware["name"] and record.versions["torch"] and record.commit and record.command
+        assert "/" not in record.workload.model and '"/' not in path.read_text()
 
 
 def test_comparing_says_what_differs():
