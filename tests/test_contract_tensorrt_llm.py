@@ -17,6 +17,7 @@ from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
 from helpers import recipe as recipes
 from helpers.backends import tensorrt_llm_options as options
 from helpers.backends.tensorrt_llm_worker import runner_settings, sampling_settings
+from helpers.cli import main
 from helpers.errors import (
     BackendUnavailable,
     BuildError,
@@ -25,6 +26,7 @@ from helpers.errors import (
     InputError,
     LimitError,
     RecipeError,
+    WorkerError,
 )
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -158,6 +160,25 @@ def test_what_the_gpu_cannot_do_is_refused_before_the_build(standin, gpu, change
     assert not store.list_engines()
 
 
+def test_a_worker_that_dies_in_the_middle_leaves_nothing_half_built(standin):
+    """Builds die: `Killed` is what Linux says when the host's memory runs out (issue 2451)."""
+    standin(FAIL={"at": "build", "type": "SystemExit", "text": "137"})
+    with pytest.raises(WorkerError, match="ended unexpectedly"):
+        build(recipe(), quiet=True)
+    assert [p.name for p in store.root().iterdir() if p.name != ".locks"] == []
+
+
+def test_the_command_line_builds_inspects_lists_and_generates(standin, tmp_path, capsys):
+    file = recipes.write(recipe(options={"gemm_plugin": "auto"}), tmp_path / "r.toml")
+    assert main(["build", str(file)]) == 0
+    name = capsys.readouterr().out.strip()
+    assert main(["list"]) == 0
+    assert main(["inspect", name]) == 0
+    assert main(["generate", name, "Once", "--max-tokens", "3", "--temperature", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert name in shown and "PLUGIN_V2_GPTAttention" in shown and "3 tokens, length" in shown
+
+
 # Recipes
 
 
@@ -231,6 +252,7 @@ def test_text_goes_in_and_out_by_the_engines_own_tokenizer(folder):
     with load(folder) as engine:
         ids = engine.tokenize("Once upon a time")
         answer = engine.generate("Once upon a time", GREEDY)[0]
+        assert engine.versions["tensorrt_llm"] == "1.2.1"  # what a benchmark's record says of it
         assert answer.prompt_token_ids == ids
         assert answer.text == engine.detokenize(answer.token_ids)
 

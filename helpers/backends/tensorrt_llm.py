@@ -245,7 +245,9 @@ def _loaded(recipe: BuildRecipe, source: models.Checkpoint, call: str, **argumen
         worker.kill()
         raise
     tokenizer = load_tokenizer(source.folder)
-    return RemoteEngine(recipe, tokenizer, source.eos_token_ids(), source.config.vocab_size, worker)
+    engine = RemoteEngine(recipe, tokenizer, source.eos_token_ids(), source.config.vocab_size, worker)
+    engine.versions = machine()["versions"]
+    return engine
 
 
 def _with_phases(worker: Worker, arguments: dict[str, Any], progress: Progress) -> dict[str, float]:
