@@ -112,6 +112,7 @@ CONTRACT = Path(__file__).parent / "contract"
 def standin(monkeypatch, tmp_path):
     """The stand-ins of contract/ as the environment "trtllm", reached through a real worker process, and a folder of
     engines for this test alone. standin(GPU="8.6") sets one of their variables; contract/README.md lists them."""
+    pytest.importorskip("pydantic", reason="the stand-in is made with pydantic, as TensorRT-LLM is")
     from helpers.backends import tensorrt_llm
 
     monkeypatch.setenv("HELPERS_TRTLLM_PYTHON", sys.executable)

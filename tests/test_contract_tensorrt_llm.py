@@ -45,6 +45,7 @@ def built(**changes):
 
 def in_standin(code: str) -> str:
     """Run code that imports the stand-in itself, in a process of its own."""
+    pytest.importorskip("pydantic", reason="the stand-in is made with pydantic, as TensorRT-LLM is")
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(CONTRACT), "PATH": ""},
@@ -454,3 +455,11 @@ def test_the_notebooks_side_imports_nothing_of_tensorrt_llm():
 
     assert "import tensorrt_llm\n" not in python_inspect.getsource(ours)
     assert "tensorrt_llm" not in sys.modules
+
+
+def test_the_worker_needs_nothing_but_python_and_tensorrt_llm():
+    """Its environment has TensorRT-LLM's packages, not the course's; without site-packages every other import fails."""
+    modules = ("helpers.backends.worker", "helpers.backends.tensorrt_llm_worker", "helpers.tensorrt_api")
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
