@@ -32,7 +32,8 @@ SCHEMA = 1
 KINDS = ("doctor", "tests", "notebooks", "bench")
 LIMITS = {"doctor": 60, "tests": 1200, "notebooks": 900, "bench": 900}  # seconds for one step of each kind
 OUT = notebooks.BUILD / "gpu-check"
-CONTENDERS = "pytorch,torch_compile,aot,aot:bf16,aot:int8,vllm,tensorrt_llm"
+# In bf16, the precision of models as they are published. Not `tensorrt`: its engines run on RTX cards only.
+CONTENDERS = "pytorch:bf16,torch_compile:bf16,aot:bf16,aot:int8,vllm:bf16,tensorrt_llm:bf16,tensorrt_llm_pytorch:bf16"
 PACKAGES = (
     "torch triton transformers tokenizers safetensors numpy tensorrt tensorrt-rtx tensorrt-llm vllm onnx onnxscript "
     "ipykernel nbclient nbmake pytest"
@@ -249,6 +250,8 @@ def main(
     kinds = list(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise InputError(f"There is no part {unknown[0]!r}.", fix=f"Name some of: {', '.join(KINDS)}.")
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}.", fix="Give 1 or more.")
     out = out.absolute()
     steps = plan(kinds, out, folder)
     print("Looking for a GPU", flush=True)

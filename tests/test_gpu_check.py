@@ -12,7 +12,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
 pytest.importorskip("nbmake", reason="the notebook tools are not in this environment")
 
-from helpers import doctor, gpu_check  # noqa: E402
+from helpers import backends, benchmark, doctor, gpu_check  # noqa: E402
 from helpers.errors import BackendUnavailable, InputError  # noqa: E402
 
 FACTS = {"gpu": "Test GPU", "capability": "9.0", "total": 2**33, "free": 2**32, "cuda": "13.0", "torch": "2.11.0"}
@@ -50,6 +50,11 @@ def test_without_a_gpu_it_refuses_and_says_what_it_would_run(monkeypatch, tmp_pa
 def test_an_unknown_part_is_refused(tmp_path):
     with pytest.raises(InputError, match="bnech"):
         gpu_check.main(["doctor", "bnech"], tmp_path)
+
+
+def test_the_benchmark_has_every_backend_that_runs_on_data_centre_gpus():
+    contenders = [benchmark.make_runner(benchmark.Workload(), 1, name) for name in gpu_check.CONTENDERS.split(",")]
+    assert {runner.row.backend for runner in contenders} == backends.MODULES.keys() - {"tensorrt"}
 
 
 def test_the_plan_has_every_notebook_and_each_part_once(tmp_path):
