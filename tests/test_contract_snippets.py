@@ -102,3 +102,36 @@ def test_shown_commands_have_the_flags_of_1_2_1(line):
 
 def test_build_bench_and_serve_are_all_shown():
     assert {param.values[0].split()[0] for param in commands()} == {"trtllm-build", "trtllm-bench", "trtllm-serve"}
+
+
+OWN = [
+    ("00_start_here", ["start-own"]),
+    ("02_build_an_engine", ["build-own"]),
+    ("03_generate", ["generate-own", "generate-own-runner"]),
+]
+
+
+@pytest.mark.parametrize(("notebook", "cells"), OWN)
+def test_where_tensorrt_llm_is_the_notebooks_own_cells_use_it(standin, notebook, cells, capsys):
+    """The cells as they stand, with what the cells before them made."""
+    from helpers import BuildRecipe, SamplingParams, backends, build, load
+    from helpers.backends.base import load_tokenizer
+    from helpers.report import show_text
+
+    prompts = ["Once upon a time", "Long ago"]
+    tokenizer = load_tokenizer(models.BUNDLED)
+    names = {
+        "recipe": BuildRecipe(max_batch_size=4, max_input_len=64, max_seq_len=256),
+        "greedy": SamplingParams(temperature=0, max_tokens=8),
+        "sampling": SamplingParams(temperature=0.8, seed=1, max_tokens=8),
+        "prompts": prompts,
+        "tokenizer": tokenizer,
+        "batch_input_ids": [tokenizer.encode(prompt).ids for prompt in prompts],
+        **{"backends": backends, "build": build, "load": load, "show_text": show_text},
+    }
+    path = notebooks.NOTEBOOKS / f"{notebook}.ipynb"
+    sources = {cell.id: cell.source for cell in nbformat.read(path, as_version=4).cells}
+    for cell in cells:
+        exec(compile(sources[cell], cell, "exec"), names)
+    assert names["chosen"] == "tensorrt_llm"
+    assert capsys.readouterr().out
