@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -245,6 +246,12 @@ def test_programs_count_lines_of_code_only():
 def test_published_figures_say_who_when_what_on_which_machine_and_where():
     table = comparison.published()
     assert all(all(row) and row[-1].startswith("https://") for row in table.rows)
+
+
+def test_the_peers_records_are_whole():
+    for path in (Path(__file__).parent / "peers" / "records").glob("*.json"):
+        record = records.read(path)
+        assert record.row("onnxruntime-genai fp32").versions["onnxruntime-genai"] and record.row("aot fp32").agrees
 
 
 def test_records_that_come_with_the_course_are_whole_and_of_nobodys_machine():
