@@ -187,7 +187,7 @@ class _Decoder(_Writer):
         )
         here = self._until(self.span(length), count)
         visible = self.op("LessOrEqual", here, self.op("Unsqueeze", here, self.numbers(1)), name="visible")  # [T, T]
-        new = []
+        new: list[str] = []
 
         def attention(q: str, k: str, v: str) -> str:
             turned = (self.op("Transpose", each, perm=(1, 0, 2)) for each in (q, k, v))
@@ -221,7 +221,7 @@ class _Decoder(_Writer):
         here = self.op("Unsqueeze", here, self.numbers(1, 3), name="here")
         visible = self.op("LessOrEqual", self.span(length), column)
         visible = self.op("Unsqueeze", visible, self.numbers(1, 2), name="visible")  # [B, 1, 1, S]
-        new = []
+        new: list[str] = []
 
         def attention(q: str, k: str, v: str) -> str:
             q, k, v = (self.op("Unsqueeze", each, self.numbers(2)) for each in (q, k, v))  # [B, H or G, 1, D]

@@ -267,12 +267,12 @@ def narrowed(name: str, values: Tensor, precision: str, rows: int) -> Iterator[T
         yield helper.make_tensor(name, TensorProto.INT4, wide.shape, packed.tobytes(), raw=True)
         yield proto(f"{name}_scale", scale.squeeze(2 - rows).to(source))
     else:
-        scale = fp8_scale(wide.abs().max().item())
-        yield proto(name, (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
-        yield proto(f"{name}_scale", torch.tensor(scale).to(source))
+        one = fp8_scale(wide.abs().max().item())
+        yield proto(name, (wide / one).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        yield proto(f"{name}_scale", torch.tensor(one).to(source))
 
 
-def scale_axes(weight: str, precision: str, rows: int, columns: int) -> dict[str, int]:
+def scale_axes(weight: str, precision: str, rows: int, columns: int) -> dict[str, Any]:
     """DequantizeLinear's attributes: which numbers share a scale. columns: weights in a row."""
     if precision == "int4":
         return {"axis": 1 - rows, "block_size": _block(weight, columns)}
