@@ -123,10 +123,13 @@ def build(
     from tensorrt_llm.llmapi import BuildConfig, CalibConfig, KvCacheConfig, QuantAlgo, QuantConfig
 
     seconds: dict[str, float] = {}
+    likely = limits.pop("opt_batch_size")
     config = BuildConfig(**limits)
     # Set one by one: BuildConfig was a dataclass until autumn 2025 and is a pydantic model since; both allow this.
     config.profiling_verbosity = "detailed"  # or the layers of the engine have names only
     config.gather_generation_logits = gather_logits
+    if hasattr(config, "opt_batch_size"):  # read before 1.2.1 only; 8 unless set, also where max_batch_size is less
+        config.opt_batch_size = likely
     config.output_timing_cache = str(Path(workspace) / "model.cache")  # else it lands in the current folder
     config.plugin_config.dtype = dtype
     for name, value in plugins.items():

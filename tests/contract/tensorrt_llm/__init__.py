@@ -16,6 +16,6 @@ from .llmapi import LLM, KvCacheConfig, SamplingParams  # noqa: E402
 from .plugin import _load_plugin_lib  # noqa: E402
 
 _load_plugin_lib()
-print(f"[TensorRT-LLM] TensorRT-LLM version: {__version__}")  # on standard output, as the real one does
+print(f"[TensorRT-LLM] TensorRT LLM version: {__version__}")  # on standard output, as the real one does
 
 __all__ = ["LLM", "BuildConfig", "Engine", "EngineConfig", "KvCacheConfig", "SamplingParams", "__version__"]
