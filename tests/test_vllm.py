@@ -1,4 +1,4 @@
-"""The vLLM backend against a stand-in with vLLM 0.25.1's signatures (tests/stand_in). vLLM itself runs on a GPU only:
+"""The vLLM backend against a stand-in with vLLM 0.25.1's signatures (tests/contract). vLLM itself runs on a GPU only:
 its figures are in the reference records."""
 
 import json
@@ -18,11 +18,11 @@ LIMITS = {"backend": "vllm", "precision": "bf16", "max_batch_size": 4, "max_inpu
 def stand_in(tmp_path, monkeypatch):
     """A Python that finds the stand-in where vLLM's own would find vLLM. Returns the file with LLM's arguments."""
     python = tmp_path / "python"
-    folder = Path(__file__).parent / "stand_in"
+    folder = Path(__file__).parent / "contract"
     python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{folder}:$PYTHONPATH"\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(python))
-    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "settings.json"))
+    monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "settings.json"))
     return tmp_path / "settings.json"
 
 
@@ -40,7 +40,7 @@ def test_generate_stream_and_logits(stand_in):
 
 
 def test_the_end_token_stops_an_answer_and_is_not_part_of_it(stand_in, monkeypatch):
-    monkeypatch.setenv("STAND_IN_ENDS_AFTER", "3")
+    monkeypatch.setenv("STANDIN_ENDS_AFTER", "3")
     with load(BuildRecipe(**LIMITS)) as engine:
         (answer,) = engine.generate("Once", SamplingParams(temperature=0, max_tokens=9))
         assert (answer.token_ids, answer.finish_reason) == ([3, 4], "stop")
@@ -80,8 +80,11 @@ def test_what_cannot_run_says_why(stand_in, monkeypatch, tmp_path):
     (broken / "config.json").write_text((Path(benchmark.models.BUNDLED) / "config.json").read_text())
     with pytest.raises(WorkerError, match="Engine core initialization failed"):
         load(BuildRecipe(**{**LIMITS, "model": f"dummy:{broken}"}))
-    monkeypatch.setenv("STAND_IN_GPU", "0")
+    monkeypatch.setenv("STANDIN_GPU", "0")
     with pytest.raises(BackendUnavailable, match="NVIDIA"):
+        load(BuildRecipe(**LIMITS))
+    monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(tmp_path / "nowhere"))
+    with pytest.raises(BackendUnavailable, match="not installed"):
         load(BuildRecipe(**LIMITS))
     monkeypatch.delenv("HELPERS_VLLM_PYTHON")
     monkeypatch.setattr("helpers.backends.vllm.python_of", lambda name: None)

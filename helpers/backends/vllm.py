@@ -42,11 +42,13 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
 
 def find_python() -> str:
     """The Python that has vLLM; raises BackendUnavailable."""
-    if python := python_of("vllm"):
+    python = python_of("vllm")
+    if python and python.exists():
         return str(python)
+    there = f"{python} does not exist" if python else "neither .venv-vllm nor HELPERS_VLLM_PYTHON is there"
     raise BackendUnavailable(
         "vLLM is not installed here.",
-        cause="It pins versions of PyTorch that contradict this course's, so it needs an environment of its own.",
+        cause=f"It lives in an environment of its own, and {there}.",
         fix="On a machine with an NVIDIA GPU: helpers env create vllm. Or name its Python: HELPERS_VLLM_PYTHON.",
     )
 

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from .. import hardware
-from ..errors import BackendUnavailable, OutOfMemory
+from ..errors import BackendUnavailable, InputError, OutOfMemory
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded
@@ -72,12 +72,16 @@ def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> Generator[An
 
 def logits(prompt: list[int]) -> list[float]:
     """Log-probabilities [V] after the prompt: the logits less a constant, which is what vLLM hands out."""
-    _submit([prompt], temperature=0.0, max_tokens=1, logprobs=-1)
+    try:
+        _submit([prompt], temperature=0.0, max_tokens=1, logprobs=-1)
+    except ValueError as error:  # vLLM's own check of the request
+        raise InputError(f"vLLM hands out no log-probabilities: {error}") from error
+    found: dict[int, Any] = {}
     for _, output in _steps():
-        if output.logprobs:
-            found = output.logprobs[0]
-            return [found[token].logprob for token in range(len(found))]
-    raise RuntimeError("vLLM ended the request without log-probabilities")
+        found = output.logprobs[0] if output.logprobs else found
+    if sorted(found) != list(range(len(found))) or not found:
+        raise InputError(f"vLLM handed out {len(found)} log-probabilities, and not one for each token.")
+    return [found[token].logprob for token in range(len(found))]
 
 
 def memory() -> dict[str, int]:

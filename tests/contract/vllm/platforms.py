@@ -3,7 +3,7 @@ import os
 
 class Platform:
     def is_cuda(self):
-        return os.environ.get("STAND_IN_GPU", "1") == "1"
+        return os.environ.get("STANDIN_GPU", "1") == "1"
 
 
 current_platform = Platform()

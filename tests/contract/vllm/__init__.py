@@ -1,6 +1,6 @@
 """A stand-in for vLLM 0.25.1: the calls that helpers/backends/vllm_worker.py makes, with its signatures.
 
-It checks what it is given as vLLM does, keeps the arguments in the file that STAND_IN_LOG names, and answers each
+It checks what it is given as vLLM does, keeps the arguments in the file that STANDIN_LOG names, and answers each
 request with the ids 3, 4, 5, ... It has seen no model; it stands for vLLM's interface, not for vLLM.
 """
 
@@ -63,7 +63,7 @@ class LLMEngine:
         answers = []
         for request in list(self.requests.values()):
             token, request.given = 3 + request.given, request.given + 1
-            stops = request.given == int(os.environ.get("STAND_IN_ENDS_AFTER", 0)) and not request.params.ignore_eos
+            stops = request.given == int(os.environ.get("STANDIN_ENDS_AFTER", 0)) and not request.params.ignore_eos
             done = stops or request.given == request.params.max_tokens
             if done:
                 del self.requests[request.request_id]
@@ -78,7 +78,7 @@ class LLM:
     def __init__(self, model, **settings):
         if "fails" in model:
             raise RuntimeError("Engine core initialization failed. See root cause above.")
-        if log := os.environ.get("STAND_IN_LOG"):
+        if log := os.environ.get("STANDIN_LOG"):
             with open(log, "w", encoding="utf-8") as file:  # noqa: PTH123
                 json.dump({"model": model, **settings}, file)
         self.llm_engine = LLMEngine()
