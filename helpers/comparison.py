@@ -193,7 +193,7 @@ def beside(mine: Record, theirs: Record | None, batch_size: int = 1) -> Table:
         "agrees here",
         "TPOT there, ms",
         "tokens/s there",
-        "agrees",
+        "agrees there",
     )
     return Table(f"Here: {mine.place}. There: {there}", columns, rows)
 
