@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -106,6 +107,28 @@ def own_engines(tiny_engine, tmp_path, monkeypatch) -> Path:
 # ---- contract tests ---------------------------------------------------------------------------------------
 
 CONTRACT = Path(__file__).parent / "contract"
+MACHINES: dict[tuple, dict] = {}  # what the stand-in says of each machine that tests pretend
+
+
+def trtllm_recipe(**changes):
+    from helpers import BuildRecipe
+
+    limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 256}
+    return BuildRecipe(**{"backend": "tensorrt_llm", "precision": "bf16", **limits, **changes})
+
+
+def in_standin(code: str) -> str:
+    """Run code that imports the stand-in itself, in a process of its own."""
+    pytest.importorskip("pydantic", reason="the stand-in is made with pydantic, as TensorRT-LLM is")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(CONTRACT), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -119,18 +142,21 @@ def standin(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(CONTRACT))
     monkeypatch.setenv("STANDIN_MPI", "broken")
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
-    changed = []
+    ask = tensorrt_llm._machine.__wrapped__
+
+    def machine(python):  # asking starts a process that imports torch: once for each machine that tests pretend
+        key = tuple(os.environ.get(f"STANDIN_{name}", "") for name in ("GPU", "VERSION", "INSPECTOR"))
+        if "import" in os.environ.get("STANDIN_FAIL", "") or key not in MACHINES:
+            MACHINES[key] = ask(python)
+        return MACHINES[key]
+
+    monkeypatch.setattr(tensorrt_llm, "_machine", machine)
 
     def change(**variables):
         for name, value in variables.items():
             monkeypatch.setenv(f"STANDIN_{name}", value if isinstance(value, str) else json.dumps(value))
-            if name in ("GPU", "VERSION", "INSPECTOR") or "import" in str(value):  # else the machine stays the same
-                changed.append(name)
-                tensorrt_llm._machine.cache_clear()
 
-    yield change
-    if changed:
-        tensorrt_llm._machine.cache_clear()
+    return change
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
