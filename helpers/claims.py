@@ -52,7 +52,7 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
     many = {row.name: record.throughput(row) for row in record.at(size) if row.status == "ok"}
     ever = {row.name: row.build_s + row.start_s + row.median("ttft_s") for row in rows}
     pace = {row.name: row.median("tpot_s") for row in rows}
-    table = []
+    table: list[tuple[int | str, ...]] = []
     for row in rows:
         best = [
             words
