@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from .errors import EngineCorrupt
@@ -188,7 +189,10 @@ def _op_name(node: Any) -> str:
     if "kernel_idx" in node.kwargs:  # a kernel written in Triton: its function's name
         from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-        return kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).__name__.lstrip("_")
+        kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        while not isinstance(kernel, FunctionType):  # the function is wrapped once or twice
+            kernel = kernel.fn
+        return kernel.__name__.lstrip("_")
     target = node.target
     packet = getattr(target, "_overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
