@@ -1,4 +1,4 @@
-"""What is said about compiled engines, judged by a record; and the seed's comparison table, filled from one.
+"""What is said about compiled engines, judged by a record; and the usual comparison table, filled from one.
 
 Each judgement is a sentence with its figure and a verdict. It holds for the machine and the model of its record.
 """
