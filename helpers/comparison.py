@@ -6,7 +6,8 @@ import html
 import sys
 from collections.abc import Callable, Mapping
 
-from .records import REFERENCES, Record, Row, differences
+from .errors import InputError
+from .records import REFERENCES, Record, Row, differences, same_work
 from .report import COLOURS, HATCHES, Picture, Table, new_figure
 
 if sys.version_info >= (3, 11):
@@ -172,7 +173,15 @@ def overview(record: Record) -> Table:
 
 
 def beside(mine: Record, theirs: Record | None, batch_size: int = 1) -> Table:
-    """This machine's results and the reference machine's in columns of their own, for every contender of either."""
+    """This machine's results and the reference machine's in columns of their own, for every contender of either.
+
+    Raises InputError if the two did different work; how often, and on what, may differ.
+    """
+    if theirs and (different := differences(same_work(mine), same_work(theirs), ("workload",))):
+        raise InputError(
+            f"These records do not belong in one table: they differ in {'; '.join(different)}.",
+            fix="Measure the same work, or look at each record alone: comparison.overview.",
+        )
     records = [record for record in (mine, theirs) if record]
     names = list(dict.fromkeys(row.name for record in records for row in record.at(batch_size)))
     rows = []

@@ -221,6 +221,13 @@ def merge(*records: Record) -> Record:
     return replace(first, rows=list(rows.values()), date=max(record.date for record in records))
 
 
+def same_work(record: Record) -> Record:
+    """The record without what may differ between machines that do the same work: repeats, threads, manner of start."""
+    plain = Workload()
+    equal = {name: getattr(plain, name) for name in ("repeats", "warmup", "threads", "device", "start_together")}
+    return replace(record, workload=replace(record.workload, **equal))
+
+
 def differences(mine: Record, theirs: Record, names: tuple[str, ...]) -> list[str]:
     """What differs between two records in these fields, such as "workload.output_len: 64 and 32"."""
     found = []

@@ -216,6 +216,11 @@ def test_what_is_missing_on_this_machine_comes_from_the_other_marked_as_such(two
     assert rows["vllm bf16"][1:4] == ["", "", ""] and float(rows["vllm bf16"][4]) == pytest.approx(1.69, abs=0.01)
     assert rows["aot fp32"][4:] == ["", "", ""]
     assert comparison.MISSING in comparison.beside(mine, None).caption
+    often = dataclasses.replace(theirs, workload=dataclasses.replace(SMALL, repeats=9, start_together=True))
+    assert comparison.beside(mine, often).rows == comparison.beside(mine, theirs).rows
+    longer = dataclasses.replace(theirs, workload=dataclasses.replace(SMALL, output_len=9))
+    with pytest.raises(InputError, match="output_len: 8 and 9"):
+        comparison.beside(mine, longer)
 
 
 def test_the_guide_and_the_aspects_name_who_leads(two_machines):
