@@ -37,7 +37,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import hardware, models
+from filelock import FileLock, Timeout
+
+from . import hardware, models, store
 from .backends.worker import Worker
 from .errors import BackendUnavailable, CourseError, InputError, WorkerError
 from .progress import Progress
@@ -96,6 +98,7 @@ def run_all(
             for runner in runners:
                 with progress.phase(f"start {runner.row.name}"):
                     runner.prepare(prompts, batch_sizes)
+        _wait_for_others(stack, progress)
         if not workload.model.startswith("dummy:"):  # of random weights, each backend draws its own
             with progress.phase("compare with PyTorch fp32"):
                 _compare(runners, record, prompts[0])
@@ -109,6 +112,16 @@ def run_all(
             if keep:
                 keep(record)
     return record
+
+
+def _wait_for_others(stack: contextlib.ExitStack, progress: Progress) -> None:
+    """Two benchmarks at once would time each other: the second waits, prepared, until the first has ended."""
+    lock = FileLock(store.root() / ".benchmark.lock")
+    try:
+        stack.enter_context(lock.acquire(timeout=0))
+    except Timeout:
+        with progress.phase("wait for another benchmark to end"):
+            stack.enter_context(lock.acquire())
 
 
 def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], progress: Progress) -> list[Row]:
