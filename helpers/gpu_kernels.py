@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Rows of the weight and columns that a program takes at once, and its warps, by bytes a weight; the same for cache
 # entries. Found by trying on an H200; another GPU may like others better, and gets right results with these too.
-TILES = {1: (2, 2048, 1), 2: (1, 2048, 1), 4: (1, 1024, 1)}
+TILES = {1: (2, 2048, 2), 2: (1, 2048, 1), 4: (1, 1024, 1)}
 ENTRIES, ATTENTION_WARPS, ATTENTION_STAGES = 128, 4, 3
 LONG = 512  # a longer cache is shared by several programs, each with ENTRIES of it, if there are few sequences
 BUSY = 128  # programs that fill a GPU
@@ -47,8 +47,8 @@ def _dot4(words, v, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _matvec(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, norm, residual, y, eps,
-    N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, weight, scale, bias, norm, residual, y,
+    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCALED: tl.constexpr, BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _matvec(  # type: ignore[no-untyped-def]
     result = tl.sum(products, 1)
     other = tl.sum(gated, 1)
     if NORMED:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
         result *= factor
         other *= factor
     if SCALED:
@@ -127,7 +127,7 @@ def matvec(
         x if norm is None else norm,
         x if residual is None else residual,
         y,
-        eps,
+        EPS=eps,
         N=rows,
         K=columns,
         ROWS=tile,
@@ -146,9 +146,9 @@ def matvec(
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     heads, cos, sin, keys, values, positions, out, top, total,
-    cache_b, cache_g, cache_s, span, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, ENTRIES: tl.constexpr,
-    PIECES: tl.constexpr,
+    cache_b, cache_g, cache_s, span,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    ENTRIES: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one KV head with its group of query heads, `span` entries of the cache."""
     b = tl.program_id(0) // KV_HEADS
@@ -174,7 +174,7 @@ def _attend(  # type: ignore[no-untyped-def]
     if piece == 0:  # the new entry is this program's; nobody reads it from the cache in this step
         tl.store(keys + entry + position * cache_s, key)
         tl.store(values + entry + position * cache_s, value)
-        highest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+        highest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * SCALE
         weight = tl.full([ROWS], 1.0, tl.float32)
         result = tl.zeros([ROWS, SIZE], tl.float32) + value.to(tl.float32)[None, :]
     else:
@@ -187,7 +187,7 @@ def _attend(  # type: ignore[no-untyped-def]
         at = entry[None, :] + n[:, None] * cache_s
         k = tl.load(keys + at, mask=old[:, None], other=0.0)
         v = tl.load(values + at, mask=old[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         scores = tl.where(old[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         factor = tl.exp(highest - higher)
@@ -204,21 +204,28 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(out + at[:, None] * SIZE + d[None, :], result, mask=inside)
 
 
+def _entries(keys: Tensor) -> int:
+    """So many that the pipeline of loads fits a program's shared memory."""
+    return max(16, min(ENTRIES, 16384 // (keys.shape[3] * keys.itemsize)))
+
+
 @torch.library.triton_op("helpers::decode_attention", mutates_args={"keys", "values"})
 def _pieces(
     heads: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor, pieces: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, kv_heads, length, size = keys.shape
     number = heads.shape[1] // size - 2 * kv_heads
+    entries = _entries(keys)
     kind = heads.dtype if pieces == 1 else torch.float32
     out = torch.empty((batch, number, pieces, size), device=heads.device, dtype=kind)
     top = torch.empty((batch, number, pieces), device=heads.device, dtype=torch.float32)
     total = torch.empty_like(top)
     torch.library.wrap_triton(_attend)[(batch * kv_heads, pieces)](
         heads, cos, sin, keys, values, positions, out, top, total,
-        keys.stride(0), keys.stride(1), keys.stride(2), length if pieces == 1 else ENTRIES, size**-0.5,
-        HEADS=number, KV_HEADS=kv_heads, ROWS=max(16, triton.next_power_of_2(number // kv_heads)), SIZE=size,
-        ENTRIES=ENTRIES, PIECES=pieces, num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES,
+        keys.stride(0), keys.stride(1), keys.stride(2), length if pieces == 1 else entries,
+        SCALE=size**-0.5, HEADS=number, KV_HEADS=kv_heads, SIZE=size,
+        ROWS=max(16, triton.next_power_of_2(number // kv_heads)),
+        ENTRIES=entries, PIECES=pieces, num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES,
     )  # fmt: skip
     return out, top, total
 
@@ -233,7 +240,7 @@ def decode_attention(
     score, and the pieces are joined at the end ("flash decoding": https://pytorch.org/blog/flash-decoding/).
     """
     batch, kv_heads, length, _ = keys.shape
-    pieces = 1 if length <= LONG or batch * kv_heads >= BUSY else triton.cdiv(length, ENTRIES)
+    pieces = 1 if length <= LONG or batch * kv_heads >= BUSY else triton.cdiv(length, _entries(keys))
     out, top, total = _pieces(heads, cos, sin, keys, values, positions, pieces)
     if pieces == 1:
         return out.flatten(1)

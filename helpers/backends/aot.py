@@ -46,21 +46,22 @@ def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
         return "rows" if batch == 1 else "library"
     if batch > SMALL_BATCH:
         return "library"
-    return "rows" if recipe.optimization_level == 1 else "packed"
+    # Each packed block is read once a sequence, so with several the plain layout is faster.
+    return "packed" if recipe.optimization_level >= 2 and batch == 1 else "rows"
 
 
 def decode_class(recipe: BuildRecipe, config: models.ModelConfig, device: str, batch: int) -> type[llama.Decode]:
-    """On a GPU with kernels of our own (see gpu_kernels.py), unless the recipe asks for the compiler's alone."""
+    """Level 4 takes kernels of our own on a GPU (gpu_kernels.py), which want a head size that is a power of two."""
     power_of_two = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0
-    if device == "cpu" or recipe.optimization_level < 2 or not recipe.fusion.kernels or not power_of_two:
+    if device == "cpu" or recipe.optimization_level < 4 or not recipe.fusion.kernels or not power_of_two:
         return llama.Decode
     from .. import llama_gpu
 
     return llama_gpu.GpuDecodeOne if batch == 1 else llama_gpu.GpuDecode
 
 
-def inductor_options(recipe: BuildRecipe, device: str, threads: int) -> dict[str, Any]:
-    """Settings of Inductor: what the recipe's fusion options and optimization level mean to it."""
+def inductor_options(recipe: BuildRecipe, device: str, threads: int, module: llama.Decoder) -> dict[str, Any]:
+    """Settings of Inductor for one graph: what the recipe's fusion options and optimization level mean to it."""
     options: dict[str, Any] = {"cpp.cxx": (None, hardware.compiler())}
     if device == "cpu":
         options["cpp.threads"] = threads
@@ -73,6 +74,9 @@ def inductor_options(recipe: BuildRecipe, device: str, threads: int) -> dict[str
             "realize_opcount_threshold": 0,
             "realize_acc_reads_threshold": 0,
         }
+    generated = type(module) is llama.Decode and module.product == "rows"
+    if device == "cuda" and generated and recipe.optimization_level >= 2:
+        options["coordinate_descent_tuning"] = True  # tries block sizes of the generated products on this GPU
     return options
 
 
@@ -105,7 +109,7 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
             dims = (dict.fromkeys(needed, None), *lengths, [None] * (2 * config.num_hidden_layers))
             program = torch.export.export(module, (needed, *arguments), dynamic_shapes=dims, strict=False)
         with progress.phase(f"compile {name}"):
-            options = inductor_options(recipe, device, threads) | {"_post_fusion_custom_pass": recorder}
+            options = inductor_options(recipe, device, threads, module) | {"_post_fusion_custom_pass": recorder}
             _compile(program, folder / f"{name}.pt2", options)
         with progress.phase(f"verify {name}"), torch.no_grad():
             _verify(folder / f"{name}.pt2", module, needed, arguments, dtype)
