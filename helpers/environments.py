@@ -64,7 +64,7 @@ ENVIRONMENTS = {
         driver=580,
         indexes=(),
         libraries=(),
-        instead="Use a Python that has vLLM already: export HELPERS_VLLM_PYTHON=/path/to/its/python",
+        instead="Use a Python that has vLLM already: export COURSE_VLLM_PYTHON=/path/to/its/python",
     ),
 }
 
@@ -73,7 +73,7 @@ ENVIRONMENTS = {
 
 
 def variable(name: str) -> str:
-    return f"HELPERS_{name.upper()}_PYTHON"
+    return f"COURSE_{name.upper()}_PYTHON"
 
 
 def folder(name: str) -> Path:
@@ -83,7 +83,7 @@ def folder(name: str) -> Path:
 def python_of(name: str) -> Path | None:
     """The Python interpreter of environment `name` ("trtllm", "vllm"), or None where there is none.
 
-    Looked for in this order: the variable HELPERS_<NAME>_PYTHON, `.venv-<name>/bin/python` in the course's folder, and
+    Looked for in this order: the variable COURSE_<NAME>_PYTHON, `.venv-<name>/bin/python` in the course's folder, and
     for "trtllm" this interpreter, if TensorRT-LLM is installed beside it (as in NVIDIA's container).
     """
     named = os.environ.get(variable(name))

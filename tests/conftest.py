@@ -138,7 +138,7 @@ def standin(monkeypatch, tmp_path):
     pytest.importorskip("pydantic", reason="the stand-in is made with pydantic, as TensorRT-LLM is")
     from helpers.backends import tensorrt_llm
 
-    monkeypatch.setenv("HELPERS_TRTLLM_PYTHON", sys.executable)
+    monkeypatch.setenv("COURSE_TRTLLM_PYTHON", sys.executable)
     monkeypatch.setenv("PYTHONPATH", str(CONTRACT))
     monkeypatch.setenv("STANDIN_MPI", "broken")
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))

@@ -336,7 +336,7 @@ def test_versions_without_engines_say_so(standin):
 def test_without_the_environment_it_is_said_in_one_line(monkeypatch, capsys):
     from helpers import backends
 
-    monkeypatch.delenv("HELPERS_TRTLLM_PYTHON", raising=False)
+    monkeypatch.delenv("COURSE_TRTLLM_PYTHON", raising=False)
     monkeypatch.setattr("helpers.environments.python_of", lambda name: None)
     assert backends.prefer("tensorrt_llm", otherwise="aot") == "aot"
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

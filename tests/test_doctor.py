@@ -204,14 +204,14 @@ def test_an_environment_that_is_not_there_matters_only_beside_a_gpu(said, monkey
 
 
 def test_a_named_python_that_does_not_start_is_a_failure(monkeypatch, tmp_path):
-    monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(tmp_path / "nowhere"))
     check = doctor.check_environment("vllm")
-    assert check.status == "failure" and "HELPERS_VLLM_PYTHON" in check.fix
+    assert check.status == "failure" and "COURSE_VLLM_PYTHON" in check.fix
 
 
 @pytest.mark.parametrize(("version", "status"), [("1.2.1", "OK"), ("1.4.0", "warning")])
 def test_an_environment_of_the_pinned_version_is_ok_another_is_a_warning(monkeypatch, tmp_path, version, status):
-    monkeypatch.setenv("HELPERS_TRTLLM_PYTHON", script(tmp_path / "python", f"echo {version}"))
+    monkeypatch.setenv("COURSE_TRTLLM_PYTHON", script(tmp_path / "python", f"echo {version}"))
     check = doctor.check_environment("trtllm")
     assert check.status == status and version in check.found
 

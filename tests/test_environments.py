@@ -66,7 +66,7 @@ def test_the_variable_comes_before_the_folder(project, monkeypatch):
     assert environments.python_of("vllm") is None
     own = script(project / ".venv-vllm" / "bin" / "python", "")
     assert environments.python_of("vllm") == own
-    monkeypatch.setenv("HELPERS_VLLM_PYTHON", "/elsewhere/python")
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", "/elsewhere/python")
     assert environments.python_of("vllm") == Path("/elsewhere/python")
 
 
@@ -77,10 +77,10 @@ def test_an_environment_that_is_still_being_made_is_not_taken(project):
 
 
 def test_the_list_says_which_version_and_from_where(project, monkeypatch, tmp_path):
-    monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(script(tmp_path / "python", "echo 0.25.1")))
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(script(tmp_path / "python", "echo 0.25.1")))
     script(project / ".venv-trtllm" / "bin" / "python", "exit 1")
     rows = {name: (version, where) for name, version, where in environments.describe()}
-    assert rows["vllm"][0] == "0.25.1" and "HELPERS_VLLM_PYTHON" in rows["vllm"][1]
+    assert rows["vllm"][0] == "0.25.1" and "COURSE_VLLM_PYTHON" in rows["vllm"][1]
     assert rows["trtllm"] == ("broken", ".venv-trtllm/bin/python")
 
 
@@ -186,7 +186,7 @@ def test_where_no_wheel_can_be_had_nothing_stays(wheels, project):
     wheels("", version="0.1.0")
     with pytest.raises(BackendUnavailable, match="no wheel of vllm==0.25.1") as refused:
         environments.create("vllm")
-    assert "HELPERS_VLLM_PYTHON" in refused.value.fix
+    assert "COURSE_VLLM_PYTHON" in refused.value.fix
     assert not (project / ".venv-vllm").exists()
 
 
@@ -240,7 +240,7 @@ def test_a_folder_of_somebody_else_is_not_deleted(wheels, project):
 
 def test_a_named_python_works_without_making_anything(project, monkeypatch, tmp_path, capsys):
     named = script(tmp_path / "python", "echo 0.25.1")
-    monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(named))
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(named))
     assert environments.create("vllm") == named
     assert not (project / ".venv-vllm").exists()
 

@@ -21,7 +21,7 @@ def stand_in(tmp_path, monkeypatch):
     folder = Path(__file__).parent / "contract"
     python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{folder}:$PYTHONPATH"\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(python))
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(python))
     monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "settings.json"))
     return tmp_path / "settings.json"
 
@@ -83,10 +83,10 @@ def test_what_cannot_run_says_why(stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("STANDIN_GPU", "0")
     with pytest.raises(BackendUnavailable, match="NVIDIA"):
         load(BuildRecipe(**LIMITS))
-    monkeypatch.setenv("HELPERS_VLLM_PYTHON", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(tmp_path / "nowhere"))
     with pytest.raises(BackendUnavailable, match="not installed"):
         load(BuildRecipe(**LIMITS))
-    monkeypatch.delenv("HELPERS_VLLM_PYTHON")
+    monkeypatch.delenv("COURSE_VLLM_PYTHON")
     monkeypatch.setattr("helpers.backends.vllm.python_of", lambda name: None)
     with pytest.raises(BackendUnavailable, match="not installed"):
         load(BuildRecipe(**LIMITS))

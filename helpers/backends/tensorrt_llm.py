@@ -43,7 +43,7 @@ def start_worker() -> Worker:
     """A worker in TensorRT-LLM's environment; BackendUnavailable where there is none. Nothing is imported yet."""
     python = environments.python_of("trtllm")
     if python is None or not Path(python).exists():
-        there = f"{python} does not exist" if python else "neither .venv-trtllm nor HELPERS_TRTLLM_PYTHON is there"
+        there = f"{python} does not exist" if python else "neither .venv-trtllm nor COURSE_TRTLLM_PYTHON is there"
         raise BackendUnavailable(
             "TensorRT-LLM 1.2.1 is not here.",
             cause=f"It lives in an environment of its own, and {there}.",

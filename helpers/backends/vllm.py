@@ -45,11 +45,11 @@ def find_python() -> str:
     python = python_of("vllm")
     if python and python.exists():
         return str(python)
-    there = f"{python} does not exist" if python else "neither .venv-vllm nor HELPERS_VLLM_PYTHON is there"
+    there = f"{python} does not exist" if python else "neither .venv-vllm nor COURSE_VLLM_PYTHON is there"
     raise BackendUnavailable(
         "vLLM is not installed here.",
         cause=f"It lives in an environment of its own, and {there}.",
-        fix="On a machine with an NVIDIA GPU: helpers env create vllm. Or name its Python: HELPERS_VLLM_PYTHON.",
+        fix="On a machine with an NVIDIA GPU: helpers env create vllm. Or name its Python: COURSE_VLLM_PYTHON.",
     )
 
 
