@@ -46,8 +46,7 @@ def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
         return "rows" if batch == 1 else "library"
     if batch > SMALL_BATCH:
         return "library"
-    # Each packed block is read once a sequence, so with several the plain layout is faster.
-    return "packed" if recipe.optimization_level >= 2 and batch == 1 else "rows"
+    return "rows" if recipe.optimization_level == 1 else "packed"
 
 
 def decode_class(recipe: BuildRecipe, config: models.ModelConfig, device: str, batch: int) -> type[llama.Decode]:
