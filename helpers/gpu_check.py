@@ -32,8 +32,12 @@ SCHEMA = 1
 KINDS = ("doctor", "tests", "notebooks", "bench")
 LIMITS = {"doctor": 60, "tests": 1200, "notebooks": 900, "bench": 900}  # seconds for one step of each kind
 OUT = notebooks.BUILD / "gpu-check"
-# In bf16, the precision of models as they are published. Not `tensorrt`: its engines run on RTX cards only.
-CONTENDERS = "pytorch:bf16,torch_compile:bf16,aot:bf16,aot:int8,vllm:bf16,tensorrt_llm:bf16,tensorrt_llm_pytorch:bf16"
+# In fp32, as the notebooks have it, and in bf16, the precision of models as they are published. Not `tensorrt`: its
+# engines run on RTX cards only.
+CONTENDERS = (
+    "pytorch,torch_compile,aot,pytorch:bf16,torch_compile:bf16,aot:bf16,aot:int8,vllm:bf16,"
+    "tensorrt_llm:bf16,tensorrt_llm_pytorch:bf16"
+)
 PACKAGES = (
     "torch triton transformers tokenizers safetensors numpy tensorrt tensorrt-rtx tensorrt-llm vllm onnx onnxscript "
     "ipykernel nbclient nbmake pytest"
@@ -80,7 +84,8 @@ def plan(kinds: Iterable[str], out: Path, folder: Path = notebooks.NOTEBOOKS) ->
                 command = [*pytest, "--nbmake", "--overwrite", f"--nbmake-timeout={LIMITS[kind]}", str(copy)]
                 steps.append(Step(kind, f"notebook {source.stem}", command, LIMITS[kind]))
         elif kind == "bench":
-            command = [*python, "helpers", "bench", "--backends", CONTENDERS, "--batch", "1,4", "--repeats", "3"]
+            command = [*python, "helpers", "bench", "--batch", "1,4", "--repeats", "3", "--start-together"]
+            command += ["--backends", CONTENDERS]
             steps.append(Step(kind, "benchmark", [*command, "--out", str(out / "bench.json")], LIMITS[kind]))
     return steps
 

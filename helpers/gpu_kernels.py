@@ -18,75 +18,19 @@ from torch import Tensor
 
 # Rows of the weight and columns that a program takes at once, and its warps, by bytes a weight; the same for cache
 # entries. Found by trying on an H200; another GPU may like others better, and gets right results with these too.
-TILES = {1: (2, 2048, 2), 2: (1, 2048, 1), 4: (1, 1024, 1)}
+TILES = {2: (1, 2048, 1), 4: (1, 1024, 1)}
+INT8_ROWS, INT8_WARPS = 4, 4  # int8 takes whole rows: up to 8192 columns four of them, of longer ones fewer
 ENTRIES, ATTENTION_WARPS, ATTENTION_STAGES = 128, 4, 3
 LONG = 512  # a longer cache is shared by several programs, each with ENTRIES of it, if there are few sequences
 BUSY = 128  # programs that fill a GPU
 
 
 @triton.jit
-def _int8(words, byte: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One byte of each word as float32, by its bits: 0x4700uu00 is 32768 + uu, with uu = the int8 + 128.
-
-    A GPU's own conversion of integers runs at a quarter or less of the rate at which it multiplies.
-    """
-    placed = words << 8 if byte == 0 else words >> 8 * (byte - 1)
-    return (placed & 0xFF00 | 0x47000000).to(tl.float32, bitcast=True) - (32768.0 + 128.0)
-
-
-@triton.jit
-def _dot4(words, v, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """words [ROWS, COLUMNS / 4], four int8 each, and v [COLUMNS]: the products, summed by fours."""
-    even, odd = tl.split(tl.reshape(v, [COLUMNS // 4, 2, 2]))
-    v0, v2 = tl.split(even)
-    v1, v3 = tl.split(odd)
-    words = words ^ -0x7F7F7F80  # 0x80808080: adds 128 to every byte
-    result = _int8(words, 0) * v0[None, :] + _int8(words, 1) * v1[None, :]
-    return result + _int8(words, 2) * v2[None, :] + _int8(words, 3) * v3[None, :]
-
-
-@triton.jit
-def _matvec(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, norm, residual, y,
-    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr,
+def _finish(  # type: ignore[no-untyped-def]
+    result, other, row, bias, residual, y,
+    N: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    products = tl.zeros([ROWS, COLUMNS // 4 if PACKED else COLUMNS], tl.float32)
-    gated = tl.zeros([ROWS, COLUMNS // 4 if PACKED else COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
-    for start in tl.static_range(0, K, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
-        v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        if NORMED:
-            squares += v * v
-            v *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-        if PACKED:
-            word = start // 4 + tl.arange(0, COLUMNS // 4)
-            inside = (row < N)[:, None] & (word < K // 4)[None, :]
-            words = weight.to(tl.pointer_type(tl.int32)) + row[:, None] * (K // 4) + word[None, :]
-            products += _dot4(tl.load(words, mask=inside, other=0, eviction_policy="evict_first"), v, COLUMNS)
-            if GATED:
-                second = tl.load(words + N * (K // 4), mask=inside, other=0, eviction_policy="evict_first")
-                gated += _dot4(second, v, COLUMNS)
-        else:
-            inside = (row < N)[:, None] & (k < K)[None, :]
-            at = weight + row[:, None] * K + k[None, :]
-            products += tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * v[None, :]
-            if GATED:
-                second = tl.load(at + N * K, mask=inside, other=0.0, eviction_policy="evict_first")
-                gated += second.to(tl.float32) * v[None, :]
-    result = tl.sum(products, 1)
-    other = tl.sum(gated, 1)
-    if NORMED:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
-        result *= factor
-        other *= factor
-    if SCALED:
-        result *= tl.load(scale + row, mask=row < N)
-        if GATED:
-            other *= tl.load(scale + N + row, mask=row < N)
+    """What follows a product: bias, gate, residual, and the store. other: the second half's, if GATED."""
     if BIASED:
         result += tl.load(bias + row, mask=row < N).to(tl.float32)
         if GATED:
@@ -96,6 +40,101 @@ def _matvec(  # type: ignore[no-untyped-def]
     if ADDED:
         result += tl.load(residual + row, mask=row < N).to(tl.float32)
     tl.store(y + row, result, mask=row < N)
+
+
+@triton.jit
+def _matvec(  # type: ignore[no-untyped-def]
+    x, weight, bias, norm, residual, y,
+    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    gated = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([COLUMNS], tl.float32)
+    for start in tl.static_range(0, K, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        if NORMED:
+            squares += v * v
+            v *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        inside = (row < N)[:, None] & (k < K)[None, :]
+        at = weight + row[:, None] * K + k[None, :]
+        products += tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * v[None, :]
+        if GATED:
+            second = tl.load(at + N * K, mask=inside, other=0.0, eviction_policy="evict_first")
+            gated += second.to(tl.float32) * v[None, :]
+    result = tl.sum(products, 1)
+    other = tl.sum(gated, 1)
+    if NORMED:
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
+        result *= factor
+        other *= factor
+    _finish(result, other, row, bias, residual, y, N, BIASED, ADDED, GATED)
+
+
+@triton.jit
+def _add_and_highest(a0, a1, b0, b1):
+    return a0 + b0, tl.maximum(a1, b1)
+
+
+@triton.jit
+def _words(values, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The lowest byte of each of [COLUMNS] integers, four to a word."""
+    even, odd = tl.split(tl.reshape(values & 0xFF, [COLUMNS // 4, 2, 2]))
+    b0, b2 = tl.split(even)
+    b1, b3 = tl.split(odd)
+    return b0 | (b1 << 8) | (b2 << 16) | (b3 << 24)
+
+
+@triton.jit
+def _dot(weights, high, low):
+    """Words of int8 weights [ROWS, C] times x = 256 * high + low [1, C]: the sum over each row, [ROWS] in float32.
+
+    dp4a multiplies four bytes with four others and adds up, exactly, in one instruction.
+    """
+    dp4a: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, 0;"
+    upper = tl.inline_asm_elementwise(dp4a, "=r,r,r", [weights, high], dtype=tl.int32, is_pure=True, pack=1)
+    lower = tl.inline_asm_elementwise(dp4a, "=r,r,r", [weights, low], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.sum(upper, 1).to(tl.float32) * 256.0 + tl.sum(lower, 1).to(tl.float32)
+
+
+@triton.jit
+def _matvec_int8(  # type: ignore[no-untyped-def]
+    x, weight, scale, bias, norm, residual, y,
+    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Widening each int8 weight to float would take longer than reading it. So x becomes a 16-bit integer, in two
+    bytes: 32512 steps up to its largest value, finer than the 256 that bf16 has between two powers of two."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    word = tl.arange(0, COLUMNS // 4)
+    inside = (row < N)[:, None] & (word < K // 4)[None, :]
+    at = weight.to(tl.pointer_type(tl.int32)) + row[:, None] * (K // 4) + word[None, :]
+    first = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+    if GATED:
+        second = tl.load(at + N * (K // 4), mask=inside, other=0, eviction_policy="evict_first")
+    k = tl.arange(0, COLUMNS)
+    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if NORMED:
+        weighted = v * tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        squares, highest = tl.reduce((v * v, tl.abs(weighted)), 0, _add_and_highest)
+        factor = tl.rsqrt(squares / K + EPS)
+        v = weighted
+    else:
+        highest = tl.max(tl.abs(v), 0)
+        factor = 1.0
+    highest = tl.maximum(highest, 1e-30)
+    # Adding 1.5 * 2**23 leaves the rounded value in a float's lowest bits, as two's complement.
+    bits = (v * (32512.0 / highest) + 12582912.0).to(tl.int32, bitcast=True)
+    low = _words(bits, COLUMNS)[None, :]
+    high = _words((bits + 128) >> 8, COLUMNS)[None, :]
+    unit = highest / 32512.0 * factor
+    result = _dot(first, high, low) * unit * tl.load(scale + row, mask=row < N)
+    other = result
+    if GATED:
+        other = _dot(second, high, low) * unit * tl.load(scale + N + row, mask=row < N)
+    _finish(result, other, row, bias, residual, y, N, BIASED, ADDED, GATED)
 
 
 @torch.library.triton_op("helpers::matvec", mutates_args={})
@@ -111,35 +150,28 @@ def matvec(
 ) -> Tensor:
     """x [1, K] times the transpose of weight [N, K]: [1, N], of x's type.
 
-    norm [K]: x is RMS-normalized first. scale [N], float32: of int8 rows. residual [1, N] is added last. gated: the
-    weight holds gate [N/2, K] and up [N/2, K], and the result is silu(gate) * up [1, N/2].
+    norm [K]: x is RMS-normalized first. scale [N], float32: of int8 rows, for which 4 divides K. residual [1, N] is
+    added last. gated: the weight holds gate [N/2, K] and up [N/2, K], and the result is silu(gate) * up [1, N/2].
     """
     rows, columns = weight.shape
     rows = rows // 2 if gated else rows
-    tile, width, warps = TILES[weight.itemsize]
-    width = min(width, triton.next_power_of_2(columns))
     y = torch.empty((1, rows), device=x.device, dtype=x.dtype)
-    torch.library.wrap_triton(_matvec)[(triton.cdiv(rows, tile),)](
-        x,
-        weight,
-        x if scale is None else scale,
-        x if bias is None else bias,
-        x if norm is None else norm,
-        x if residual is None else residual,
-        y,
-        EPS=eps,
-        N=rows,
-        K=columns,
-        ROWS=tile,
-        COLUMNS=width,
-        SCALED=scale is not None,
-        BIASED=bias is not None,
-        NORMED=norm is not None,
-        ADDED=residual is not None,
-        GATED=gated,
-        PACKED=weight.itemsize == 1 and columns % 4 == 0,
-        num_warps=warps,
-    )
+    bias, norm, added = (x if t is None else t for t in (bias, norm, residual))  # a kernel's pointers are never None
+    switches = {"BIASED": bias is not x, "NORMED": norm is not x, "ADDED": residual is not None, "GATED": gated}
+    if scale is None:
+        tile, width, warps = TILES[weight.itemsize]
+        width = min(width, triton.next_power_of_2(columns))
+        torch.library.wrap_triton(_matvec)[(triton.cdiv(rows, tile),)](
+            x, weight, bias, norm, added, y,
+            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=width, num_warps=warps, **switches,
+        )  # fmt: skip
+    else:
+        width = triton.next_power_of_2(columns)
+        tile = max(1, min(INT8_ROWS, INT8_ROWS * 8192 // width))
+        torch.library.wrap_triton(_matvec_int8)[(triton.cdiv(rows, tile),)](
+            x, weight, scale, bias, norm, added, y,
+            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=width, num_warps=INT8_WARPS, **switches,
+        )  # fmt: skip
     return y
 
 

@@ -31,7 +31,7 @@ PRECISIONS = {  # what each backend can build; issue text and README table say t
     "vllm": ("fp32", "bf16", "fp16", "fp8"),
 }
 DEVICES = ("auto", "cpu", "cuda")
-OPTIMIZATION_LEVELS = (0, 1, 2, 3, 4)
+OPTIMIZATION_LEVELS = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class BuildRecipe:
     max_batch_size      most sequences at a time
     max_input_len       longest prompt, in tokens
     max_seq_len         longest prompt plus answer, in tokens; it sizes the KV cache
-    optimization_level  0 compiles fastest, 3 runs fastest; 4, for aot on a GPU: decode with kernels of our own, which
-                        have run on an H200 by themselves, not yet in an engine
+    optimization_level  0 compiles fastest, 3 runs fastest
     fusion              what may be merged
     device              "cpu", "cuda", or "auto": cuda where there is one
     batch_sizes         the batch sizes that get a decode graph of their own; empty: 1 and max_batch_size
@@ -87,8 +86,6 @@ class BuildRecipe:
         _one_of("precision", self.precision, PRECISIONS[self.backend], f" for backend {self.backend!r}")
         _one_of("device", self.device, DEVICES)
         _one_of("optimization_level", self.optimization_level, OPTIMIZATION_LEVELS)
-        if self.optimization_level == 4 and self.backend != "aot":
-            raise _wrong("optimization_level", 4, f"0 to 3 for backend {self.backend!r}; 4 is for aot")
         if not self.model.strip() or self.model.strip() == "dummy:":
             raise _wrong("model", self.model, "a model's name, a Hub id or a folder")
         _in_range("max_batch_size", self.max_batch_size, 1, 1024)

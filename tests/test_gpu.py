@@ -65,12 +65,40 @@ def test_each_sequence_stops_at_its_own_end_token(fp32):
     assert stream == ended.token_ids
 
 
+def close(ours, reference, share=2e-2):
+    assert ((ours.float() - reference.float()).abs().max() / reference.float().abs().max()).item() < share
+
+
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_lower_precision_keeps_logits_close(built, fp32, precision):
-    with load(built(BuildRecipe(precision=precision, **limits(device="cuda", max_batch_size=1)))) as engine:
+def test_lower_precision_keeps_logits_close_in_both_phases(built, fp32, precision):
+    with load(built(BuildRecipe(precision=precision, **limits(device="cuda")))) as engine:
         for prompt in PROMPTS:
-            exact = fp32.logits(prompt)
-            assert ((engine.logits(prompt) - exact).abs().max() / exact.abs().max()).item() < 0.06
+            ids = fp32.tokenize(prompt)
+            exact = fp32.logits(ids)
+            close(engine.logits(ids), exact, 0.06)
+            for others in ([], PROMPTS[:2]):  # alone, and as one of a batch: two decode graphs
+                engine.prefill([ids[:-1], *map(fp32.tokenize, others)])
+                tokens = torch.tensor([ids[-1]] + [5] * len(others), device="cuda")
+                close(engine.decode(tokens)[0].cpu(), exact, 0.06)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # biases; norms of queries and keys
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_decode_step_gives_what_prefill_gives_for_other_families(built, checkpoint, family, precision):
+    folder = checkpoint(family)
+    recipe = BuildRecipe(str(folder), precision=precision, device="cuda", max_input_len=16, max_seq_len=48)
+    with load(built(recipe)) as engine:
+        ids = [3, 14, 15, 92, 65]
+        expected = engine.logits(ids)
+        engine.prefill([ids[:-1]])
+        share = 1e-3 if precision == "fp32" else 0.06
+        close(engine.decode(torch.tensor(ids[-1:], device="cuda"))[0].cpu(), expected, share)
+        if precision == "fp32":
+            from transformers import AutoModelForCausalLM
+
+            with torch.no_grad():
+                logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits
+            close(expected, logits[0, -1], 1e-3)
 
 
 def test_an_engine_holds_its_weights_once(built, checkpoint):
@@ -92,10 +120,6 @@ def test_closing_gives_the_memory_back(built):
     assert torch.cuda.memory_allocated() - before < 1e6
 
 
-def close(ours, reference, share=2e-2):
-    assert ((ours.float() - reference.float()).abs().max() / reference.float().abs().max()).item() < share
-
-
 @pytest.mark.parametrize("columns, rows", [(2048, 256), (5632, 31), (100, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matvec_is_the_product_with_its_neighbours(columns, rows, dtype):
@@ -111,9 +135,15 @@ def test_matvec_is_the_product_with_its_neighbours(columns, rows, dtype):
     gate, up = torch.nn.functional.linear(normed, weight, bias).chunk(2, -1)
     ours = gpu_kernels.matvec(x, weight, None, bias, norm, 1e-5, residual, True)
     close(ours, torch.nn.functional.silu(gate) * up + residual, share)
+    # int8 weights; x is then taken as a 16-bit integer
     narrow, scale = (weight * 30).round().clamp(-127, 127).to(torch.int8), torch.rand(2 * rows, device="cuda")
+    wide, share = narrow.float() * scale[:, None], max(share, 1e-3)
     ours = gpu_kernels.matvec(x, narrow, scale, None, None, 0.0, None, False)
-    close(ours, x.float() @ (narrow.float() * scale[:, None]).T, share)
+    close(ours, x.float() @ wide.T, share)
+    normed = llama.rms_norm(x.float(), norm.float(), 1e-5)
+    gate, up = torch.nn.functional.linear(normed, wide, bias.float()).chunk(2, -1)
+    ours = gpu_kernels.matvec(x, narrow, scale, bias, norm, 1e-5, residual, True)
+    close(ours, torch.nn.functional.silu(gate) * up + residual, share)
 
 
 @pytest.mark.parametrize("heads, kv_heads, size", [(32, 4, 64), (6, 6, 128), (4, 1, 32)])

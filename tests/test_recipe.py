@@ -19,8 +19,8 @@ RECIPES = Path(__file__).parents[1] / "engines" / "recipes"
         ("precision", "fp64", "bf16"),
         ("precision", "int4", "int8"),  # another backend has it
         ("device", "tpu", "cuda"),
-        ("optimization_level", 5, "0, 1, 2, 3, 4"),
-        ("optimization_level", -1, "0, 1, 2, 3, 4"),
+        ("optimization_level", 4, "0, 1, 2, 3"),
+        ("optimization_level", -1, "0, 1, 2, 3"),
         ("optimization_level", True, "int"),
         ("model", "", "folder"),
         ("model", "   ", "folder"),

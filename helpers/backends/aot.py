@@ -50,9 +50,10 @@ def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
 
 
 def decode_class(recipe: BuildRecipe, config: models.ModelConfig, device: str, batch: int) -> type[llama.Decode]:
-    """Level 4 takes kernels of our own on a GPU (gpu_kernels.py), which want a head size that is a power of two."""
+    """Level 3 takes kernels of our own on a GPU, where the model's sizes are such that they fit (gpu_kernels.py)."""
     power_of_two = config.head_dim >= 16 and config.head_dim & (config.head_dim - 1) == 0
-    if device == "cpu" or recipe.optimization_level < 4 or not recipe.fusion.kernels or not power_of_two:
+    words = config.hidden_size % 4 == 0 and config.intermediate_size % 4 == 0
+    if device == "cpu" or recipe.optimization_level < 3 or not recipe.fusion.kernels or not (power_of_two and words):
         return llama.Decode
     from .. import llama_gpu
 
