@@ -1,7 +1,7 @@
 """Time the same work on several backends, fairly: the run and its metrics. records.py keeps what it measured.
 
 What is the same for all: token ids in, number of tokens out (the end token is ignored), greedy decoding, batch,
-limits, CPU threads. What differs is the contender: a backend and a precision. Each runs in a process of its own,
+limits, on a CPU the threads. What differs is the contender: a backend and a precision. Each runs in a process of its own,
 so that its memory is its own, and all take turns, so that a disturbance of the machine hits all alike.
 
 The metrics, and whose definition each is:
@@ -89,6 +89,7 @@ def run_all(
     title = f"{len(runners)} contenders, {workload.repeats} rounds each"
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(title, quiet=quiet))
+        _wait_for_others(stack, progress)
         for runner in runners:
             stack.callback(runner.close)
         if workload.start_together:
@@ -98,7 +99,6 @@ def run_all(
             for runner in runners:
                 with progress.phase(f"start {runner.row.name}"):
                     runner.prepare(prompts, batch_sizes)
-        _wait_for_others(stack, progress)
         if not workload.model.startswith("dummy:"):  # of random weights, each backend draws its own
             with progress.phase("compare with PyTorch fp32"):
                 _compare(runners, record, prompts[0])
@@ -115,7 +115,7 @@ def run_all(
 
 
 def _wait_for_others(stack: contextlib.ExitStack, progress: Progress) -> None:
-    """Two benchmarks at once would time each other: the second waits, prepared, until the first has ended."""
+    """Two benchmarks at once would time each other: the second starts nothing until the first has ended."""
     lock = FileLock(store.root() / ".benchmark.lock")
     try:
         stack.enter_context(lock.acquire(timeout=0))
@@ -399,7 +399,9 @@ class Runner:
     def _start(self) -> Worker:
         started = time.perf_counter()
         self.worker = Worker(self.module, python=self.python)
-        arguments = {"recipe": self.recipe.to_dict(), "threads": self.threads, "cache": self.cache.name}
+        # Where the GPU does the work, each backend keeps its own number of CPU threads: vLLM, for one, has its reasons.
+        threads = self.threads if hardware.resolve_device(self.workload.device) == "cpu" else 0
+        arguments = {"recipe": self.recipe.to_dict(), "threads": threads, "cache": self.cache.name}
         answer = self.worker.call("load", time_limit=TIME_LIMIT_S, **arguments)
         self.row.start_s = time.perf_counter() - started
         self.row.load_s, self.row.versions = answer["load_s"], answer["versions"]

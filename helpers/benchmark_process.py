@@ -29,8 +29,9 @@ def build(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(recipe: dict[str, Any], threads: int, cache: str) -> dict[str, Any]:
-    """Load the engine of a recipe, with this many CPU threads for whatever library asks."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    """Load the engine of a recipe, with this many CPU threads for whatever library asks; 0 leaves that to each."""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     import torch
 
@@ -38,7 +39,8 @@ def load(recipe: dict[str, Any], threads: int, cache: str) -> dict[str, Any]:
     from .recipe import from_dict
 
     global _engine
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     start = time.perf_counter()
     _engine = engine.load(from_dict(recipe))
     seconds = time.perf_counter() - start

@@ -116,7 +116,7 @@ def check_joined(answer: Tensor | None, engine_weight: Tensor) -> Outcome:
     """The tensor that the engine holds, made from the checkpoint's own tensors."""
     return check_answer(
         answer,
-        lambda a: a.shape == engine_weight.shape and bool((a.float() == engine_weight.float()).all()),
+        lambda a: a.shape == engine_weight.shape and bool((a.float().cpu() == engine_weight.float().cpu()).all()),
         "The same numbers. The engine holds the three matrices as one.",
         f"Not the same numbers, or not the shape {tuple(engine_weight.shape)}.",
         "torch.cat([query, key, value]) stacks the three weights along their rows.",

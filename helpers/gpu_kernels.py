@@ -11,6 +11,8 @@ and rows. Arithmetic is in float32, whatever the tensors hold.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -279,3 +281,19 @@ def decode_attention(
     share = (top - top.amax(-1, keepdim=True)).exp()
     joined = (out * share[..., None]).sum(-2) / (total * share).sum(-1)[..., None]
     return joined.to(heads.dtype).flatten(1)
+
+
+def operations(kernel: str, switches: Mapping[str, bool]) -> list[str]:
+    """What a call of one of the kernels does in one go, in the compiler's words: for the engine's report.
+
+    kernel: its function's name, such as "matvec"; switches: the constants that it was called with.
+    """
+    if kernel == "attend":
+        rotate_and_keep = ["mul", "mul", "add"] * 2 + ["index_put"] * 2
+        scores = ["mul", "sum", "mul", "where"]
+        return rotate_and_keep + scores + ["amax", "sub", "exp", "sum"] + ["mul", "sum", "div"]
+    product = ["mul", "sum", "mul"] if kernel == "matvec_int8" else ["mul", "sum"]
+    product += ["add"] if switches["BIASED"] else []
+    does = ["pow", "mean", "add", "rsqrt", "mul", "mul"] if switches["NORMED"] else []
+    does += product * 2 + ["silu", "mul"] if switches["GATED"] else product
+    return does + (["add"] if switches["ADDED"] else [])

@@ -140,7 +140,7 @@ class InductorRecorder:
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
-        self.operations = [self._operation(n) for n in V.graph.graph.nodes if self._is_work(n)]
+        self.operations = [o for n in V.graph.graph.nodes if self._is_work(n) for o in self._operations(n)]
         self.kernels = [k for k in map(self._kernel, nodes) if k.kind != "nothing"]
         return nodes
 
@@ -154,19 +154,28 @@ class InductorRecorder:
     def _is_work(self, node: Any) -> bool:
         return node.op == "call_function" and _op_name(node) not in self.FREE
 
-    def _operation(self, node: Any) -> Operation:
+    def _operations(self, node: Any) -> list[Operation]:
+        """Nearly always one. A kernel of ours has done its fusion itself: what it does in one go, by its own account."""
         value = node.meta.get("val")
         shape = tuple(d if isinstance(d, int) else str(d) for d in getattr(value, "shape", ()))
-        return Operation(self.graph, node.name, _op_name(node), _dtype_name(value), shape, _source_line(node))
+        rest = (_dtype_name(value), shape, _source_line(node))
+        if not _is_ours(node):
+            return [Operation(self.graph, node.name, _op_name(node), *rest)]
+        from . import gpu_kernels
+
+        call = node.name.rsplit("_", 1)[-1]  # unique in its graph
+        does = gpu_kernels.operations(*_wrapped(node))
+        return [Operation(self.graph, f"{op}_{call}.{at}", op, *rest) for at, op in enumerate(does)]
 
     def _kernel(self, scheduled: Any) -> Kernel:
         members = scheduled.get_nodes()
-        names = sorted({o.name for m in members for o in _origins(m) if self._is_work(o)})
-        ops = sorted({_op_name(o) for m in members for o in _origins(m) if self._is_work(o)})
+        origins = {o.name: o for m in members for o in _origins(m) if self._is_work(o)}
+        names = [operation.name for name in sorted(origins) for operation in self._operations(origins[name])]
+        ops = sorted({_op_name(o) for o in origins.values()})
         extern = any(type(m).__name__ == "ExternKernelSchedulerNode" for m in members)
         # Taking one result of a call that has several is scheduled like a call, and does nothing either.
         nothing = not names or all(type(m).__name__ == "NopKernelSchedulerNode" for m in members)
-        ours = any("kernel_idx" in o.kwargs for m in members for o in _origins(m))
+        ours = any(map(_is_ours, origins.values()))
         kind = "nothing" if nothing else "ours" if ours else "library" if extern else "generated"
         dtype = next((str(m.node.get_dtype()).removeprefix("torch.") for m in members if _has_dtype(m)), "")
         return Kernel(self.graph, "_".join(["fused", *ops])[:120], kind, tuple(names), dtype)
@@ -185,14 +194,23 @@ def _has_dtype(member: Any) -> bool:
     return member.node is not None and hasattr(getattr(member.node, "layout", None), "dtype")
 
 
-def _op_name(node: Any) -> str:
-    if "kernel_idx" in node.kwargs:  # a kernel written in Triton: its function's name
-        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+def _is_ours(node: Any) -> bool:
+    return "kernel_idx" in node.kwargs  # the call of a kernel written in Triton
 
-        kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-        while not isinstance(kernel, FunctionType):  # the function is wrapped once or twice
-            kernel = kernel.fn
-        return kernel.__name__.lstrip("_")
+
+def _wrapped(node: Any) -> tuple[str, dict[str, Any]]:
+    """Name and constants of the Triton function that such a node calls."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    while not isinstance(kernel, FunctionType):  # the function is wrapped once or twice
+        kernel = kernel.fn
+    return kernel.__name__.lstrip("_"), kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+
+
+def _op_name(node: Any) -> str:
+    if _is_ours(node):
+        return _wrapped(node)[0]
     target = node.target
     packet = getattr(target, "_overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import limits
 
-from helpers import BuildRecipe, SamplingParams, load, store
+from helpers import BuildRecipe, SamplingParams, inspect, load, store
 from helpers.models import BUNDLED
 from helpers.stories import draw_corpus
 
@@ -99,6 +99,16 @@ def test_a_decode_step_gives_what_prefill_gives_for_other_families(built, checkp
             with torch.no_grad():
                 logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits
             close(expected, logits[0, -1], 1e-3)
+
+
+def test_the_report_says_what_our_kernels_do(built):
+    """Of each layer four products and attention; and the head's product."""
+    report = inspect(built(BuildRecipe(**limits(device="cuda")))).of("decode_b1")
+    ours = [kernel for kernel in report.kernels if kernel.kind == "ours"]
+    assert len(ours) == 5 * 6 + 1 and min(len(kernel.fused) for kernel in ours) > 2
+    kinds = {operation.name: operation.op for operation in report.operations}
+    done = [kinds[name] for kernel in ours for name in kernel.fused]
+    assert done.count("rsqrt") == 2 * 6 + 1 and done.count("silu") == done.count("amax") == 6
 
 
 def test_an_engine_holds_its_weights_once(built, checkpoint):

@@ -341,6 +341,8 @@ def _compile(program: Any, path: Path, options: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             # torch copies its own tree specs in a way that its own newer code calls outdated
             warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)
+            # it advises rounding fp32 products to TensorFloat32; here fp32 means fp32
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     except (CppCompileError, InductorError) as error:
         raise BuildError(

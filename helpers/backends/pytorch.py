@@ -71,7 +71,7 @@ class PyTorchEngine(Engine):
     def decode(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
         self.positions = self.positions + 1
-        return self.forward(tokens[:, None], self.positions)
+        return self.forward(tokens[:, None].to(self.device), self.positions)
 
     def new_cache(self, batch: int) -> Any:
         from transformers import DynamicCache
