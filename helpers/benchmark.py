@@ -1,8 +1,8 @@
 """Time the same work on several backends, fairly: the run and its metrics. records.py keeps what it measured.
 
 What is the same for all: token ids in, number of tokens out (the end token is ignored), greedy decoding, batch,
-limits, on a CPU the threads. What differs is the contender: a backend and a precision. Each runs in a process of its own,
-so that its memory is its own, and all take turns, so that a disturbance of the machine hits all alike.
+limits, and threads on a CPU. What differs is the contender: a backend and a precision. Each runs in a process of its
+own, so that its memory is its own, and all take turns, so that a disturbance of the machine hits all alike.
 
 The metrics, and whose definition each is:
   TTFT               request to first token (trtllm-bench, vllm bench, MLPerf)
@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +32,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -44,9 +41,8 @@ from .backends.worker import Worker
 from .errors import BackendUnavailable, CourseError, InputError, WorkerError
 from .progress import Progress
 from .recipe import COMPILED, BuildRecipe
-from .records import Record, Row, Workload
+from .records import Record, Row, Workload, commit
 
-ROOT = Path(__file__).resolve().parent.parent
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
 TIME_LIMIT_S = 900.0  # for one request; torch.compile compiles in its first
 BUILD_LIMIT_S = 3600.0
@@ -304,7 +300,7 @@ def empty_record(workload: Workload) -> Record:
         threads,
         hardware.measure_bandwidth(workload.device, threads),
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        os.environ.get("COURSE_COMMIT") or _commit(),
+        commit(),
         _command(),
     )
 
@@ -325,16 +321,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""  # no git here
-    return done.stdout.strip()
 
 
 # A contender in a process of its own

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import doctor, environments, notebooks
+from . import doctor, environments, notebooks, records
 from .errors import BackendUnavailable, InputError
 
 SCHEMA = 1
@@ -188,7 +189,7 @@ def run_step(step: Step, out: Path, engines: Path, limit: float) -> None:
         finally:
             _end(process)
         file.seek(0)
-        output = file.read()
+        output = re.sub(r"\x1b\[[0-9;]*m", "", file.read())  # the colours of a terminal
     step.seconds = round(time.monotonic() - start, 1)
     try:
         READERS[step.kind](step, out, output)
@@ -356,21 +357,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """The course's commit, with "+" if files differ from it; "" outside git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-            cwd=notebooks.ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def write(steps: list[Step], facts: dict[str, Any], out: Path, seconds: float) -> None:
     """report.json and report.md, without this machine's folders in them."""
     kinds = sorted({step.kind for step in steps}, key=KINDS.index)
@@ -378,7 +364,7 @@ def write(steps: list[Step], facts: dict[str, Any], out: Path, seconds: float) -
         "schema": SCHEMA,
         "command": f"helpers gpu-check --only {','.join(kinds)}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": records.commit(),
         "passed": all(step.status == "passed" for step in steps),
         "seconds": round(seconds, 1),
         "machine": machine(facts),

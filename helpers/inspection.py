@@ -155,7 +155,7 @@ class InductorRecorder:
         return node.op == "call_function" and _op_name(node) not in self.FREE
 
     def _operations(self, node: Any) -> list[Operation]:
-        """Nearly always one. A kernel of ours has done its fusion itself: what it does in one go, by its own account."""
+        """Nearly always one. A kernel of ours fused them by hand: what it does in one go, by its own account."""
         value = node.meta.get("val")
         shape = tuple(d if isinstance(d, int) else str(d) for d in getattr(value, "shape", ()))
         rest = (_dtype_name(value), shape, _source_line(node))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import subprocess
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,20 @@ def reference(model: str, input_len: int | None = None) -> Record | None:
         if record.workload.model == model and input_len in (None, record.workload.input_len):
             return record
     return None
+
+
+def commit() -> str:
+    """The course's commit, with "+" if files differ from it. COURSE_COMMIT says it for a copy without git; else ""."""
+    if said := os.environ.get("COURSE_COMMIT"):
+        return said
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def merge(*records: Record) -> Record:
