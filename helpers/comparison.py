@@ -192,7 +192,7 @@ def beside(mine: Record, theirs: Record | None, batch_size: int = 1) -> Table:
             if record and row:
                 line += [f"{row.median('tpot_s') * 1e3:.2f}", f"{record.throughput(row):,.0f}", _AGREES[row.agrees]]
             else:
-                line += ["", "", ""]
+                line += ["not measured", "-", "-"]
         rows.append(line)
     there = theirs.place if theirs else MISSING
     columns = (

@@ -170,10 +170,10 @@ def check_torch() -> Check:
     version = tuple(int(part) for part in facts["torch"].split("+")[0].split(".")[:2])
     if not (2, 9) <= version <= (2, 13):
         return warning("PyTorch", found, "The course is made for 2.9 to 2.13: make setup installs one of them.")
-    if driver() and not facts["cuda"]:
+    if hardware.driver() and not facts["cuda"]:
         fix = "Install the CUDA build: pip install --force-reinstall torch, from an index that has it."
         return warning("PyTorch", f"{found}, and there is an NVIDIA driver here", fix)
-    if driver() and not facts.get("available"):
+    if hardware.driver() and not facts.get("available"):
         fix = "Does nvidia-smi list a GPU? If so, this build of PyTorch needs a newer driver, or an older CUDA build."
         return failure("PyTorch", f"{found}, but it finds no usable GPU", fix)
     if "error" in facts:
@@ -181,21 +181,8 @@ def check_torch() -> Check:
     return ok("PyTorch", found)
 
 
-@cache
-def driver() -> str:
-    """The NVIDIA driver's version, or "" where there is none: from nvidia-smi, else from the kernel."""
-    done = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 5)
-    if done.returncode == 0 and done.stdout.strip():
-        return done.stdout.splitlines()[0].strip()
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-    except OSError:
-        return ""
-    return next((word for word in words if word[:1].isdigit() and "." in word), "")
-
-
 def check_driver() -> Check:
-    version = driver()
+    version = hardware.driver()
     if not version:
         return ok("NVIDIA driver", "none: the engines of this machine run on the CPU")
     if int(version.split(".")[0]) < CUDA13_DRIVER:
@@ -209,7 +196,7 @@ def check_gpu() -> Check:
     if "gpu" not in facts:
         return (
             ok("GPU", "none that PyTorch can use")
-            if not driver()
+            if not hardware.driver()
             else warning("GPU", "the driver is there, but PyTorch reports no GPU", "See the line of PyTorch.")
         )
     found = f"{facts['gpu']}, compute capability {facts['capability']}, {facts['sms']} SMs"
@@ -304,7 +291,7 @@ def check_environment(name: str) -> Check:
     wanted = environments.ENVIRONMENTS[name]
     python = environments.python_of(name)
     if python is None:
-        if not driver():
+        if not hardware.driver():
             return ok(wanted.title, "not here: it needs an NVIDIA GPU; the cells that need it are skipped")
         return warning(wanted.title, "no environment", f"helpers env create {name}, or the container of compose.yaml")
     code = f"from importlib.metadata import version; print(version({wanted.package!r}))"
@@ -341,10 +328,10 @@ CHECKS: dict[str, Callable[[], Check]] = {
 def examine() -> Iterator[Check]:
     """Every check's line, in order, each as soon as it and those before it are known."""
     torch_facts.cache_clear()
-    driver.cache_clear()
+    hardware.driver.cache_clear()
     with ThreadPoolExecutor(len(CHECKS)) as pool:
         asked = pool.submit(torch_facts)  # once, before the checks that share it
-        pool.submit(driver).result()
+        pool.submit(hardware.driver).result()
         running = [pool.submit(_guarded, name, check, asked) for name, check in CHECKS.items()]
         for future in running:
             yield future.result()

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import hardware
 from .errors import BackendUnavailable, CourseError, InputError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -202,9 +203,7 @@ def _libpython_missing(python: str) -> str:
 
 
 def _driver() -> str:
-    from . import doctor
-
-    return doctor.driver() if _loads("libcuda.so.1") else ""
+    return hardware.driver() if _loads("libcuda.so.1") else ""
 
 
 # Making

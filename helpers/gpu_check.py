@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import doctor, environments, notebooks, records
+from . import doctor, environments, hardware, notebooks, records
 from .errors import BackendUnavailable, InputError
 
 SCHEMA = 1
@@ -333,9 +333,9 @@ def machine(facts: dict[str, Any]) -> dict[str, Any]:
         "gpu": facts["gpu"],
         "compute_capability": facts["capability"],
         "gpu_memory_gib": round(facts["total"] / 2**30, 1),
-        "driver": doctor.driver(),
+        "driver": hardware.driver(),
         "cuda": facts["cuda"],
-        "cores": doctor.hardware.free_cores(),
+        "cores": hardware.free_cores(),
         "host_memory_free_gib": round(doctor.host_memory() / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -47,6 +47,22 @@ def resolve_device(device: str = "auto") -> str:
 
 
 @cache
+def driver() -> str:
+    """The NVIDIA driver's version, or "" where there is none: from nvidia-smi, else from the kernel."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        return said.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        pass  # not there, or it does not answer
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[:1].isdigit() and "." in word), "")
+
+
+@cache
 def describe(device: str = "auto") -> Hardware:
     """The device that a recipe would use here."""
     import torch
@@ -59,7 +75,7 @@ def describe(device: str = "auto") -> Hardware:
             f"sm_{properties.major}{properties.minor}",
             properties.multi_processor_count,
             properties.total_memory,
-            _driver_version(),
+            driver(),
         )
     isa = torch.backends.cpu.get_cpu_capability()
     architecture = f"{platform.machine()} {isa}"
@@ -174,17 +190,3 @@ def _host_memory() -> int:
     import psutil
 
     return psutil.virtual_memory().total
-
-
-def _driver_version() -> str:
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=20,
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return out.splitlines()[0].strip() if out else "unknown"

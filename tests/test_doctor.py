@@ -21,7 +21,7 @@ def said(monkeypatch):
     """said(driver=..., **facts): what nvidia-smi and torch would say on another machine."""
 
     def set_up(driver="580.159.03", **facts):
-        monkeypatch.setattr(doctor, "driver", lambda: driver)
+        monkeypatch.setattr(hardware, "driver", lambda: driver)
         monkeypatch.setattr(doctor, "torch_facts", lambda limit=0: {**FACTS, **facts})
 
     return set_up
@@ -121,7 +121,7 @@ def test_the_line_of_pytorch(said, driver, facts, status, words):
 
 
 def test_a_torch_that_crashes_or_hangs_or_is_missing_is_one_line(monkeypatch):
-    monkeypatch.setattr(doctor, "driver", lambda: "")
+    monkeypatch.setattr(hardware, "driver", lambda: "")
     cases = [
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failure", "crashed"),
         ("import time; time.sleep(30)", "warning", "no answer within 1 s"),
@@ -134,7 +134,7 @@ def test_a_torch_that_crashes_or_hangs_or_is_missing_is_one_line(monkeypatch):
         monkeypatch.setattr(doctor, "torch_facts", lambda facts=facts: facts)
         check = doctor.check_torch()
         monkeypatch.undo()
-        monkeypatch.setattr(doctor, "driver", lambda: "")
+        monkeypatch.setattr(hardware, "driver", lambda: "")
         assert check.status == status and words in check.found
     doctor.torch_facts.cache_clear()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import doctor, environments
+from helpers import environments, hardware
 from helpers.errors import BackendUnavailable, CourseError, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def fit(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(environments.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(environments, "_loads", lambda library, python="": True)
-    monkeypatch.setattr(doctor, "driver", lambda: "580.159.03")
+    monkeypatch.setattr(hardware, "driver", lambda: "580.159.03")
     monkeypatch.setattr(environments.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1e12}))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
@@ -114,9 +114,9 @@ def test_another_system(fit, monkeypatch):
 
 
 def test_no_driver_and_an_old_one(fit, monkeypatch):
-    monkeypatch.setattr(doctor, "driver", lambda: "550.54")
+    monkeypatch.setattr(hardware, "driver", lambda: "550.54")
     assert len(found()) == 1 and "550.54" in found()[0] and "580" in found()[0]
-    monkeypatch.setattr(doctor, "driver", lambda: "")
+    monkeypatch.setattr(hardware, "driver", lambda: "")
     assert len(found()) == 1 and "--gpus all" in found()[0]
 
 
