@@ -244,7 +244,8 @@ def write_html(nb: NotebookNode, page: Path) -> None:
     """One page that needs no other file: pictures inside, nothing fetched except the script for formulas."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="", mermaid_js_url="")
+    # Not embed_images: it would close <details> before the solution in it. Outputs hold their pictures anyway.
+    exporter = HTMLExporter(require_js_url="", jquery_url="", mermaid_js_url="")
     exporter.raw_template = PICTURE_WITH_ITS_TEXT
     html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": page.stem}})
     html = re.sub(r'(href="[\w./-]+)\.ipynb\b', r"\1.html", html)  # from page to page

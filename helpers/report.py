@@ -61,7 +61,8 @@ class Table:
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
     def _numeric(self, column: int) -> bool:
-        return all(re.match(r"^[-+~]?[\d,. ]+(?:x|%|[ ]?[a-zA-Z/]{1,8})?$|^$", str(row[column])) for row in self.rows)
+        number = r"^[-+~]?[\d,. ]+(?:x|%|[ ]?[a-zA-Z/]{1,8})?$|^(?:-|not measured|)$"
+        return all(re.match(number, str(row[column])) for row in self.rows)
 
     def _align(self, column: int) -> str:
         return "text-align: right" if self._numeric(column) else "text-align: left"
@@ -296,7 +297,10 @@ def show_text(text: str, width: int = 100) -> None:
 
 
 def _html(value: Any) -> str:
-    return html.escape(str(value))
+    text = html.escape(str(value))
+    if not text.startswith("https://"):
+        return text
+    return f'<a href="{text}" style="overflow-wrap: anywhere">{text}</a>'
 
 
 # The choice of the next token

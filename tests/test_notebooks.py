@@ -139,6 +139,13 @@ def test_a_picture_keeps_its_text_on_the_page(tmp_path):
     assert 'alt="Bars: 1 &amp; 2"' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_a_solution_stays_hidden_until_it_is_asked_for(tmp_path):
+    cell = nbformat.v4.new_markdown_cell("<details>\n<summary>Solutions</summary>\n\nforty-two\n\n</details>")
+    notebooks.write_html(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "forty-two" in page[page.index("<details>") : page.index("</details>")]
+
+
 def test_the_exit_status_tells(tmp_path, monkeypatch, capsys):
     result = notebooks.NotebookResult("00_made", cells_run=1)
     monkeypatch.setattr(notebooks, "run_all", lambda *_, **__: [result])
