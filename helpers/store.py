@@ -25,6 +25,7 @@ from .recipe import BuildRecipe
 MANIFEST = "manifest.json"
 MANIFEST_FIELDS = {"identity", "built", "hardware", "seconds", "details", "files"}
 SCHEMA = 1
+SHOWN = 8  # engines that an error names
 # A change in these files changes what is compiled, so it makes earlier engines another engine's.
 SOURCES = {
     "aot": ("llama.py", "llama_gpu.py", "gpu_kernels.py", "backends/aot.py"),
@@ -217,10 +218,12 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
         raise EngineNotFound(
             f"Several engines begin with {str(engine)!r}.", fix=f"Name one: {', '.join(p.name for p in matches)}."
         )
+    here = [p.name for p in list_engines()]
+    more = f" and {len(here) - SHOWN} more (helpers list)" if len(here) > SHOWN else ""
     raise EngineNotFound(
         f"There is no engine {str(engine)!r}.",
         cause="It has not been built on this machine, or its name is misspelt.",
-        fix=f"Engines here: {', '.join(p.name for p in list_engines()) or 'none; build one with build(recipe)'}.",
+        fix=f"Engines here: {', '.join(here[:SHOWN]) or 'none; build one with build(recipe)'}{more}.",
     )
 
 
