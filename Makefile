@@ -27,7 +27,7 @@ test: $(STAMP) ## all tests: style, types, helpers, notebooks
 test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests
 
-test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported versions (Python 3.10 or 3.12)
+test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported versions (Python 3.10 to 3.12)
 	$(OLDEST)/bin/python -m pytest tests
 
 gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course there; report in build/gpu-check/
@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml constraints/course.txt
 	@touch $@
 
 $(OLDEST)/.set-up: pyproject.toml constraints/oldest.txt
-	@$(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.12'
+	@$(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12'
 	@$(OLDEST)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install $(QUIET) -r constraints/oldest.txt
 	$(OLDEST)/bin/python -m pip install $(QUIET) --no-deps -e .

@@ -218,7 +218,7 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
         raise EngineNotFound(
             f"Several engines begin with {str(engine)!r}.", fix=f"Name one: {', '.join(p.name for p in matches)}."
         )
-    here = [p.name for p in list_engines()]
+    here = [p.name for p in reversed(list_engines())]
     more = f" and {len(here) - SHOWN} more (helpers list)" if len(here) > SHOWN else ""
     raise EngineNotFound(
         f"There is no engine {str(engine)!r}.",
