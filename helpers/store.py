@@ -218,12 +218,12 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
         raise EngineNotFound(
             f"Several engines begin with {str(engine)!r}.", fix=f"Name one: {', '.join(p.name for p in matches)}."
         )
-    here = [p.name for p in reversed(list_engines())]
-    more = f" and {len(here) - SHOWN} more (helpers list)" if len(here) > SHOWN else ""
+    names = [p.name for p in reversed(list_engines())]
+    more = f" and {len(names) - SHOWN} more (helpers list)" if len(names) > SHOWN else ""
     raise EngineNotFound(
         f"There is no engine {str(engine)!r}.",
         cause="It has not been built on this machine, or its name is misspelt.",
-        fix=f"Engines here: {', '.join(here[:SHOWN]) or 'none; build one with build(recipe)'}{more}.",
+        fix=f"Engines here: {', '.join(names[:SHOWN]) or 'none; build one with build(recipe)'}{more}.",
     )
 
 
