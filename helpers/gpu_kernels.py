@@ -6,7 +6,7 @@ after it on the way; `decode_attention` does rotary embedding, the write to the 
 five kernels a layer. Written in Triton (https://triton-lang.org); imported only where there is a GPU.
 
 Shapes: B sequences, H heads, G KV heads, D head size (a power of two), S cache length, K and N a weight's columns
-and rows. Arithmetic is in float32, whatever the tensors hold.
+and rows. Arithmetic is in float32, whatever the tensors hold; with int8 weights products are of integers, exactly.
 """
 
 from __future__ import annotations
