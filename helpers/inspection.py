@@ -163,7 +163,7 @@ class InductorRecorder:
             return [Operation(self.graph, node.name, _op_name(node), *rest)]
         from . import gpu_kernels
 
-        call = node.name.rsplit("_", 1)[-1]  # unique in its graph
+        call = node.name.removeprefix("triton_kernel_wrapper_mutation").strip("_") or "0"  # unique in its graph
         does = gpu_kernels.operations(*_wrapped(node))
         return [Operation(self.graph, f"{op}_{call}.{at}", op, *rest) for at, op in enumerate(does)]
 
@@ -199,13 +199,14 @@ def _is_ours(node: Any) -> bool:
 
 
 def _wrapped(node: Any) -> tuple[str, dict[str, Any]]:
-    """Name and constants of the Triton function that such a node calls."""
+    """Name and arguments of the Triton function that such a node calls."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
     while not isinstance(kernel, FunctionType):  # the function is wrapped once or twice
         kernel = kernel.fn
-    return kernel.__name__.lstrip("_"), kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+    others = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])  # what a graph cannot hold
+    return kernel.__name__.lstrip("_"), {**node.kwargs["kwargs"], **others}
 
 
 def _op_name(node: Any) -> str:
