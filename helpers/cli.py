@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="build and start all at once; quicker with many cores, but build and start times disturb each other",
     )
-    command.add_argument("--threads", type=int, default=0, help="CPU threads, for all alike; 0 chooses")
+    command.add_argument("--threads", type=int, default=0, help="threads on a CPU, for all alike; 0 chooses")
     command.add_argument("--out", type=Path, help="write the record here, as JSON")
     command.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="two records, side by side"

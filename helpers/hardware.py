@@ -51,7 +51,7 @@ def driver() -> str:
     """The NVIDIA driver's version, or "" where there is none: from nvidia-smi, else from the kernel."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
         return said.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError):
         pass  # not there, or it does not answer

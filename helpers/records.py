@@ -33,7 +33,7 @@ class Workload:
     output_len: int = 64
     repeats: int = 5
     warmup: int = 2
-    threads: int = 0  # CPU threads, the same for all; 0: one while the weights fit in cache, else every free core
+    threads: int = 0  # on a CPU, the same for all; 0: one while the weights fit in cache, else every free core
     max_batch_size: int = 4  # with the next two: the limits that engines are built for and caches sized by
     max_input_len: int = 64
     max_seq_len: int = 256
