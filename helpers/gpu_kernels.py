@@ -1,9 +1,10 @@
-"""Two GPU kernels of our own for decode, as TensorRT-LLM has plugins where its compiler's kernels are not enough.
+"""GPU kernels of our own for decode, as TensorRT-LLM has plugins where its compiler's kernels are not enough.
 
 A step with one token a sequence does little work in each operation, so what counts is how few kernels there are and
 how fast each reads its bytes. `matvec` reads a weight once and does the norm before it and the sum or activation
 after it on the way; `decode_attention` does rotary embedding, the write to the KV cache and attention. That leaves
-five kernels a layer. Written in Triton (https://triton-lang.org); imported only where there is a GPU.
+five kernels a layer. For several sequences `split_matmul` is the product. Written in Triton
+(https://triton-lang.org); imported only where there is a GPU.
 
 Shapes: B sequences, H heads, G KV heads, D head size (a power of two), S cache length, K and N a weight's columns
 and rows. Arithmetic is in float32, whatever the tensors hold; with int8 weights products are of integers, exactly.
@@ -21,7 +22,9 @@ from torch import Tensor
 # Rows of the weight and columns that a program takes at once, and its warps, by bytes a weight; the same for cache
 # entries. Found by trying on an H200; another GPU may like others better, and gets right results with these too.
 TILES = {2: (1, 2048, 1), 4: (1, 1024, 1)}
-INT8_ROWS, INT8_WARPS = 4, 4  # int8 takes whole rows: up to 8192 columns four of them, of longer ones fewer
+INT8_ROWS, INT8_WARPS = 4, 2  # int8 takes whole rows: up to 8192 columns four of them; of longer ones fewer, by more
+SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_WARPS, SPLIT_STAGES = 64, 128, 4, 4
+SKINNY = 64  # up to so many sequences a product reads more than it computes
 ENTRIES, ATTENTION_WARPS, ATTENTION_STAGES = 128, 4, 3
 LONG = 512  # a longer cache is shared by several programs, each with ENTRIES of it, if there are few sequences
 BUSY = 128  # programs that fill a GPU
@@ -172,9 +175,68 @@ def matvec(
         tile = max(1, min(INT8_ROWS, INT8_ROWS * 8192 // width))
         torch.library.wrap_triton(_matvec_int8)[(triton.cdiv(rows, tile),)](
             x, weight, scale, bias, norm, added, y,
-            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=width, num_warps=INT8_WARPS, **switches,
+            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=width, num_warps=max(INT8_WARPS, width // 4096), **switches,
         )  # fmt: skip
     return y
+
+
+@triton.jit
+def _split_matmul(  # type: ignore[no-untyped-def]
+    x, weight, y,
+    B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b = tl.arange(0, BATCH)
+    sums = tl.zeros([BATCH, ROWS], tl.float32)
+    for start in tl.range(0, SPAN, COLUMNS, num_stages=STAGES):
+        k = tl.program_id(1) * SPAN + start + tl.arange(0, COLUMNS)
+        inside = (row < N)[:, None] & (k < K)[None, :]
+        w = tl.load(weight + row[:, None] * K + k[None, :], mask=inside, other=0, eviction_policy="evict_first")
+        v = tl.load(x + b[:, None] * K + k[None, :], mask=(b < B)[:, None] & (k < K)[None, :], other=0.0)
+        sums = tl.dot(v, tl.trans(w.to(v.dtype)), sums)
+    at = (tl.program_id(1) * B + b[:, None]) * N + row[None, :]
+    tl.store(y + at, sums, mask=(b < B)[:, None] & (row < N)[None, :])
+
+
+def skinny(x: Tensor, weight: Tensor) -> bool:
+    """Whether `split_matmul` is the faster product for x [B, K] and weight [N, K], as seen on an H200.
+
+    A library has none for int8 weights: they would first be widened, which takes longer than the product. For others
+    it is behind only where a weight has too few rows to keep a GPU busy.
+    """
+    few_rows = weight.shape[0] <= SPLIT_ROWS * BUSY
+    return x.shape[0] <= SKINNY and x.itemsize == 2 and (weight.dtype == torch.int8 or few_rows)
+
+
+@torch.library.triton_op("helpers::split_matmul", mutates_args={})
+def split_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, K] of 16-bit floats times the transpose of weight [N, K], as float32 parts [P, B, N] to be added up.
+
+    The columns are divided among P programs ("split-K"), so that many read at once also where rows are few. Adding
+    up is left to the operation that follows. int8 weights are widened in registers; their scale is the caller's.
+    """
+    batch, (rows, columns) = x.shape[0], weight.shape
+    blocks = triton.cdiv(rows, SPLIT_ROWS)
+    padded = max(16, triton.next_power_of_2(batch))
+    room = (3 if padded <= 32 else 1) * BUSY  # programs that run at once: a small batch leaves memory for more of them
+    parts = 1
+    while 2 * parts * blocks <= room and 2 * parts * SPLIT_COLUMNS <= columns:
+        parts *= 2
+    span = SPLIT_COLUMNS * triton.cdiv(columns, parts * SPLIT_COLUMNS)
+    y = torch.empty((parts, batch, rows), device=x.device, dtype=torch.float32)
+    stage = SPLIT_COLUMNS * (SPLIT_ROWS * weight.itemsize + padded * x.itemsize)
+    torch.library.wrap_triton(_split_matmul)[(blocks, parts)](
+        x, weight, y, B=batch, N=rows, K=columns, SPAN=span, ROWS=SPLIT_ROWS, BATCH=padded, COLUMNS=SPLIT_COLUMNS,
+        STAGES=max(2, min(SPLIT_STAGES, (_shared_memory() - 16384) // stage)), num_warps=SPLIT_WARPS,
+    )  # fmt: skip
+    return y
+
+
+def _shared_memory() -> int:
+    """Bytes that one program can have, on this GPU."""
+    device = torch.cuda.current_device()
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 @triton.jit
@@ -288,6 +350,8 @@ def operations(kernel: str, switches: Mapping[str, bool]) -> list[str]:
 
     kernel: its function's name, such as "matvec"; switches: the constants that it was called with.
     """
+    if kernel == "split_matmul":
+        return ["mm"]
     if kernel == "attend":
         rotate_and_keep = ["mul", "mul", "add"] * 2 + ["index_put"] * 2
         scores = ["mul", "sum", "mul", "where"]

@@ -20,7 +20,7 @@ from .models import ModelConfig
 
 PACK = 16  # rows of a packed block: one AVX-512 register of float32
 Weights = dict[str, Tensor]
-Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D] for Decode, [G, S, D] for Prefill
+Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D]
 
 
 def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
@@ -79,14 +79,18 @@ class Decoder(nn.Module):
         """
         return x.as_strided(x.shape, x.stride()) if self.writes else x
 
+    def matmul(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        """x [M, K] times the transpose of the named weight [N, K], with its scale and bias: [M, N]."""
+        return matmul(weights, name, x, self.product)
+
     def project(self, weights: Weights, norm: str, names: Iterable[str], x: Tensor) -> list[Tensor]:
         """x [M, E], normalized, times the transpose of each of the named weights."""
         x = self.keep(rms_norm(x, weights[norm], self.config.rms_norm_eps))
-        return [matmul(weights, name, x, self.product) for name in names]
+        return [self.matmul(weights, name, x) for name in names]
 
     def add(self, weights: Weights, name: str, h: Tensor, x: Tensor) -> Tensor:
         """The residual connection: x plus h times the transpose of the named weight."""
-        return self.keep(x + matmul(weights, name, self.keep(h), self.product))
+        return self.keep(x + self.matmul(weights, name, self.keep(h)))
 
     def heads(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
         """x [M, E] to the queries, keys and values of all heads, [M, H + G + G, D], not yet rotated."""
@@ -138,23 +142,29 @@ class Decoder(nn.Module):
 
 
 class Prefill(Decoder):
-    """One prompt: tokens [T] and the sequence's cache [G, S, D] a layer, to the logits [V] of its last token."""
+    """Prompts [B, T] of `lengths` [B] tokens, filled up on the right, to the logits [B, V] of each one's last token.
 
-    def forward(self, weights: Weights, tokens: Tensor, cache: Cache) -> Tensor:
-        length = tokens.shape[0]
-        x = self.embed(weights, tokens)
-        cos, sin = weights["rope.cos"][:length, None], weights["rope.sin"][:length, None]
+    What fills a prompt up does no harm: attention looks only back, and decode overwrites each entry that it left in
+    the cache before reading there.
+    """
+
+    def forward(self, weights: Weights, tokens: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+        batch, length = tokens.shape
+        x = self.embed(weights, tokens.flatten())
+        tables = weights["rope.cos"][:length], weights["rope.sin"][:length]
+        cos, sin = (table[None].expand(batch, -1, -1).flatten(0, 1)[:, None] for table in tables)
         x = self.layers(weights, x, cos, sin, cache, torch.arange(length, device=x.device))
-        return self.logits(weights, x[-1:])[0]
+        last = x.unflatten(0, (batch, length))[torch.arange(batch, device=x.device), lengths - 1]
+        return self.logits(weights, last)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        keys[:, positions] = k.transpose(0, 1)
-        values[:, positions] = v.transpose(0, 1)
+        q, k, v = (x.unflatten(0, (keys.shape[0], -1)).transpose(1, 2) for x in (q, k, v))  # [B, H or G, T, D]
+        keys[:, :, positions] = k
+        values[:, :, positions] = v
         group = self.config.num_attention_heads // self.config.num_key_value_heads
-        k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))  # [T, H, D]
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))  # [B, H, T, D]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out[0].transpose(0, 1).flatten(1)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class Decode(Decoder):

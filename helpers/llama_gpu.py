@@ -12,7 +12,7 @@ from .llama import Cache, Decode, Weights
 
 
 class GpuDecode(Decode):
-    """Several sequences: attention is our kernel, the products are the library's, the rest is the compiler's."""
+    """Several sequences: attention is our kernel, a product ours or the library's, the rest is the compiler's."""
 
     def forward(self, weights: Weights, tokens: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
         cos, sin = weights["rope.cos"], weights["rope.sin"]  # whole: the kernel looks up its position's row
@@ -20,6 +20,15 @@ class GpuDecode(Decode):
 
     def attend(self, heads: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
         return gpu_kernels.decode_attention(self.keep(heads.flatten(1)), cos, sin, *rest)
+
+    def matmul(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        weight, scale, bias = (weights.get(f"{name}.{kind}") for kind in ("weight", "scale", "bias"))
+        assert weight is not None, name
+        if not gpu_kernels.skinny(x, weight):
+            return super().matmul(weights, name, x)
+        y = gpu_kernels.split_matmul(x, weight).sum(0)
+        y = y if scale is None else y * scale
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class GpuDecodeOne(GpuDecode):

@@ -157,6 +157,22 @@ def test_the_cache_can_be_filled_to_its_last_entry(aot):
     assert aot.generate(ids, GREEDY)[0].token_ids == answer.token_ids[:24]
 
 
+def test_prompts_read_together_up_to_a_number_of_tokens_answer_as_alone(built, checkpoint, monkeypatch):
+    """What engines on a GPU do, by the same graph compiled for a CPU."""
+    monkeypatch.setattr("helpers.backends.aot.prefills_batches", lambda recipe, device: True)
+    monkeypatch.setattr("helpers.backends.aot.MAX_NUM_TOKENS", 12)
+    recipe = BuildRecipe(str(checkpoint("llama")), **limits(max_input_len=16, max_seq_len=48))
+    prompts = [[3, 14, 15], [92], [65, 35, 89, 79, 3, 23, 84, 62], [6], [4]]
+    tokens = torch.tensor([31, 41, 59, 26])
+    with load(built(recipe)) as engine:
+        for batch, groups in ((prompts[:4], [(0, 2), (2, 1), (3, 1)]), (prompts[3:], [(0, 2)])):
+            assert list(engine._groups(batch)) == groups
+            together = engine.prefill(batch), engine.decode(tokens[: len(batch)])
+            for row, prompt in enumerate(batch):
+                for ours, alone in zip(together, (engine.prefill([prompt]), engine.decode(tokens[[row]])), strict=True):
+                    torch.testing.assert_close(ours[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
 def test_text_and_its_token_ids_are_the_same_prompt(engine):
     text = "Once upon a time"
     by_text, by_ids = engine.generate(text, GREEDY), engine.generate(engine.tokenize(text), GREEDY)

@@ -156,6 +156,19 @@ def test_matvec_is_the_product_with_its_neighbours(columns, rows, dtype):
     close(ours, torch.nn.functional.silu(gate) * up + residual, share)
 
 
+@pytest.mark.parametrize("columns, rows", [(2048, 256), (5632, 31), (100, 7), (512, 20000)])
+@pytest.mark.parametrize("batch", [2, 8, 33, 64])
+def test_the_parts_of_a_split_product_add_up(columns, rows, batch):
+    from helpers import gpu_kernels
+
+    torch.manual_seed(0)
+    x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
+    for stored in (weight, (weight * 30).round().clamp(-127, 127).to(torch.int8)):
+        parts = gpu_kernels.split_matmul(x, stored)
+        close(parts.sum(0), x.double() @ stored.double().T, 1e-4)
+
+
 @pytest.mark.parametrize("heads, kv_heads, size", [(32, 4, 64), (6, 6, 128), (4, 1, 32)])
 @pytest.mark.parametrize("length", [64, 257, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

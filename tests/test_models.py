@@ -60,8 +60,12 @@ class Ours:
             for name in [n for n in self.weights if n.endswith(".weight")]:
                 if (packed := llama.pack(self.weights[name])) is not None:
                     self.weights[name.removesuffix("weight") + "packed"] = packed
-        self.prefill, self.decode = llama.Prefill(c, "library", False), llama.Decode(c, product, True)
+        self.prefill_phase, self.decode = llama.Prefill(c, "library", False), llama.Decode(c, product, True)
         self.span = torch.arange(length)
+
+    def prefill(self, ids, cache):
+        """Logits [V] of one prompt's last token."""
+        return self.prefill_phase(self.weights, ids[None], torch.tensor([len(ids)]), cache)[0]
 
     def cache(self, batch):
         c = self.config
@@ -79,8 +83,24 @@ def test_prefill_gives_transformers_logits_at_every_length(folder):
     theirs = reference(folder)(PROMPT[None]).logits[0]
     ours = Ours(folder)
     for length in (1, 2, 3, 17, 40):
-        cache = [c[0] for c in ours.cache(1)]
-        assert_close(ours.prefill(ours.weights, PROMPT[:length], cache), theirs[length - 1])
+        assert_close(ours.prefill(PROMPT[:length], ours.cache(1)), theirs[length - 1])
+
+
+@torch.no_grad()
+def test_prompts_read_together_give_what_each_gives_alone(folder):
+    """What fills up the shorter ones touches neither their logits nor what decode then makes of their caches."""
+    ours = Ours(folder)
+    prompts = [PROMPT[:9], PROMPT[3:4], PROMPT[20:26]]
+    lengths = torch.tensor([len(p) for p in prompts])
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=5)
+    together, alone = ours.cache(3), ours.cache(3)
+    logits = ours.prefill_phase(ours.weights, padded, lengths, together)
+    for row, prompt in enumerate(prompts):
+        assert_close(logits[row], ours.prefill(prompt, [c[row : row + 1] for c in alone]))
+    tokens = torch.tensor([11, 12, 13])
+    for step in range(4):
+        args = (ours.weights, tokens + step, lengths + step, ours.span[: int(lengths.max()) + step + 1])
+        assert_close(ours.decode(*args, together), ours.decode(*args, alone))
 
 
 @torch.no_grad()
@@ -91,7 +111,7 @@ def test_decode_gives_transformers_logits_and_greedy_tokens(folder, product):
     sequences = [PROMPT[:5], PROMPT[7:30]]
     cache = ours.cache(2)
     for row, ids in enumerate(sequences):
-        ours.prefill(ours.weights, ids[:-1], [c[row] for c in cache])
+        ours.prefill(ids[:-1], [c[row : row + 1] for c in cache])
     for _ in range(12):
         tokens = torch.stack([ids[-1] for ids in sequences])
         positions = torch.tensor([len(ids) - 1 for ids in sequences])
@@ -109,7 +129,7 @@ def test_decode_gives_transformers_logits_and_greedy_tokens(folder, product):
 def test_joining_projections_changes_no_logit(checkpoint, joined):
     folder = checkpoint("llama", attention_bias=True, mlp_bias=True)
     whole, parts = Ours(folder), Ours(folder, **joined)
-    results = [o.prefill(o.weights, PROMPT, [c[0] for c in o.cache(1)]) for o in (whole, parts)]
+    results = [o.prefill(PROMPT, o.cache(1)) for o in (whole, parts)]
     torch.testing.assert_close(*results)
 
 
@@ -137,7 +157,7 @@ def test_any_stored_type_of_weights_is_read(checkpoint, precision):
     path = folder / "model.safetensors"
     save_file({k: v.to(getattr(torch, precision)) for k, v in load_file(path).items()}, path)
     ours = Ours(folder)
-    logits = ours.prefill(ours.weights, PROMPT, [c[0] for c in ours.cache(1)])
+    logits = ours.prefill(PROMPT, ours.cache(1))
     with torch.no_grad():
         assert_close(logits, reference(folder)(PROMPT[None]).logits[0, -1])
 

@@ -28,6 +28,7 @@ PACKED = "packed.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest relative difference between a compiled graph's logits and the same graph run by PyTorch, one step.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+MAX_NUM_TOKENS = 8192  # that one prefill on a GPU takes from all prompts together: TensorRT-LLM's default
 SMALL_BATCH = 4  # up to here a generated product reads the weights as fast as a library's, and fuses
 
 
@@ -47,6 +48,11 @@ def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
     if batch > SMALL_BATCH:
         return "library"
     return "rows" if recipe.optimization_level == 1 else "packed"
+
+
+def prefills_batches(recipe: BuildRecipe, device: str) -> bool:
+    """One prompt already fills a CPU; a GPU reads several in hardly more time than one, by a graph of their own."""
+    return device == "cuda" and recipe.max_batch_size > 1
 
 
 def decode_class(recipe: BuildRecipe, config: models.ModelConfig, device: str, batch: int) -> type[llama.Decode]:
@@ -82,7 +88,7 @@ def inductor_options(recipe: BuildRecipe, device: str, threads: int, module: lla
 
 def estimate(recipe: BuildRecipe, config: models.ModelConfig, device: str) -> tuple[float, int]:
     """About how many seconds a build takes, and how many bytes the engine: told to the user before it starts."""
-    graphs = len(recipe.decode_batch_sizes) + 1
+    graphs = len(recipe.decode_batch_sizes) + 1 + prefills_batches(recipe, device)
     per_graph = 8 + 2.2 * config.num_hidden_layers
     bytes_per_weight = 1 if recipe.precision == "int8" else compute_dtype(recipe, device).itemsize
     copies = 2 if any(product_form(recipe, device, b) == "packed" for b in recipe.decode_batch_sizes) else 1
@@ -102,11 +108,11 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
         _save_weights(weights, folder)
     graphs: dict[str, dict[str, Any]] = {}
     report = EngineReport("aot", [], [])
-    for name, module, arguments, lengths in _graphs(recipe, config, device, dtype):
+    for name, module, arguments, varies in _graphs(recipe, config, device, dtype):
         needed = _weights_for(module, weights)
         recorder = InductorRecorder(name)
         with progress.phase(f"export {name}"), torch.no_grad():
-            dims = (dict.fromkeys(needed, None), *lengths, [None] * (2 * config.num_hidden_layers))
+            dims = (dict.fromkeys(needed), *varies[:-1], [varies[-1]] * (2 * config.num_hidden_layers))
             program = torch.export.export(module, (needed, *arguments), dynamic_shapes=dims, strict=False)
         with progress.phase(f"compile {name}"):
             options = inductor_options(recipe, device, threads, module) | {"_post_fusion_custom_pass": recorder}
@@ -149,8 +155,6 @@ class AotEngine(Engine):
             name: [self.weights[w] for w in graph["weights"]] for name, graph in details["graphs"].items()
         }
         self.num_threads = details["num_threads"]
-        # A CUDA graph of decode reads the whole span, and so does its plain launch; on a CPU two entries are enough.
-        self.one_span = self.span if self.device == "cuda" else self.span[:2]
         self.asynchronous = self.device == "cuda"
         self.lengths: list[int] = []
         self.steps: dict[int, DecodeStep] = {}
@@ -162,15 +166,33 @@ class AotEngine(Engine):
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         self.lengths = [len(p) for p in prompts]
         with self._own_threads():
-            rows = [self._prefill_one(slot, torch.tensor(p, device=self.device)) for slot, p in enumerate(prompts)]
+            rows = [self._prefill(slot, prompts[slot : slot + count]) for slot, count in self._groups(prompts)]
         for step in self.steps.values():
             step.start(self.lengths)
-        return torch.stack(rows)
+        return torch.cat(rows)
 
-    def _prefill_one(self, slot: int, tokens: Tensor) -> Tensor:
-        if len(tokens) == 1:  # a step of decode from an empty cache; the prefill graph takes two tokens or more
-            return self._execute("decode_b1", [tokens, tokens * 0, self.one_span, *self._slots(slot, slot + 1)])[0]
-        return self._execute("prefill", [tokens, *(c[slot] for c in self.cache)])
+    def _groups(self, prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
+        """Which prompts one prefill takes, as their first and their number. Where they are neighbours of much the
+        same length, little is spent on what fills the shorter ones up."""
+        first = 0
+        while first < len(prompts):
+            count = longest = 0
+            for prompt in prompts[first:]:
+                longest = max(longest, len(prompt))
+                if count and ("prefill_batch" not in self.graphs or (count + 1) * longest > MAX_NUM_TOKENS):
+                    break
+                count += 1
+            yield first, count
+            first += count
+
+    def _prefill(self, slot: int, prompts: list[list[int]]) -> Tensor:
+        """Logits [B, V]; keys and values go to the slots from `slot` on."""
+        cache = self._slots(slot, slot + len(prompts))
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(2, *lengths)  # the graphs take two tokens or more
+        tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
+        ends = torch.tensor(lengths, device=self.device)
+        return self._execute("prefill" if len(prompts) == 1 else "prefill_batch", [tokens, ends, *cache])
 
     @contextlib.contextmanager
     def _own_threads(self) -> Iterator[None]:
@@ -314,12 +336,17 @@ def _empty_cache(recipe: BuildRecipe, config: models.ModelConfig, device: str, d
 def _graphs(
     recipe: BuildRecipe, config: models.ModelConfig, device: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, llama.Decoder, tuple[Any, ...], tuple[Any, ...]]]:
-    """Each graph to compile: its name, module, example arguments after the weights, and which lengths vary."""
+    """Each graph to compile: name, module, example arguments after the weights, and which of their lengths vary."""
     cache = _empty_cache(recipe, config, device, dtype)
     writes = recipe.fusion.kernels
     length = torch.export.Dim("length", min=2, max=max(3, recipe.max_input_len))
-    tokens = torch.ones(min(5, recipe.max_seq_len - 1), dtype=torch.long, device=device)
-    yield "prefill", llama.Prefill(config, "library", writes), (tokens, [c[0] for c in cache]), ({0: length},)
+    prefill = llama.Prefill(config, "library", writes)
+    tokens = torch.ones(2, min(5, recipe.max_seq_len - 1), dtype=torch.long, device=device)
+    ends = torch.tensor([tokens.shape[1], 2], device=device)
+    yield "prefill", prefill, (tokens[:1], ends[:1], [c[:1] for c in cache]), ({1: length}, None, None)
+    if prefills_batches(recipe, device):
+        batch = {0: torch.export.Dim("batch", min=2, max=max(3, recipe.max_batch_size))}
+        yield "prefill_batch", prefill, (tokens, ends, [c[:2] for c in cache]), (batch | {1: length}, batch, batch)
     span = torch.arange(recipe.max_seq_len, device=device)
     for size in recipe.decode_batch_sizes:
         phase = decode_class(recipe, config, device, size)
@@ -331,7 +358,7 @@ def _graphs(
             reads = span[: min(5, recipe.max_seq_len)]
             varies = {0: torch.export.Dim("span", min=2, max=recipe.max_seq_len)}
         arguments = (tokens, torch.zeros_like(tokens), reads, [c[:size] for c in cache])
-        yield f"decode_b{size}", module, arguments, (None, None, varies)
+        yield f"decode_b{size}", module, arguments, (None, None, varies, None)
 
 
 def _compile(program: Any, path: Path, options: dict[str, Any]) -> None:
