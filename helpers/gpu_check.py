@@ -297,7 +297,7 @@ def main(
                     for problem in step.problems:
                         print(f"    {problem[:300]}", flush=True)
                     # After each step: an interrupted check has a report too.
-                    write(steps, facts, out, time.monotonic() - start)
+                    write(steps, facts, out, time.monotonic() - start, jobs)
     print(f"\n{os.path.relpath(out / 'report.md')}\n\n{summary(steps)}")
     return 0 if all(step.status == "passed" for step in steps) else 1
 
@@ -357,12 +357,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(steps: list[Step], facts: dict[str, Any], out: Path, seconds: float) -> None:
+def write(steps: list[Step], facts: dict[str, Any], out: Path, seconds: float, jobs: int = 1) -> None:
     """report.json and report.md, without this machine's folders in them."""
     kinds = sorted({step.kind for step in steps}, key=KINDS.index)
     report = {
         "schema": SCHEMA,
-        "command": f"helpers gpu-check --only {','.join(kinds)}",
+        "command": f"helpers gpu-check --only {','.join(kinds)} --jobs {jobs}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": records.commit(),
         "passed": all(step.status == "passed" for step in steps),
