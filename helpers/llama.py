@@ -158,13 +158,17 @@ class Prefill(Decoder):
         return self.logits(weights, last)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, (keys.shape[0], -1)).transpose(1, 2) for x in (q, k, v))  # [B, H or G, T, D]
-        keys[:, :, positions] = k
-        values[:, :, positions] = v
+        keys[:, :, positions] = self.sequences(k, keys)
+        values[:, :, positions] = self.sequences(v, keys)
         group = self.config.num_attention_heads // self.config.num_key_value_heads
-        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))  # [B, H, T, D]
+        k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))  # [B * T, H, D]
+        q, k, v = (self.sequences(x, keys) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def sequences(self, x: Tensor, keys: Tensor) -> Tensor:
+        """[B * T, H, D] to [B, H, T, D], for the B of a cache."""
+        return x.unflatten(0, (keys.shape[0], -1)).transpose(1, 2)
 
 
 class Decode(Decoder):
