@@ -211,7 +211,7 @@ def check_gpu() -> Check:
 
 
 def check_memory() -> Check:
-    free = host_memory()
+    free = hardware.free_memory()
     found = f"{free / 2**30:.1f} GiB free"
     if "free" in (facts := torch_facts()):
         found += f"; on the GPU {facts['free'] / 2**30:.1f} of {facts['total'] / 2**30:.1f} GiB free"
@@ -224,20 +224,6 @@ def check_memory() -> Check:
     if free < 2 * 2**30:
         return warning("memory", found, "A build needs up to 2 GiB: close other programs first.")
     return ok("memory", found)
-
-
-def host_memory() -> int:
-    """Bytes that this process can still take: what the system has free, less what a container's limit leaves out."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, so no limit to obey
-    return max(0, free)
 
 
 def check_disk() -> Check:

@@ -336,7 +336,7 @@ def machine(facts: dict[str, Any]) -> dict[str, Any]:
         "driver": hardware.driver(),
         "cuda": facts["cuda"],
         "cores": hardware.free_cores(),
-        "host_memory_free_gib": round(doctor.host_memory() / 2**30, 1),
+        "host_memory_free_gib": round(hardware.free_memory() / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

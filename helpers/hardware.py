@@ -82,6 +82,20 @@ def describe(device: str = "auto") -> Hardware:
     return Hardware("cpu", _cpu_name(), architecture, free_cores(), _host_memory(), "", _vector_instructions())
 
 
+def free_memory() -> int:
+    """Bytes that this process can still take: what the system has free, less what a container's limit leaves out."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here, so no limit to obey
+    return max(0, free)
+
+
 def free_cores() -> int:
     """Cores this process may run on: the scheduler's mask, less what a container's quota leaves out."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

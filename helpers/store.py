@@ -28,7 +28,7 @@ SCHEMA = 1
 SHOWN = 8  # engines that an error names
 # A change in these files changes what is compiled, so it makes earlier engines another engine's.
 SOURCES = {
-    "aot": ("llama.py", "llama_gpu.py", "gpu_kernels.py", "backends/aot.py"),
+    "aot": ("llama.py", "llama_gpu.py", "gpu_kernels.py", "backends/aot.py", "backends/aot_compile.py"),
     "tensorrt_llm": ("backends/tensorrt_llm.py", "backends/tensorrt_llm_worker.py", "backends/tensorrt_llm_options.py"),
     "tensorrt": (
         *("llama.py", "llama_onnx.py", "onnx_export.py", "layers.py"),

@@ -172,7 +172,7 @@ def test_a_full_gpu_is_a_warning(said):
 @pytest.mark.parametrize(("free", "status"), [(2**34, "OK"), (2**30, "warning"), (2**28, "failure")])
 def test_memory(said, monkeypatch, free, status):
     said()
-    monkeypatch.setattr(doctor, "host_memory", lambda: free)
+    monkeypatch.setattr(hardware, "free_memory", lambda: free)
     assert doctor.check_memory().status == status
 
 

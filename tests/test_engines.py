@@ -7,12 +7,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import limits
 
-from helpers import BuildRecipe, SamplingParams, inspect, load, store
-from helpers.errors import EngineMismatch, InputError, LimitError
+from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
+from helpers.errors import EngineMismatch, InputError, LimitError, WorkerError
 from helpers.models import BUNDLED
 from helpers.stories import draw_corpus
 
@@ -157,20 +158,44 @@ def test_the_cache_can_be_filled_to_its_last_entry(aot):
     assert aot.generate(ids, GREEDY)[0].token_ids == answer.token_ids[:24]
 
 
-def test_prompts_read_together_up_to_a_number_of_tokens_answer_as_alone(built, checkpoint, monkeypatch):
-    """What engines on a GPU do, by the same graph compiled for a CPU."""
-    monkeypatch.setattr("helpers.backends.aot.prefills_batches", lambda recipe, device: True)
-    monkeypatch.setattr("helpers.backends.aot.MAX_NUM_TOKENS", 12)
-    recipe = BuildRecipe(str(checkpoint("llama")), **limits(max_input_len=16, max_seq_len=48))
-    prompts = [[3, 14, 15], [92], [65, 35, 89, 79, 3, 23, 84, 62], [6], [4]]
-    tokens = torch.tensor([31, 41, 59, 26])
+def test_prompts_read_together_answer_as_alone(built, checkpoint, monkeypatch):
+    """What engines on a GPU do, by the same graph compiled for a CPU: three at once, of up to five."""
+    for module in ("aot", "aot_compile"):
+        monkeypatch.setattr(f"helpers.backends.{module}.prefill_batch", lambda recipe, device: 3)
+    recipe = BuildRecipe(str(checkpoint("llama")), **limits(max_batch_size=5, max_input_len=16, max_seq_len=48))
+    prompts = [[3, 14, 15], [92], [65, 35, 89, 79, 3, 23, 84, 62], [6], [4, 33]]
+    tokens = torch.tensor([31, 41, 59, 26, 5])
     with load(built(recipe)) as engine:
-        for batch, groups in ((prompts[:4], [(0, 2), (2, 1), (3, 1)]), (prompts[3:], [(0, 2)])):
-            assert list(engine._groups(batch)) == groups
+        for batch, groups in ((prompts, [3, 2]), (prompts[:4], [3, 1]), (prompts[1:3], [2]), (prompts[:1], [1])):
+            assert [len(rows) for rows in engine._read(batch)] == groups
             together = engine.prefill(batch), engine.decode(tokens[: len(batch)])
             for row, prompt in enumerate(batch):
                 for ours, alone in zip(together, (engine.prefill([prompt]), engine.decode(tokens[[row]])), strict=True):
                     torch.testing.assert_close(ours[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_compiled_side_by_side_make_the_same_engine(tiny_engine, tiny_llama, tmp_path, monkeypatch):
+    """On machines with many cores; here two at a time, whatever the cores."""
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setattr("helpers.backends.aot._jobs", lambda *_: 2)
+    limited = limits(max_batch_size=1, max_input_len=16, max_seq_len=48)
+    folder = build(BuildRecipe(model=str(tiny_llama), **limited), quiet=True)
+    assert folder.name == tiny_engine.name and folder != tiny_engine
+    ours, other = inspect(folder), inspect(tiny_engine)
+    assert (ours.operations, ours.kernels, ours.removed) == (other.operations, other.kernels, other.removed)
+    with load(folder) as one, load(tiny_engine) as two:
+        assert one.generate([3, 14, 15], GREEDY)[0].token_ids == two.generate([3, 14, 15], GREEDY)[0].token_ids
+
+
+def test_a_graph_that_fails_in_its_process_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setattr("helpers.backends.aot._jobs", lambda *_: 2)
+    monkeypatch.setattr("helpers.backends.aot.graph_names", lambda *_: ["prefill", "decode_bX"])
+    limited = limits(max_batch_size=1, max_input_len=16, max_seq_len=48)
+    with pytest.raises(WorkerError, match="invalid literal"):
+        build(BuildRecipe(model=str(tiny_llama), **limited), quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+    assert not [child for child in psutil.Process().children() if "aot_compile" in " ".join(child.cmdline())]
 
 
 def test_text_and_its_token_ids_are_the_same_prompt(engine):
