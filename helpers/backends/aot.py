@@ -71,6 +71,7 @@ def build(recipe: BuildRecipe, checkpoint: models.Checkpoint, folder: Path, prog
     else:
         with progress.phase(f"compile {len(names)} graphs, {jobs} at a time"):
             asked = {"recipe": recipe.to_dict(), "device": device, "threads": threads, "folder": str(folder)}
+            asked["compile_threads"] = max(1, hardware.free_cores() // jobs)
             compiled = _compile_side_by_side(names, jobs, asked)
     report = EngineReport("aot", [], [])
     for _, part in compiled:

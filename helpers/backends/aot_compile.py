@@ -138,7 +138,12 @@ def compile_graph(
     return {"weights": list(needed), "product": module.product}, report
 
 
-def _compile_in_worker(name: str, recipe: dict[str, Any], device: str, threads: int, folder: str) -> dict[str, Any]:
+def _compile_in_worker(
+    name: str, recipe: dict[str, Any], device: str, threads: int, folder: str, compile_threads: int
+) -> dict[str, Any]:
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = compile_threads  # its helper processes; it would take one for every core
     config = models.Checkpoint(Path(folder).name, Path(folder), dummy=False).config
     weights = read_weights(Path(folder), device)
     with Progress("", quiet=True) as progress:
