@@ -114,17 +114,27 @@ def batching(record: Record) -> Picture:
     """Output throughput against time per token: one line for each contender, one point for each batch size."""
     figure, axes = new_figure(height=3.4)
     words = []
+    throughputs: list[float] = []
     for index, name in enumerate(dict.fromkeys(row.name for row in record.rows if row.status == "ok")):
         rows = sorted((r for r in record.rows if r.name == name and r.status == "ok"), key=lambda r: r.batch_size)
         x, y = [r.median("tpot_s") * 1e3 for r in rows], [record.throughput(r) for r in rows]
+        throughputs += y
         axes.plot(x, y, "osD^v*"[index % 6] + "-", color=COLOURS[index % 6], label=name)
         for row, at, height in zip(rows, x, y, strict=True):
             axes.annotate(f"{row.batch_size}", (at, height), (5, 5), textcoords="offset points", fontsize="small")
         points = ", ".join(f"{value:,.0f} at batch {r.batch_size}" for r, value in zip(rows, y, strict=True))
         words.append(f"{name}: {points}")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("TPOT, milliseconds (less is better); the number at a point is the batch size")
+    label = "TPOT, milliseconds (less is better); the number at a point is the batch size"
+    if throughputs and max(throughputs) > 20 * min(throughputs):  # the small ones would lie on each other
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("log")
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter("")
+        label += "; logarithmic"
+    else:
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(label)
     axes.set_ylabel("output tokens/s")
     axes.legend(frameon=False)
     return Picture(figure, f"Lines: output tokens per second against time per token. {'; '.join(words)}.")

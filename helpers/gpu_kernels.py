@@ -24,6 +24,7 @@ from torch import Tensor
 TILES = {2: (1, 2048, 1), 4: (1, 1024, 1)}
 INT8_ROWS, INT8_WARPS = 4, 2  # int8 takes whole rows: up to 8192 columns four of them; of longer ones fewer, by more
 SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_WARPS, SPLIT_STAGES = 64, 128, 4, 4
+MOST_PARTS = 4  # so few that the compiler adds them up inside the operation that follows, not in a kernel of their own
 SKINNY = 64  # up to so many sequences a product reads more than it computes
 ENTRIES, ATTENTION_WARPS, ATTENTION_STAGES = 128, 4, 3
 LONG = 512  # a longer cache is shared by several programs, each with ENTRIES of it, if there are few sequences
@@ -221,7 +222,7 @@ def split_matmul(x: Tensor, weight: Tensor) -> Tensor:
     padded = max(16, triton.next_power_of_2(batch))
     room = (3 if padded <= 32 else 1) * BUSY  # programs that run at once: a small batch leaves memory for more of them
     parts = 1
-    while 2 * parts * blocks <= room and 2 * parts * SPLIT_COLUMNS <= columns:
+    while parts < MOST_PARTS and 2 * parts * blocks <= room and 2 * parts * SPLIT_COLUMNS <= columns:
         parts *= 2
     span = SPLIT_COLUMNS * triton.cdiv(columns, parts * SPLIT_COLUMNS)
     y = torch.empty((parts, batch, rows), device=x.device, dtype=torch.float32)
