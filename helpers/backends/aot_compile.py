@@ -197,7 +197,7 @@ def _compile(program: Any, path: Path, options: dict[str, Any]) -> None:
         raise BuildError(
             f"Compiling {path.stem} failed: {str(error).strip().splitlines()[0]:.300}",
             cause="The C++ compiler is too old or lacks headers, or memory ran out.",
-            fix="Run 'python -m helpers doctor'; the full message is in this error's __cause__.",
+            fix="Run 'python -m helpers doctor': it compiles something small and says what is missing.",
         ) from error
 
 
