@@ -43,8 +43,13 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
     else:
         weight = weights[f"{name}.weight"].to(x.dtype)
         y = (weight[:, None] * x).sum(-1).transpose(0, 1)  # the weight's rows outermost: each is read once
+    return scale_and_bias(weights, name, y)
+
+
+def scale_and_bias(weights: Weights, name: str, y: Tensor) -> Tensor:
+    """What follows a product of int8 weights, of weights with a bias, or neither."""
     if f"{name}.scale" in weights:
-        y = y * weights[f"{name}.scale"].to(x.dtype)
+        y = y * weights[f"{name}.scale"].to(y.dtype)
     if f"{name}.bias" in weights:
         y = y + weights[f"{name}.bias"]
     return y

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import gpu_kernels
-from .llama import Cache, Decode, Weights
+from .llama import Cache, Decode, Weights, scale_and_bias
 
 
 class GpuDecode(Decode):
@@ -22,13 +22,10 @@ class GpuDecode(Decode):
         return gpu_kernels.decode_attention(self.keep(heads.flatten(1)), cos, sin, *rest)
 
     def matmul(self, weights: Weights, name: str, x: Tensor) -> Tensor:
-        weight, scale, bias = (weights.get(f"{name}.{kind}") for kind in ("weight", "scale", "bias"))
-        assert weight is not None, name
+        weight = weights[f"{name}.weight"]
         if not gpu_kernels.skinny(x, weight):
             return super().matmul(weights, name, x)
-        y = gpu_kernels.split_matmul(x, weight).sum(0)
-        y = y if scale is None else y * scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        return scale_and_bias(weights, name, gpu_kernels.split_matmul(x, weight).sum(0)).to(x.dtype)
 
 
 class GpuDecodeOne(GpuDecode):
