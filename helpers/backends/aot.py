@@ -134,7 +134,7 @@ class AotEngine(Engine):
         self.device = manifest["identity"]["recipe"]["device"]
         self.weights = read_weights(folder, self.device)
         dtype = getattr(torch, details["compute_dtype"])
-        self.cache = empty_cache(recipe, config, self.device, dtype)
+        self.cache = empty_cache(recipe, config, self.device, dtype, recipe.max_batch_size)
         self.span = torch.arange(recipe.max_seq_len, device=self.device)
         self.graphs = {name: load_graph(folder / f"{name}.pt2") for name in details["graphs"]}
         self.graph_weights = {

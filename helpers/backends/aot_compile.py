@@ -90,9 +90,11 @@ def graph_names(recipe: BuildRecipe, device: str) -> list[str]:
     return [*reads, *(f"decode_b{size}" for size in recipe.decode_batch_sizes)]
 
 
-def empty_cache(recipe: BuildRecipe, config: models.ModelConfig, device: str, dtype: torch.dtype) -> llama.Cache:
+def empty_cache(
+    recipe: BuildRecipe, config: models.ModelConfig, device: str, dtype: torch.dtype, sequences: int
+) -> llama.Cache:
     """One entry more than max_seq_len: slices of it then never cover it whole, which export would special-case."""
-    shape = (recipe.max_batch_size, config.num_key_value_heads, recipe.max_seq_len + 1, config.head_dim)
+    shape = (sequences, config.num_key_value_heads, recipe.max_seq_len + 1, config.head_dim)
     return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
 
 
@@ -160,7 +162,7 @@ def _graph(
     """The module, example arguments after the weights, and which of their lengths vary."""
     phase, _, number = name.partition("_b")
     size = int(number or 1)
-    cache = [c[:size] for c in empty_cache(recipe, config, device, dtype)]
+    cache = empty_cache(recipe, config, device, dtype, size)
     if phase == "prefill":
         length = torch.export.Dim("length", min=2, max=max(3, recipe.max_input_len))
         tokens = torch.ones(size, min(5, recipe.max_seq_len - 1), dtype=torch.long, device=device)
