@@ -1,5 +1,5 @@
 """Which tests can run on this machine (what cannot is skipped, and the report lists it with the reason), the engines
-that tests share, and small random checkpoints.
+and prompts that tests share, and small random checkpoints.
 
 Every engine of the tests lies in a temporary folder. To keep them between runs while working on something else:
 COURSE_TEST_ENGINES=/some/folder pytest ...
@@ -15,6 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from helpers import SamplingParams
+from helpers.stories import draw_corpus
 
 
 @cache
@@ -55,10 +58,12 @@ def engines_folder(tmp_path_factory) -> Path:
     return Path(os.environ.get("COURSE_TEST_ENGINES") or tmp_path_factory.mktemp("engines"))
 
 
-@pytest.fixture(autouse=True)
-def _only_the_tests_engines(engines_folder, monkeypatch):
-    """No test sees or changes the engines of the person who runs it."""
-    monkeypatch.setenv("COURSE_ENGINES", str(engines_folder))
+@pytest.fixture(scope="module", autouse=True)
+def _only_the_tests_engines(engines_folder):
+    """No test, and no fixture of a module, sees or changes the engines of the person who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COURSE_ENGINES", str(engines_folder))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +93,27 @@ def stories_fp32(built) -> Path:
 
 
 @pytest.fixture(scope="session")
+def aot(stories_fp32):
+    """The engine of stories_fp32, loaded."""
+    from helpers import load
+
+    with load(stories_fp32) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def stories_reference():
+    """transformers' own model and tokenizer for the bundled model, used as its documentation says."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from helpers.models import BUNDLED
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(BUNDLED)
+
+
+@pytest.fixture(scope="session")
 def tiny_engine(built, tiny_llama) -> Path:
     """A small random Llama of one layer with the bundled tokenizer. Two graphs."""
     from helpers import BuildRecipe
@@ -102,6 +128,14 @@ def own_engines(tiny_engine, tmp_path, monkeypatch) -> Path:
     shutil.copytree(tiny_engine, copy)
     monkeypatch.setenv("COURSE_ENGINES", str(copy.parent))
     return copy
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+STORIES = draw_corpus(20, "engines")
+# Twenty beginnings, from one word to a third of a story.
+PROMPTS = [" ".join(story.text.split()[: 1 + 2 * i]) for i, story in enumerate(STORIES)]
 
 
 # ---- contract tests ---------------------------------------------------------------------------------------

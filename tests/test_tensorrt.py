@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,12 +11,11 @@ pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this pl
 
 from torch import nn  # noqa: E402
 
-from helpers import inspect, layers, onnx_export, store, tensorrt_api, tensorrt_builder, tensorrt_options  # noqa: E402
+from helpers import inspect, onnx_export, store, tensorrt_builder  # noqa: E402
 from helpers.errors import (  # noqa: E402
     BackendUnavailable,
     BuildError,
     EngineCorrupt,
-    EngineMismatch,
     EngineNotFound,
     RecipeError,
     WorkerError,
@@ -39,13 +37,6 @@ class Block(nn.Module):
         x = self.norm(x)
         x = self.linear(x)
         return self.gelu(x)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engines(engines_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_ENGINES", str(engines_folder))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +214,19 @@ def test_the_graph_computes_the_module(block, tmp_path, precision, tolerance):
     assert (torch.from_numpy(got) - expected).norm() / expected.norm() < tolerance
 
 
+def test_int8_rounds_to_the_nearest_of_255_values(block, tmp_path):
+    onnx_export.export(block, (torch.randn(8, 256),), tmp_path / "b.onnx")
+    model = onnx_export.read(tmp_path / "b.onnx")
+    onnx_export.quantize(model, "int8")
+    import onnx
+
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    wide = tensors["linear.weight_int8"] * tensors["linear.weight_int8_scale"][:, None]
+    step = tensors["linear.weight_int8_scale"][:, None]
+    assert ((wide - block.linear.weight).abs() <= step * 0.5001).all()
+    assert math.isclose(tensors["linear.weight_int8"].abs().max(), 127)
+
+
 def test_int4_needs_whole_blocks(tmp_path):
     with pytest.raises(BuildError, match="multiple of 64"):
         build_module(nn.Linear(100, 8), (torch.randn(2, 100),), "int4", quiet=True)
@@ -235,28 +239,6 @@ def test_without_a_driver_loading_is_refused_in_tensorrts_words(build, driverles
     with pytest.raises(BackendUnavailable, match=f"{build('fp16').name}.*cudaError 35") as caught:
         load_plan(build("fp16"))
     assert "driver" in caught.value.cause and "aot" in caught.value.fix
-
-
-@pytest.mark.parametrize(
-    ("words", "kind"),
-    [
-        (
-            "IRuntime::deserializeCudaEngine: Error Code 1: Cuda Runtime (In ScopedCudaStream at x (cudaError 35: CUDA "
-            "driver version is insufficient for CUDA runtime version))",
-            BackendUnavailable,
-        ),
-        (
-            "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this GPU, which "
-            "has compute capability 9.0. Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0.)",
-            EngineMismatch,
-        ),
-        ("Error Code 1: Serialization (Serialization assertion header.magicTag == ... failed.", EngineCorrupt),
-        ("something new", BuildError),
-    ],
-)
-def test_tensorrts_messages_become_errors_with_its_words(words, kind):
-    error = tensorrt_api.explain(["another message", words], "It failed.")
-    assert type(error) is kind and words in str(error) and error.fix
 
 
 def test_fp8_is_refused_for_a_target_without_it(build):
@@ -397,95 +379,3 @@ def test_without_the_package_one_line_says_so(monkeypatch):
         assert "macOS" in tensorrt_builder.missing() and "\n" not in tensorrt_builder.missing()
     finally:
         tensorrt_builder.provider_version.cache_clear()
-
-
-# Weak typing, which only TensorRT 10 has. Not run by us: a stand-in with the names of its interface, from NVIDIA's
-# documentation of tensorrt 10.x (Builder, BuilderFlag) and of the APIs that 11 removed.
-
-
-def ten(version="10.14.1.48"):
-    flags = SimpleNamespace(**{name: name for name in ("FP16", "BF16", "INT8", "FP8", "INT4", "REFIT")})
-    typed = SimpleNamespace(STRONGLY_TYPED=1)
-    verbosity = SimpleNamespace(DETAILED="detailed")
-    return SimpleNamespace(
-        __version__=version, BuilderFlag=flags, NetworkDefinitionCreationFlag=typed, ProfilingVerbosity=verbosity
-    )
-
-
-class StandInConfig:
-    def __init__(self):
-        self.flags = []
-
-    def set_flag(self, flag):
-        self.flags.append(flag)
-
-    def add_optimization_profile(self, profile):
-        pass
-
-
-def test_tensorrt_10_is_strongly_typed_unless_precisions_are_flagged():
-    assert tensorrt_api._typing(ten(), {}) == 1 << 1
-    assert tensorrt_api._typing(ten(), {"precision_flags": ["FP16"]}) == 0
-    assert tensorrt_api._typing(ten("11.0.0"), {}) == 0
-    for version in ("11.0.0", "1.7.1.116"):
-        with pytest.raises(BuildError, match="strongly typed"):
-            tensorrt_api._typing(ten(version), {"precision_flags": ["FP16"]})
-
-
-def test_flagged_precisions_reach_the_builders_configuration():
-    config = StandInConfig()
-    builder = SimpleNamespace(create_builder_config=lambda: config, create_optimization_profile=lambda: None)
-    network = SimpleNamespace(num_inputs=0)
-    log = SimpleNamespace(errors=list)
-    options = tensorrt_options.make_options(
-        {"provider": "tensorrt", "precision_flags": ["FP16", "INT8"], "refit": True}
-    )
-    assert tensorrt_api._configure(ten(), builder, network, vars(options), log) is config
-    assert config.flags == ["REFIT", "FP16", "INT8"]
-
-
-# The layer report's two sources.
-
-
-def test_both_spellings_of_the_inspectors_json():
-    common = {"Name": "__myl_FcAdd_myl0_1", "LayerType": "gemm", "TacticName": "t"}
-    metadata = "[ONNX Layer: a]\x1f[ONNX Layer: b]"
-    ten = {"Name": "x", "Dimensions": [8, 256], "Format/Datatype": "Row major linear FP16 format"}
-    eleven = {"Name": "x", "Dimensions": [8, 256], "Datatype": "Half", "Format": "Row major linear format"}
-    found = [
-        layers.parse_inspector(
-            json.dumps({"Layers": [{**common, "Inputs": [t], "Outputs": [t], "Metadata": metadata}]})
-        )
-        for t in (ten, eleven)
-    ]
-    for (layer,) in found:
-        assert (layer.inputs[0].dtype, layer.inputs[0].shape) == ("float16", (8, 256))
-        assert layer.nodes == ("a", "b") and "linear" in layer.inputs[0].format
-
-
-def test_names_only_and_nonsense():
-    assert layers.parse_inspector('{"Layers": ["a", "b"]}')[1].name == "b"
-    for text in ("", "[]", "no json"):
-        with pytest.raises(BuildError, match="cannot be read"):
-            layers.parse_inspector(text)
-    with pytest.raises(BuildError, match="cannot be read"):
-        layers.parse_message("Layers:\n")
-
-
-def test_the_names_spell_out_the_steps():
-    assert layers.steps("__myl_FcAddErf_myl0_1") == ["Fc", "Add", "Erf"]
-    assert layers.steps("node_linear_2+node_linear_myl0_1") == ["node_linear_2", "node_linear"]
-    assert layers.steps("_gemv_mha_v1_myl0_3") == ["gemv_mha_v1"]
-
-
-def test_int8_rounds_to_the_nearest_of_255_values(block, tmp_path):
-    onnx_export.export(block, (torch.randn(8, 256),), tmp_path / "b.onnx")
-    model = onnx_export.read(tmp_path / "b.onnx")
-    onnx_export.quantize(model, "int8")
-    import onnx
-
-    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
-    wide = tensors["linear.weight_int8"] * tensors["linear.weight_int8_scale"][:, None]
-    step = tensors["linear.weight_int8_scale"][:, None]
-    assert ((wide - block.linear.weight).abs() <= step * 0.5001).all()
-    assert math.isclose(tensors["linear.weight_int8"].abs().max(), 127)

@@ -28,13 +28,6 @@ RECIPE = BuildRecipe(backend="tensorrt", precision="fp16", max_batch_size=2, max
 NEW_TOKENS = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def engines(engines_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_ENGINES", str(engines_folder))
-        yield
-
-
 @pytest.fixture(scope="module")
 def bundled():
     return models.find("stories")
