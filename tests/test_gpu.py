@@ -1,10 +1,12 @@
 """The engine on an NVIDIA GPU: run these with `make test-gpu`."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import limits
 
-from helpers import BuildRecipe, SamplingParams, inspect, load, store
+from helpers import BuildRecipe, SamplingParams, hardware, inspect, load, store
 from helpers.models import BUNDLED
 from helpers.stories import draw_corpus
 
@@ -16,8 +18,32 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def fp32(built):
-    with load(built(BuildRecipe(**limits(device="cuda")))) as engine:
+def folders(checkpoint):
+    """Checkpoints that are not the bundled one."""
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 32000}
+    return {"qwen2": checkpoint("qwen2"), "qwen3": checkpoint("qwen3"), "large": checkpoint("llama", **large)}
+
+
+@pytest.fixture(scope="module")
+def engine_of(built, folders):
+    """engine_of(model, precision): its folder, or what its build raised. Several builds at a time: each waits for the
+    processes of its graphs."""
+
+    def recipe(model, precision):
+        if model == "stories":
+            return BuildRecipe(model, precision=precision, **limits(device="cuda"))
+        return BuildRecipe(str(folders[model]), precision=precision, device="cuda", max_input_len=16, max_seq_len=48)
+
+    wanted = [("stories", "fp32"), ("stories", "bf16"), ("stories", "int8"), ("large", "bf16")]
+    wanted += [(family, precision) for family in ("qwen2", "qwen3") for precision in ("fp32", "int8")]
+    with ThreadPoolExecutor(max(1, hardware.free_cores() // 4)) as pool:
+        building = {each: pool.submit(built, recipe(*each)) for each in wanted}
+    return lambda *each: building[each].result()
+
+
+@pytest.fixture(scope="module")
+def fp32(engine_of):
+    with load(engine_of("stories", "fp32")) as engine:
         yield engine
 
 
@@ -70,8 +96,8 @@ def close(ours, reference, share=2e-2):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_lower_precision_keeps_logits_close_in_both_phases(built, fp32, precision):
-    with load(built(BuildRecipe(precision=precision, **limits(device="cuda")))) as engine:
+def test_lower_precision_keeps_logits_close_in_both_phases(engine_of, fp32, precision):
+    with load(engine_of("stories", precision)) as engine:
         for prompt in PROMPTS:
             ids = fp32.tokenize(prompt)
             exact = fp32.logits(ids)
@@ -84,10 +110,8 @@ def test_lower_precision_keeps_logits_close_in_both_phases(built, fp32, precisio
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # biases; norms of queries and keys
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_decode_step_gives_what_prefill_gives_for_other_families(built, checkpoint, family, precision):
-    folder = checkpoint(family)
-    recipe = BuildRecipe(str(folder), precision=precision, device="cuda", max_input_len=16, max_seq_len=48)
-    with load(built(recipe)) as engine:
+def test_a_decode_step_gives_what_prefill_gives_for_other_families(engine_of, folders, family, precision):
+    with load(engine_of(family, precision)) as engine:
         ids = [3, 14, 15, 92, 65]
         expected = engine.logits(ids)
         engine.prefill([ids[:-1]])
@@ -97,13 +121,13 @@ def test_a_decode_step_gives_what_prefill_gives_for_other_families(built, checkp
             from transformers import AutoModelForCausalLM
 
             with torch.no_grad():
-                logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits
-            close(expected, logits[0, -1], 1e-3)
+                model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32)
+                close(expected, model(torch.tensor([ids])).logits[0, -1], 1e-3)
 
 
-def test_the_report_says_what_our_kernels_do(built):
+def test_the_report_says_what_our_kernels_do(engine_of):
     """Of each layer four products and attention; and the head's product."""
-    report = inspect(built(BuildRecipe(**limits(device="cuda")))).of("decode_b1")
+    report = inspect(engine_of("stories", "fp32")).of("decode_b1")
     ours = [kernel for kernel in report.kernels if kernel.kind == "ours"]
     assert len(ours) == 5 * 6 + 1 and min(len(kernel.fused) for kernel in ours) > 2
     kinds = {operation.name: operation.op for operation in report.operations}
@@ -111,17 +135,15 @@ def test_the_report_says_what_our_kernels_do(built):
     assert done.count("rsqrt") == 2 * 6 + 1 and done.count("silu") == done.count("amax") == 6
 
 
-def test_an_engine_holds_its_weights_once(built, checkpoint):
+def test_an_engine_holds_its_weights_once(engine_of):
     """1.1 times the weights: at a size where the graphs' own few megabytes are small beside them."""
-    folder = checkpoint("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, vocab_size=32000)
-    recipe = BuildRecipe(model=str(folder), precision="bf16", device="cuda", max_input_len=16, max_seq_len=48)
-    engine = built(recipe)
+    engine = engine_of("large", "bf16")
     weights = (engine / "weights.safetensors").stat().st_size
     assert store.size(engine) <= 1.1 * weights
 
 
-def test_closing_gives_the_memory_back(built):
-    folder = built(BuildRecipe(**limits(device="cuda")))
+def test_closing_gives_the_memory_back(engine_of):
+    folder = engine_of("stories", "fp32")
     load(folder).close()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
