@@ -108,7 +108,10 @@ def read_tests(step: Step, out: Path, output: str) -> None:
         mark = next((child for child in case if child.tag in words), None)
         statuses.append(words[mark.tag] if mark is not None else "passed")
         if mark is not None:
-            said = f"{case.get('name')}: {(mark.get('message') or '').splitlines()[0]}"
+            reason = (mark.get("message") or "no reason given").splitlines()[0]
+            if reason == "collection skipped":  # a whole file: the reason is at the end of a tuple, as text
+                reason = (mark.text or "").rpartition("Skipped: ")[2].rstrip("')\"")
+            said = f"{case.get('name')}: {reason}"
             (step.skipped if mark.tag == "skipped" else step.problems).append(said)
     step.counts = _count(statuses)
     if not step.counts.get("passed"):
@@ -401,7 +404,13 @@ def markdown(report: dict[str, Any]) -> str:
             lines += [f"| {c['name']} | {c['status']} | {c['found']} |" for c in step["details"]]
         if step["kind"] == "bench" and step["details"]:
             lines += ["", *_bench_table(step["details"])]
-    if skipped := [(s["name"], reason) for s in report["steps"] for reason in s["skipped"]]:
+    skipped = [(s["name"], reason) for s in report["steps"] for reason in s["skipped"]]
+    skipped += [
+        (s["name"], "had not ended when this was written")
+        for s in report["steps"]
+        if s["status"] == "not run" and not s["problems"]
+    ]
+    if skipped:
         lines += ["", "## What did not run, and why", "", *(f"- {name}: {reason}" for name, reason in skipped)]
     if problems := [(s["name"], problem) for s in report["steps"] for problem in s["problems"]]:
         lines += ["", "## What failed", "", *(f"- {name}: {problem}" for name, problem in problems)]

@@ -107,6 +107,12 @@ def test_when_the_whole_time_is_used_up_the_rest_is_listed_as_not_run(two_steps,
     assert "time limit" in (tmp_path / "report.md").read_text()
 
 
+def test_a_report_of_a_check_that_was_cut_off_lists_what_had_not_ended(tmp_path):
+    gpu_check.write([python("")], dict(FACTS), tmp_path, 1.0)
+    page = (tmp_path / "report.md").read_text()
+    assert "NOT all steps passed" in page and "- a step: had not ended when this was written" in page
+
+
 def test_what_a_step_started_ends_with_it(tmp_path):
     step = python(
         f"""
@@ -140,6 +146,7 @@ def test_test_results_are_counted_as_pytest_writes_them(tmp_path):
         "@pytest.mark.skip(reason='no such thing')\n"
         "def test_skipped(): pass\n"
     )
+    (tmp_path / "test_whole_file.py").write_text("import pytest\npytest.importorskip('nosuch', reason='it is absent')")
     command = [
         sys.executable,
         "-m",
@@ -154,8 +161,8 @@ def test_test_results_are_counted_as_pytest_writes_them(tmp_path):
     step = gpu_check.Step("tests", "tests", [*command, "--junitxml", str(tmp_path / "tests.xml"), str(tmp_path)], 60.0)
     gpu_check.run_step(step, tmp_path, tmp_path, limit=60.0)
     assert step.status == "failed"
-    assert step.counts == {"passed": 1, "failed": 1, "skipped": 1}
-    assert step.skipped == ["test_skipped: no such thing"]
+    assert step.counts == {"passed": 1, "failed": 1, "skipped": 2}
+    assert step.skipped == ["test_whole_file: it is absent", "test_skipped: no such thing"]
     assert len(step.problems) == 1 and "so it is" in step.problems[0]
 
 
