@@ -113,7 +113,7 @@ def default_threads(weight_bytes: int) -> int:
 
     A decode step is a few hundred small loops. Below about 64 MB of weights, waking a second thread for each costs
     more than it gives on some CPUs, and pays on others; threads that lose their core to another job cost ten times
-    more everywhere. So one is the safe choice; a recipe's num_threads tries another.
+    that. So one is the safe choice; a recipe's num_threads tries another.
     """
     return 1 if weight_bytes < 64e6 else free_cores()
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -58,26 +58,20 @@ def engines_folder(tmp_path_factory) -> Path:
     return Path(os.environ.get("COURSE_TEST_ENGINES") or tmp_path_factory.mktemp("engines"))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _only_the_tests_engines(engines_folder):
-    """No test, and no fixture of a module, sees or changes the engines of the person who runs it."""
+    """No test, and no fixture, sees or changes the engines of the person who runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COURSE_ENGINES", str(engines_folder))
         yield
 
 
 @pytest.fixture(scope="session")
-def built(engines_folder):
+def built():
     """built(recipe): the engine's folder, compiled once for the whole session."""
+    from helpers import build
 
-    def build_it(recipe):
-        from helpers import build
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("COURSE_ENGINES", str(engines_folder))
-            return build(recipe, quiet=True)
-
-    return build_it
+    return partial(build, quiet=True)
 
 
 def limits(**changes):

@@ -4,17 +4,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import limits
+from conftest import GREEDY, limits
 
 from helpers import BuildRecipe, SamplingParams, hardware, inspect, load, store
-from helpers.models import BUNDLED
 from helpers.stories import draw_corpus
 
 pytestmark = pytest.mark.gpu
 
 STORIES = draw_corpus(4, "gpu")
 PROMPTS = [" ".join(story.text.split()[: 2 + 5 * i]) for i, story in enumerate(STORIES)]
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +45,8 @@ def fp32(engine_of):
         yield engine
 
 
-@pytest.fixture(scope="module")
-def reference():
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
-
-
-def test_greedy_tokens_are_those_of_transformers_on_the_cpu(fp32, reference):
+def test_greedy_tokens_are_those_of_transformers_on_the_cpu(fp32, stories_reference):
+    reference, _ = stories_reference
     for prompt in PROMPTS:
         ids = fp32.tokenize(prompt)
         (answer,) = fp32.generate(prompt, GREEDY)
@@ -72,7 +64,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone_however_often(fp32):
             assert [a.token_ids for a in together] == [fp32.generate(p, GREEDY)[0].token_ids for p in PROMPTS[:size]]
 
 
-def test_the_shortest_and_longest_prompts_and_a_full_cache(fp32, reference):
+def test_the_shortest_and_longest_prompts_and_a_full_cache(fp32, stories_reference):
+    reference, _ = stories_reference
     story = fp32.tokenize(STORIES[0].text)
     for ids in (story[:1], story[:2], story[:64]):
         with torch.no_grad():

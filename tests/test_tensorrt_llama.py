@@ -46,13 +46,6 @@ def sessions(bundled, tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def reference(bundled):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(bundled.folder, dtype=torch.float32).eval()
-
-
 class Context:
     """TensorRT's IExecutionContext as the backend uses it. Shapes outside the profile are refused, as there."""
 
@@ -115,7 +108,8 @@ def greedy(reference, ids, count, end):
     return found[: found.index(end)] if end in found else found
 
 
-def test_twenty_prompts_give_transformers_tokens(engine, reference, bundled):
+def test_twenty_prompts_give_transformers_tokens(engine, stories_reference, bundled):
+    reference, _ = stories_reference
     (end,) = bundled.eos_token_ids()
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
     for pair in zip(PROMPTS[::2], PROMPTS[1::2], strict=True):
@@ -161,7 +155,8 @@ def test_every_family_has_transformers_logits(checkpoint, tmp_path, family):
     torch.testing.assert_close(torch.from_numpy(np.stack(found)), expected[0, 2:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_prompt_of_one_token_and_the_last_place_of_the_cache(engine, reference):
+def test_a_prompt_of_one_token_and_the_last_place_of_the_cache(engine, stories_reference):
+    reference, _ = stories_reference
     sampling = SamplingParams(temperature=0.0, max_tokens=RECIPE.max_seq_len - 1, ignore_eos=True)
     (answer,) = engine.generate([[1]], sampling)
     assert len(answer.token_ids) == RECIPE.max_seq_len - 1

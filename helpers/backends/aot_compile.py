@@ -147,8 +147,8 @@ def _compile_in_worker(
 
     inductor.compile_threads = compile_threads  # its helper processes; it would take one for every core
     if device == "cuda":
-        # Which vectors the CPU has decides nothing here. Up to PyTorch 2.12, finding out starts a Python with torch for
-        # each kind of them, a minute in every process.
+        # Which vectors the CPU has decides nothing here. Up to PyTorch 2.12, finding out starts one Python after
+        # another, each of which imports torch, in every process that compiles.
         inductor.cpp.vec_isa_ok = False
     config = models.Checkpoint(Path(folder).name, Path(folder), dummy=False).config
     weights = read_weights(Path(folder), device)
