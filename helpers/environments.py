@@ -27,7 +27,10 @@ UNFINISHED = ".unfinished"  # a file in an environment that is still being made
 
 @dataclass(frozen=True)
 class Environment:
-    """What one environment needs. disk: bytes for the packages and, while they are installed, their downloads."""
+    """What one environment needs.
+
+    disk: bytes for the packages and, while they are installed, their downloads; estimated, not measured.
+    """
 
     title: str
     package: str  # as pip and importlib.metadata know it
