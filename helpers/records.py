@@ -193,7 +193,7 @@ def read(path: str | Path) -> Record:
 
 
 def references() -> list[Record]:
-    """The records that come with the course, measured on an NVIDIA H200 by its own `bench` command."""
+    """The records that come with the course, measured on one data-centre GPU by its own `bench` command."""
     return [read(path) for path in sorted(REFERENCES.glob("*.json"))]
 
 
