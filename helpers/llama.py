@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from .models import ModelConfig
 
-PACK = 16  # rows of a packed block: one AVX-512 register of float32
 Weights = dict[str, Tensor]
 Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D]
 
@@ -29,21 +29,52 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
     "library"  hands it to the matrix library (MKL, cuBLAS); best for many rows
     "rows"     writes it as products and sums over the checkpoint's layout; the compiler generates the loop and
                fuses its neighbours into it; best for one row
-    "packed"   the same over blocks of 16 weight rows side by side ([N/16, K, 16]), so that one vector register
-               holds 16 outputs and nothing is summed across lanes
+    "packed"   the same over blocks of P weight rows side by side ([N/P, K, P]; see `pack`), so that one vector
+               register holds P outputs and nothing is summed across lanes
 
     int8 weights are widened inside the generated loop: what is read from memory is one byte a weight.
     """
     if product == "packed" and f"{name}.packed" in weights:
-        blocks = weights[f"{name}.packed"].to(x.dtype)
-        y = (blocks[:, None] * x[None, :, :, None]).sum(2)  # [N/16, M, 16]
+        blocks = weights[f"{name}.packed"]
+        words = f"{name}.scale" in weights and blocks.dtype == torch.float32
+        parts = _bytes(blocks, x) if words else [(blocks.to(x.dtype), x)]
+        products = (part[:, None] * entries[None, :, :, None] for part, entries in parts)
+        y = reduce(torch.add, products).sum(2)  # [N/P, M, P]
         y = y.transpose(0, 1).reshape(x.shape[0], -1)
     elif product == "library":
-        y = F.linear(x, weights[f"{name}.weight"].to(x.dtype))
+        y = F.linear(*_widened(x, weights[f"{name}.weight"]))
     else:
         weight = weights[f"{name}.weight"].to(x.dtype)
         y = (weight[:, None] * x).sum(-1).transpose(0, 1)  # the weight's rows outermost: each is read once
     return scale_and_bias(weights, name, y)
+
+
+def _as_words(weight: Tensor) -> bool:
+    """Whether int8 weights [N, K] are read as 32-bit words: on CPUs without AVX-512.
+
+    Inductor loads as many bytes as the vector has room for when they are widened. AVX-512 does so with a mask. For
+    shorter vectors its code goes by way of the stack, and that takes several times as long as the rest of a product.
+    """
+    if weight.dtype != torch.int8 or weight.device.type != "cpu" or weight.shape[1] % 4:
+        return False
+    return torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
+def _bytes(words: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of four int8 columns in each 32-bit word, the first, second, third and fourth, and the entries of x they meet.
+
+    words: [N, K/4] or [N/P, K/4, P], typed float32, because only that is loaded at once; x: [M, K].
+    """
+    bits = words.view(torch.int32)
+    return [((bits << 24 - 8 * j >> 24).to(x.dtype), x[:, j::4]) for j in range(4)]  # the lowest byte comes first
+
+
+def _widened(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] and the weight [N, K] in its type, the columns of both in the same order."""
+    if not _as_words(weight):
+        return x, weight.to(x.dtype)
+    parts = _bytes(weight.view(torch.float32), x)
+    return torch.cat([entries for _, entries in parts], -1), torch.cat([part for part, _ in parts], -1)
 
 
 def scale_and_bias(weights: Weights, name: str, y: Tensor) -> Tensor:
@@ -280,11 +311,16 @@ def _rename(name: str) -> str:
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """[N, K] to blocks [N/16, K, 16]; None where 16 does not divide N."""
-    rows, columns = weight.shape
-    if rows % PACK:
+    """[N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`); None where P does not divide N.
+
+    P is how many sums (float32) a vector register holds. 16-bit weights have 16, since two registers hold the sums of
+    a register of theirs.
+    """
+    columns = weight.view(torch.float32) if _as_words(weight) else weight
+    rows = 8 if columns.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+    if len(weight) % rows:
         return None
-    return weight.view(rows // PACK, PACK, columns).permute(0, 2, 1).contiguous()
+    return columns.view(len(weight) // rows, rows, -1).permute(0, 2, 1).contiguous()
 
 
 def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype) -> Weights:

@@ -133,6 +133,26 @@ def test_joining_projections_changes_no_logit(checkpoint, joined):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("columns", [32, 30])  # a whole number of 32-bit words of int8, and not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("product", ["library", "rows", "packed"])
+def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    stored = torch.randint(-127, 128, (48, columns)).to(dtype)
+    stored[:, :4], stored[:, 4:8] = torch.tensor([-127, 127, -1, 0]), torch.tensor([0, -127, 127, -1])
+    weights = {"it.weight": stored, "it.bias": torch.randn(48)}
+    scale = torch.ones(48)
+    if dtype == torch.int8:
+        weights["it.scale"] = scale = torch.rand(48)
+    if product == "packed":
+        weights["it.packed"] = packed = llama.pack(stored)
+        assert packed.shape[-1] == (8 if vectors == "AVX2" and packed.dtype == torch.float32 else 16)
+    x = torch.randn(3, columns)
+    expected = torch.nn.functional.linear(x, stored * scale[:, None], weights["it.bias"])
+    torch.testing.assert_close(llama.matmul(weights, "it", x, product), expected, rtol=1e-5, atol=1e-3)
+
+
 def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
     found = models.find(str(checkpoint("llama", tie_word_embeddings=True)))
     settings = {"qkv": False, "gate_up": False}
