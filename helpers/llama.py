@@ -70,7 +70,7 @@ def _bytes(words: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _columns(blocks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Blocks [N/P, K, P] and x [M, K]: whole, or where P is 8 (AVX2) every fourth column, from each of the first four on.
+    """Blocks [N/P, K, P] and x [M, K]: whole, or, where P is 8 (AVX2), in four parts of every fourth column.
 
     Each addition to a sum waits for the one before. With four parts, a step of the generated loop adds up four
     products by themselves and then one number to the sum: a quarter of the waiting.
