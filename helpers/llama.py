@@ -324,8 +324,8 @@ def _rename(name: str) -> str:
 def pack(weight: Tensor) -> Tensor | None:
     """[N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`); None where P does not divide N.
 
-    P is how many sums (float32) a vector register holds. 16-bit weights have 16, since two registers hold the sums of
-    a register of theirs.
+    P is 8 for 32-bit weights and words with AVX2, a register's sums (float32), and 16 else: a register's with AVX-512,
+    two registers' for 16-bit weights with AVX2, and untried on other processors.
     """
     columns = weight.view(torch.float32) if _as_words(weight) else weight
     rows = 8 if columns.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
