@@ -9,20 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import build, load
-    from .errors import CourseError
-    from .inspection import inspect
-    from .recipe import BuildRecipe
-    from .sampling import SamplingParams
+    from helpers.engine import build, inspect, load
+    from helpers.errors import CourseError
+    from helpers.model.sampling import SamplingParams
+    from helpers.recipe import BuildRecipe
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BuildRecipe": "recipe",
     "CourseError": "errors",
-    "SamplingParams": "sampling",
+    "SamplingParams": "model.sampling",
     "build": "engine",
-    "inspect": "inspection",
+    "inspect": "engine",
     "load": "engine",
 }
 __all__ = ["BuildRecipe", "CourseError", "SamplingParams", "build", "inspect", "load"]

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .errors import CourseError, EngineCorrupt
+from helpers.errors import CourseError, EngineCorrupt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-batch", type=int, default=4, help="with the next two: the limits that engines get")
     command.add_argument("--max-input", type=int, default=64)
     command.add_argument("--max-seq", type=int, default=256)
-    command.add_argument("--graphs", default="", help="batch sizes that get a decode graph beside 1 and the largest")
+    command.add_argument("--decode-batch-sizes", default="1", help="those that get a decode graph, and the largest")
     command.add_argument(
         "--start-together",
         action="store_true",
@@ -134,8 +134,8 @@ def _given(settings: argparse.Namespace, names: dict) -> dict:
 
 
 def _build(settings: argparse.Namespace) -> None:
-    from . import recipe as recipes
-    from .engine import build
+    from helpers import recipe as recipes
+    from helpers.engine import build
 
     recipe = recipes.read(settings.recipe) if settings.recipe else recipes.BuildRecipe()
     folder = build(recipe.replace(**_given(settings, _RECIPE_OPTIONS)), force=settings.force)
@@ -143,7 +143,7 @@ def _build(settings: argparse.Namespace) -> None:
 
 
 def _list(settings: argparse.Namespace) -> None:
-    from . import store
+    from helpers import store
 
     folders = store.list_engines()
     if not folders:
@@ -161,7 +161,7 @@ def _list(settings: argparse.Namespace) -> None:
 
 
 def _inspect(settings: argparse.Namespace) -> None:
-    from .inspection import inspect
+    from helpers.engine import inspect
 
     report = inspect(settings.engine)
     print(report)
@@ -175,8 +175,8 @@ def _inspect(settings: argparse.Namespace) -> None:
 
 
 def _generate(settings: argparse.Namespace) -> None:
-    from .engine import load
-    from .sampling import SamplingParams
+    from helpers.engine import load
+    from helpers.model.sampling import SamplingParams
 
     sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS))
     with load(settings.engine) as engine:
@@ -197,20 +197,22 @@ def _generate(settings: argparse.Namespace) -> None:
 
 
 def _remove(settings: argparse.Namespace) -> None:
-    from . import store
+    from helpers import store
 
     for engine in settings.engine:
         print(f"removed {store.remove(engine).name}")
 
 
 def _download(settings: argparse.Namespace) -> None:
-    from . import models
+    from helpers.model.checkpoint import download_checkpoint
 
-    print(models.download(settings.model).name)
+    print(download_checkpoint(settings.model).name)
 
 
 def _bench(settings: argparse.Namespace) -> int:
-    from . import benchmark, comparison, records
+    from helpers.bench import records
+    from helpers.bench import run as benchmark
+    from helpers.bench import tables as comparison
 
     if settings.compare:
         first, second = settings.compare
@@ -226,7 +228,7 @@ def _bench(settings: argparse.Namespace) -> int:
         max_batch_size=max(settings.max_batch, *batches),
         max_input_len=max(settings.max_input, settings.input),
         max_seq_len=max(settings.max_seq, settings.input + settings.output),
-        decode_graphs=tuple(benchmark.batch_sizes(settings.graphs)) if settings.graphs else (),
+        decode_batch_sizes=tuple(benchmark.batch_sizes(settings.decode_batch_sizes)),
         start_together=settings.start_together,
     )
     keep = (lambda record: records.save(record, settings.out)) if settings.out else None
@@ -238,31 +240,33 @@ def _bench(settings: argparse.Namespace) -> int:
 
 
 def _run(settings: argparse.Namespace) -> int:
-    from . import notebooks
+    from helpers.maintain import notebooks
 
     return notebooks.main(settings.notebooks, settings.out, update=settings.update)
 
 
 def _doctor(settings: argparse.Namespace) -> int:
-    from . import doctor
+    from helpers.machine import doctor
 
     return doctor.main(as_json=settings.json)
 
 
 def _env_create(settings: argparse.Namespace) -> None:
-    from . import environments
+    from helpers.backends.tensorrt_llm.errors import explain_import
+    from helpers.machine import environments
 
-    environments.create(settings.name, python=settings.python)
+    explain = {"trtllm": explain_import}.get(settings.name)
+    environments.create(settings.name, python=settings.python, explain=explain)
 
 
 def _env_list(_: argparse.Namespace) -> None:
-    from . import environments
+    from helpers.machine import environments
 
     for name, version, where in environments.describe():
         print(f"{name:<8} {version:<10} {where}")
 
 
 def _gpu_check(settings: argparse.Namespace) -> int:
-    from . import gpu_check
+    from helpers.maintain import gpu_check
 
     return gpu_check.main(settings.only.split(","), settings.out, settings.time_limit, jobs=settings.jobs)

@@ -1,16 +1,30 @@
-"""From a recipe to an engine that answers: `build` and `load`."""
+"""From a recipe to an engine that answers: `build`, `load`, `inspect`, `locate`.
+
+This is the one place that knows both the store and the backends. A backend says what an engine depends on and compiles
+it; the store publishes it and finds it again.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from . import backends, hardware, models, store
-from .backends.base import Engine
-from .errors import BuildError, EngineMismatch
-from .progress import Progress, say
-from .recipe import COMPILED, BuildRecipe
+from helpers import backends, store
+from helpers.backends.base import BuildJob, Engine
+from helpers.backends.report import REPORT_FILE, EngineReport, read_report
+from helpers.errors import BuildError, EngineMismatch, EngineNotFound
+from helpers.machine import hardware
+from helpers.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoint
+from helpers.paths import engines_folder
+from helpers.progress import Progress, say
+from helpers.recipe import COMPILED, BuildRecipe, from_dict
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> Path:
@@ -19,35 +33,64 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
     If an equal engine is there, that one is returned at once. `force` builds again all the same. A build that fails
     or is interrupted leaves nothing behind. Raises BuildError, ModelError, BackendUnavailable.
     """
-    start = time.perf_counter()
-    checkpoint = models.find(recipe.model)
-    backend = backends.module(recipe.backend)
     if recipe.backend not in COMPILED:
         raise BuildError(
             f"Backend {recipe.backend!r} compiles nothing ahead of time, so there is nothing to build.",
             fix="Load the recipe itself: load(recipe).",
         )
-    _check_fits(recipe, checkpoint)
-    facts = store.identity(recipe, checkpoint)
-    name = store.name_of(recipe, facts)
-    if not force and (hit := _stored(name, start, quiet)):
-        return hit
-    seconds, size = backend.estimate(recipe, checkpoint.config, facts["recipe"]["device"])
-    if not quiet:
-        say(store.explain_miss(facts, recipe.backend))
-    _check_disk(size)
-    with store.building(name) as work:
-        if not force and (hit := _stored(name, start, quiet)):  # another process built it while this one waited
-            return hit
-        title = f"Building {name}: about {_duration(seconds)} and {size / 1e6:.0f} MB"
-        with Progress(title, quiet=quiet) as progress:
-            for file in ("config.json", *models.TOKENIZER_FILES):
-                if (checkpoint.folder / file).exists():
-                    shutil.copy(checkpoint.folder / file, work / file)
-            details = backend.build(recipe, checkpoint, work, progress)
-            with progress.phase("publish"):
-                store.write_manifest(work, facts, progress.seconds, details)
-    return store.root() / name
+    checkpoint = find_checkpoint(recipe.model)
+    checkpoint.check_length(recipe.max_seq_len)
+    backend = backends.module(recipe.backend)
+
+    def compile_into(folder: Path, progress: Progress) -> dict[str, Any]:
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (checkpoint.folder / name).exists():
+                shutil.copy(checkpoint.folder / name, folder / name)
+        return backend.build(recipe, checkpoint, folder, progress)
+
+    depends_on = identity(recipe, checkpoint)
+    seconds, size = backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
+    given = {**recipe.to_dict(), "model": checkpoint.full_name}
+    return _run(BuildJob(recipe.short_name, depends_on, given, compile_into, seconds, size), force, quiet)
+
+
+def build_module(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    precision: str = "fp32",
+    *,
+    name: str = "",
+    force: bool = False,
+    quiet: bool = False,
+    time_limit: float = 1800.0,
+    **options: Any,
+) -> Path:
+    """A TensorRT engine from a torch module, in a folder under engines/; an equal one is returned at once.
+
+    example_inputs: what forward takes; sizes that no profile opens are fixed. options: see helpers/recipe/tensorrt.py.
+    time_limit: seconds for TensorRT's part. Raises BuildError, RecipeError, BackendUnavailable, WorkerError.
+    """
+    from helpers.backends.tensorrt import modules
+
+    job = modules.from_module(module, example_inputs, precision, name=name, time_limit=time_limit, options=options)
+    return _run(job, force, quiet)
+
+
+def build_onnx(
+    file: Path | str,
+    precision: str = "",
+    *,
+    name: str = "",
+    force: bool = False,
+    quiet: bool = False,
+    time_limit: float = 1800.0,
+    **options: Any,
+) -> Path:
+    """A TensorRT engine from an ONNX file. precision: "" takes the graph's own types, else they are rewritten."""
+    from helpers.backends.tensorrt import modules
+
+    job = modules.from_onnx(Path(file), precision, name=name, time_limit=time_limit, options=options)
+    return _run(job, force, quiet)
 
 
 def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = None) -> Engine:
@@ -58,36 +101,123 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     """
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
         return backends.module(engine.backend).load(engine)
-    folder = store.locate(engine)
+    folder = locate(engine)
     manifest = store.read_manifest(folder)
-    _check_machine(folder, manifest)
-    if tokenizer is not None:
-        _check_tokenizer(folder, manifest, models.find(str(tokenizer)))
-    store.verify(folder)
-    return backends.module(manifest["identity"]["recipe"]["backend"]).load(folder, manifest)
-
-
-def _stored(name: str, start: float, quiet: bool) -> Path | None:
-    folder = store.root() / name
-    if not (folder / store.MANIFEST).exists():
-        return None
-    if not quiet:
-        took = sum(store.read_manifest(folder)["seconds"].values())
-        say(f"Cache hit: {name} is built already ({time.perf_counter() - start:.2f} s; building it took {took:.0f} s).")
-    return folder
-
-
-def _check_fits(recipe: BuildRecipe, checkpoint: models.Checkpoint) -> None:
-    limit = checkpoint.config.max_position_embeddings
-    if recipe.max_seq_len > limit:
-        raise BuildError(
-            f"max_seq_len={recipe.max_seq_len} is more than the {limit} positions this model was trained for.",
-            fix=f"Set max_seq_len to at most {limit}.",
+    if manifest["identity"]["kind"] != "language model":
+        raise EngineMismatch(
+            f"Engine {folder.name!r} holds a module, not a language model, so it answers no prompts.",
+            fix="Look inside with inspect(folder), or try it with load_plan(folder).",
         )
+    backend = backends.module(manifest["recipe"]["backend"])
+    backend.check_machine(folder.name, manifest["identity"])
+    if tokenizer is not None:
+        _check_tokenizer(folder, manifest, find_checkpoint(str(tokenizer)))
+    store.verify(folder, manifest)
+    return backend.load(from_dict(manifest["recipe"]), folder, manifest)
+
+
+def load_plan(engine: Path | str) -> dict[str, Any]:
+    """Load a TensorRT engine in a worker and give it back: can it run here?
+
+    Returns its numbers of layers and profiles. Raises EngineMismatch (another GPU), BackendUnavailable (no driver)
+    or EngineCorrupt, each with TensorRT's own words.
+    """
+    from helpers.backends.tensorrt import builder
+
+    folder = store.find(engine)
+    manifest = store.read_manifest(folder)
+    builder.check_plans(folder.name, manifest)
+    store.verify(folder, manifest)
+    return builder.load_plans(folder, manifest)
+
+
+def inspect(engine: Path | str | BuildRecipe) -> EngineReport:
+    """What is inside a built engine: give its folder, its name or its recipe.
+
+    Reads the report that the build wrote; the engine's native code is not loaded.
+    """
+    folder = locate(engine)
+    manifest = store.read_manifest(folder)
+    store.verify(folder, manifest, only=(REPORT_FILE,))
+    return read_report(folder, {name: entry["bytes"] for name, entry in manifest["files"].items()})
+
+
+def locate(engine: Path | str | BuildRecipe) -> Path:
+    """The folder of an engine given as a folder, a name (or the start of just one), or a recipe."""
+    if not isinstance(engine, BuildRecipe):
+        return store.find(engine)
+    depends_on = identity(engine, find_checkpoint(engine.model))
+    name = store.name_of(engine.short_name, depends_on)
+    if not store.is_built(name):
+        raise EngineNotFound(
+            f"No engine has been built from this recipe ({engine.short_name}).",
+            cause=store.explain_miss(depends_on),
+            fix="Build it first: build(recipe).",
+        )
+    return engines_folder() / name
+
+
+def recipe_of(engine: Path | str) -> BuildRecipe:
+    """The recipe that an engine was built from. Raises ModelError if its checkpoint is gone."""
+    recipe = from_dict(store.read_manifest(store.find(engine))["recipe"])
+    find_checkpoint(recipe.model)
+    return recipe
+
+
+def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    """All that an engine depends on. Two builds with equal identities are the same engine."""
+    depends_on = backends.module(recipe.backend).identity(recipe, checkpoint)
+    fields = {**recipe.to_dict(), "model": checkpoint.short_name, **depends_on.pop("recipe")}
+    return {
+        "kind": "language model",
+        "recipe": fields,
+        "checkpoint": checkpoint.digest(),
+        "tokenizer": checkpoint.tokenizer_digest(),
+        **depends_on,
+    }
+
+
+def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
+    """Publish what the job compiles, unless it is there already."""
+    start = time.perf_counter()
+    name = store.name_of(job.short_name, job.identity)
+
+    def stored() -> Path | None:
+        if force or not store.is_built(name):
+            return None
+        seconds = sum(store.read_manifest(engines_folder() / name)["seconds"].values())
+        if not quiet:
+            here = time.perf_counter() - start
+            say(f"Cache hit: {name} is built already ({here:.2f} s; building it took {seconds:.0f} s).")
+        return engines_folder() / name
+
+    if hit := stored():
+        return hit
+    if not quiet:
+        say(store.explain_miss(job.identity))
+    _check_disk(job.bytes)
+    with store.building(name) as folder:
+        if hit := stored():  # another process built it while this one waited
+            return hit
+        title = f"Building {name}: about {_duration(job.seconds)} and {job.bytes / 1e6:.0f} MB"
+        with Progress(title, quiet=quiet) as progress:
+            details = job.compile_into(folder, progress)
+            machine = details.pop("hardware", None) or asdict(hardware.describe(job.identity["recipe"]["device"]))
+            with progress.phase("publish"):
+                store.write_manifest(
+                    folder,
+                    job.identity,
+                    job.recipe,
+                    hardware=machine,
+                    compiler=hardware.compiler_version(),
+                    seconds=progress.seconds,
+                    details=details,
+                )
+    return engines_folder() / name
 
 
 def _check_disk(size: int) -> None:
-    free = shutil.disk_usage(store.root()).free
+    free = shutil.disk_usage(engines_folder()).free
     if free < 1.5 * size + 50e6:
         raise BuildError(
             f"The disk has {free / 1e6:.0f} MB free; this build needs about {1.5 * size / 1e6 + 50:.0f} MB.",
@@ -96,34 +226,7 @@ def _check_disk(size: int) -> None:
         )
 
 
-def _check_machine(folder: Path, manifest: dict) -> None:
-    """An engine is native code for one architecture and one version of its libraries."""
-    built = manifest["identity"]
-    if built["recipe"]["backend"] == "tensorrt":
-        return  # TensorRT itself judges, when it loads the engine
-    if built["recipe"]["backend"] == "tensorrt_llm":
-        backends.module("tensorrt_llm").check_machine(folder, manifest)
-        return
-    here = hardware.describe(built["recipe"]["device"])
-    found = {"architecture": here.architecture, **hardware.versions()}
-    wanted = {"architecture": built["architecture"], **built["versions"]}
-    missing = set(built.get("instructions", "").split()) - set(here.instructions)
-    if here.device == "cpu" and missing:
-        raise EngineMismatch(
-            f"Engine {folder.name!r} may use the instructions {', '.join(sorted(missing))}; this processor has none.",
-            cause="It was compiled for all that the processor of its build could do.",
-            fix="Build the recipe again here: build(recipe).",
-        )
-    for key in ("architecture", "torch", "cuda"):
-        if found.get(key) != wanted.get(key):
-            raise EngineMismatch(
-                f"Engine {folder.name!r} was built for {key} {wanted.get(key)}; this machine has {found.get(key)}.",
-                cause="An engine is compiled for one architecture and one version of its libraries.",
-                fix="Build the recipe again here: build(recipe).",
-            )
-
-
-def _check_tokenizer(folder: Path, manifest: dict, given: models.Checkpoint) -> None:
+def _check_tokenizer(folder: Path, manifest: store.Manifest, given: Checkpoint) -> None:
     if given.tokenizer_digest() != manifest["identity"]["tokenizer"]:
         raise EngineMismatch(
             f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",

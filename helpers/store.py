@@ -1,4 +1,8 @@
-"""engines/: one folder an engine, published whole or not at all, and checked before its native code is loaded."""
+"""engines/: one folder an engine, published whole or not at all, and checked before its native code is loaded.
+
+The store is handed facts and knows no backend. The identity of an engine is a dictionary of all that it depends on;
+the folder's name ends with its hash.
+"""
 
 from __future__ import annotations
 
@@ -10,91 +14,44 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from . import hardware, models
-from . import recipe as recipes
-from .errors import BuildError, EngineCorrupt, EngineNotFound
-from .recipe import BuildRecipe
+from helpers.errors import BuildError, EngineCorrupt, EngineNotFound
+from helpers.paths import engines_folder
 
 MANIFEST = "manifest.json"
-MANIFEST_FIELDS = {"identity", "built", "hardware", "seconds", "details", "files"}
-SCHEMA = 1
+MANIFEST_FIELDS = {"identity", "recipe", "built", "hardware", "compiler", "seconds", "details", "files"}
+SCHEMA = 2
 SHOWN = 8  # engines that an error names
-# A change in these files changes what is compiled, so it makes earlier engines another engine's.
-SOURCES = {
-    "aot": ("llama.py", "llama_gpu.py", "gpu_kernels.py", "backends/aot.py", "backends/aot_compile.py"),
-    "tensorrt_llm": ("backends/tensorrt_llm.py", "backends/tensorrt_llm_worker.py", "backends/tensorrt_llm_options.py"),
-    "tensorrt": (
-        *("llama.py", "llama_onnx.py", "onnx_export.py", "layers.py"),
-        *("tensorrt_api.py", "tensorrt_builder.py", "tensorrt_options.py", "backends/tensorrt.py"),
-    ),
-}
+
+Manifest = dict[str, Any]
 
 
-def root() -> Path:
-    """Where engines live: engines/ of the course, or the folder that COURSE_ENGINES names."""
-    folder = Path(os.environ.get("COURSE_ENGINES") or Path(__file__).parent.parent / "engines")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def name_of(short_name: str, identity: dict[str, Any]) -> str:
+    """The folder's name of an engine, such as stories-aot-int8-b4-1f0c2a9e."""
+    digest = hashlib.sha256(json.dumps([SCHEMA, identity], sort_keys=True).encode()).hexdigest()
+    return f"{short_name}-{digest[:8]}"
 
 
-def identity(recipe: BuildRecipe, checkpoint: models.Checkpoint) -> dict[str, Any]:
-    """All that an engine depends on. Two builds with equal identities are the same engine."""
-    remote = recipe.backend == "tensorrt_llm"  # it has another PyTorch: that one knows the GPU, ours may not
-    machine = hardware.describe("auto" if remote else recipe.device)
-    fields = recipe.to_dict()
-    fields["device"] = machine.device
-    fields["batch_sizes"] = list(recipe.decode_batch_sizes)
-    if checkpoint.is_local:  # the content counts, not where it lies
-        fields["model"] = ("dummy:" if checkpoint.dummy else "") + checkpoint.folder.name
-    facts = {
-        "schema": SCHEMA,
-        "recipe": fields,
-        "checkpoint": checkpoint.digest(),
-        "tokenizer": checkpoint.tokenizer_digest(),
-        "architecture": machine.architecture,
-        "device_name": machine.name if machine.device == "cuda" else "",
-        "instructions": " ".join(machine.instructions),
-        "versions": hardware.versions(),
-        "source": source_digest(recipe.backend),
-    }
-    if remote:
-        from .backends import tensorrt_llm
-
-        fields["device"], fields["batch_sizes"] = "cuda", []
-        facts |= tensorrt_llm.identity()
-    elif recipe.backend == "tensorrt":  # its engines depend on TensorRT's version, not on this processor
-        from . import tensorrt_builder
-
-        facts |= tensorrt_builder.machine_facts(recipe.options.get("provider", "tensorrt_rtx"))
-    return facts
-
-
-def name_of(recipe: BuildRecipe, facts: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return f"{recipe.short_name}-{digest[:8]}"
-
-
-def explain_miss(facts: dict[str, Any], backend: str) -> str:
-    """Why no stored engine serves: which fields differ from the nearest one, as "field: stored -> wanted"."""
-    wanted = _flat(facts)
+def explain_miss(identity: dict[str, Any]) -> str:
+    """Why no stored engine serves: which fields differ from the nearest one, as "field: stored -> needed"."""
+    backend = identity["recipe"]["backend"]
+    needed = _flat(identity)
     nearest: tuple[int, str, list[str]] | None = None
     for folder in list_engines():
         try:
             stored = _flat(read_manifest(folder)["identity"])
         except EngineCorrupt:
             continue  # a damaged engine must not keep others from being built
-        if stored.get("recipe.backend") != backend or not stored.get("source"):  # a single module has none
+        if stored.get("recipe.backend") != backend or stored.get("kind") != identity.get("kind"):
             continue
-        differing = [k for k in sorted(wanted.keys() | stored.keys()) if wanted.get(k) != stored.get(k)]
+        differing = [k for k in sorted(needed.keys() | stored.keys()) if needed.get(k) != stored.get(k)]
         if nearest is None or len(differing) < nearest[0]:
-            words = [f"{k.removeprefix('recipe.')}: {_change(stored.get(k), wanted.get(k))}" for k in differing]
+            words = [f"{k.removeprefix('recipe.')}: {_change(stored.get(k), needed.get(k))}" for k in differing]
             nearest = (len(differing), folder.name, words)
     if nearest is None:
         return f"No {backend} engine has been built yet."
@@ -109,43 +66,57 @@ def building(name: str) -> Iterator[Path]:
     The lock lies outside the entry, so that a second process waits instead of building the same engine again;
     it finds the entry when it gets the lock, and must look before it builds.
     """
-    locks = root() / ".locks"
+    root = engines_folder()
+    locks = root / ".locks"
     locks.mkdir(exist_ok=True)
     _sweep(locks)
     with filelock.FileLock(locks / f"{name}.lock"):
-        work = root() / f".building-{name}"
+        work = root / f".building-{name}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(mode=0o700)
         try:
             yield work
             if (work / MANIFEST).exists():
-                _discard(root() / name)
-                work.replace(root() / name)
+                _discard(root / name)
+                work.replace(root / name)
         except Exception as error:
             if not _disk_full(error):
                 raise
             raise BuildError(
                 "The disk is full; nothing was published.",
-                cause=f"{shutil.disk_usage(root()).free / 1e6:.0f} MB were left when it failed.",
+                cause=f"{shutil.disk_usage(root).free / 1e6:.0f} MB were left when it failed.",
                 fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
             ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def write_manifest(folder: Path, facts: dict[str, Any], seconds: dict[str, float], details: dict[str, Any]) -> None:
-    """Seal a finished build: every file's size and hash, and where, when and from what it was made."""
+def write_manifest(
+    folder: Path,
+    identity: dict[str, Any],
+    recipe: dict[str, Any],
+    *,
+    hardware: dict[str, Any],
+    compiler: str,
+    seconds: dict[str, float],
+    details: dict[str, Any],
+) -> None:
+    """Seal a finished build: every file's size and hash, and where, when and from what it was made.
+
+    recipe: as it was given; in the identity, the content of a local checkpoint stands for its path.
+    details: what the backend needs to load the engine.
+    """
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    files = {p.relative_to(folder).as_posix(): entry_of(p) for p in paths}
-    found = details.pop("hardware", None) or asdict(hardware.describe(facts["recipe"]["device"]))
     manifest = {
-        "identity": facts,
+        "schema": SCHEMA,
+        "identity": identity,
+        "recipe": recipe,
         "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": found,
-        "compiler": hardware.compiler_version(),
-        "seconds": {phase: round(took, 3) for phase, took in seconds.items()},
+        "hardware": hardware,
+        "compiler": compiler,
+        "seconds": {phase: round(duration, 3) for phase, duration in seconds.items()},
         "details": details,
-        "files": files,
+        "files": {path.relative_to(folder).as_posix(): entry_of(path) for path in paths},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
@@ -155,14 +126,13 @@ def entry_of(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an engine's folder; EngineCorrupt if it cannot be read or is of another schema."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        schema = manifest["identity"]["schema"]
-        if schema == SCHEMA:
-            missing = MANIFEST_FIELDS - manifest.keys()
-            if missing:
-                raise KeyError(*sorted(missing))
+        schema = manifest.get("schema", 1)
+        if schema == SCHEMA and (missing := MANIFEST_FIELDS - manifest.keys()):
+            raise KeyError(*sorted(missing))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _corrupt(folder, f"its manifest cannot be read ({error})") from error
     if schema != SCHEMA:
@@ -170,13 +140,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The manifest, after checking that files (all, or those in `only`) are what the build wrote.
+def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = ()) -> None:
+    """EngineCorrupt unless the files (all, or those in `only`) are what the build wrote.
 
     A hash guards against damage and mix-ups, not against a person who can write the folder: load only engines
     that were built here.
     """
-    manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
         if only and name not in only:
             continue
@@ -185,40 +154,32 @@ def verify(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
             raise _corrupt(folder, f"{name} is missing")
         if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
             raise _corrupt(folder, f"{name} is not the file that was built")
-    return manifest
 
 
 def list_engines() -> list[Path]:
     """Folders of the engines here, oldest first."""
-    found = [p.parent for p in root().glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
-    return sorted(found, key=lambda p: (p / MANIFEST).stat().st_mtime)
+    folders = [p.parent for p in engines_folder().glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
+    return sorted(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
 
 
-def locate(engine: Path | str | BuildRecipe) -> Path:
-    """The folder of an engine given as a folder, a name (or the start of just one), or a recipe."""
-    if isinstance(engine, BuildRecipe):
-        facts = identity(engine, models.find(engine.model))
-        folder = root() / name_of(engine, facts)
-        if not (folder / MANIFEST).exists():
-            raise EngineNotFound(
-                f"No engine has been built from this recipe ({engine.short_name}).",
-                cause=explain_miss(facts, engine.backend),
-                fix="Build it first: build(recipe).",
-            )
-        return folder
+def is_built(name: str) -> bool:
+    return (engines_folder() / name / MANIFEST).exists()
+
+
+def find(engine: Path | str) -> Path:
+    """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
     given = Path(engine)
     if given.name and (given / MANIFEST).exists():
         return given
-    here = given.name and (given.name == str(engine) or given.parent.resolve() == root().resolve())
-    matches = [p for p in list_engines() if p.name.startswith(given.name)] if here else []
-    exact = [p for p in matches if p.name == given.name]
+    in_store = given.name and (given.name == str(engine) or given.parent.resolve() == engines_folder().resolve())
+    matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []
+    exact = [folder for folder in matches if folder.name == given.name]
     if len(exact or matches) == 1:
         return (exact or matches)[0]
     if matches:
-        raise EngineNotFound(
-            f"Several engines begin with {str(engine)!r}.", fix=f"Name one: {', '.join(p.name for p in matches)}."
-        )
-    names = [p.name for p in reversed(list_engines())]
+        several = ", ".join(folder.name for folder in matches)
+        raise EngineNotFound(f"Several engines begin with {str(engine)!r}.", fix=f"Name one: {several}.")
+    names = [folder.name for folder in reversed(list_engines())]
     more = f" and {len(names) - SHOWN} more (helpers list)" if len(names) > SHOWN else ""
     raise EngineNotFound(
         f"There is no engine {str(engine)!r}.",
@@ -227,17 +188,13 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
     )
 
 
-def remove(engine: Path | str | BuildRecipe) -> Path:
+def remove(engine: Path | str) -> Path:
     """Delete one engine; returns the folder that is gone."""
-    folder = locate(engine)
-    if folder.parent.resolve() != root().resolve():
+    folder = find(engine)
+    if folder.parent.resolve() != engines_folder().resolve():
         raise EngineNotFound(f"{folder.name!r} is not in this course's engines folder; it is left alone.")
     _discard(folder)
     return folder
-
-
-def recipe_of(folder: Path) -> BuildRecipe:
-    return recipes.from_dict(read_manifest(folder)["identity"]["recipe"])
 
 
 def size(folder: Path) -> int:
@@ -247,7 +204,7 @@ def size(folder: Path) -> int:
 
 def _discard(folder: Path) -> None:
     """Delete a folder of engines/ if it is there: out of sight at once, even if deleting it is interrupted."""
-    grave = root() / f".removed-{os.getpid()}-{time.monotonic_ns()}"
+    grave = engines_folder() / f".removed-{os.getpid()}-{time.monotonic_ns()}"
     with contextlib.suppress(FileNotFoundError):
         folder.replace(grave)
         shutil.rmtree(grave, ignore_errors=True)
@@ -255,9 +212,9 @@ def _discard(folder: Path) -> None:
 
 def _sweep(locks: Path) -> None:
     """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays."""
-    for grave in root().glob(".removed-*"):
+    for grave in engines_folder().glob(".removed-*"):
         shutil.rmtree(grave, ignore_errors=True)
-    for folder in root().glob(".building-*"):
+    for folder in engines_folder().glob(".building-*"):
         lock = filelock.FileLock(locks / f"{folder.name.removeprefix('.building-')}.lock")
         with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=0):
             shutil.rmtree(folder, ignore_errors=True)
@@ -266,12 +223,6 @@ def _sweep(locks: Path) -> None:
 def _disk_full(error: BaseException) -> bool:
     """OSError says it by number; safetensors and torch, which write too, only in words."""
     return getattr(error, "errno", None) == errno.ENOSPC or "no space left on device" in str(error).lower()
-
-
-def source_digest(backend: str) -> str:
-    """A hash of the course's code that decides what this backend compiles."""
-    here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / s).read_bytes() for s in SOURCES.get(backend, ()))).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -289,13 +240,13 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _change(stored: Any, wanted: Any) -> str:
+def _change(stored: Any, needed: Any) -> str:
     """ "old -> new"; of hashes the first digits, of long lists in words only those that differ."""
-    if isinstance(stored, str) and isinstance(wanted, str) and " " in stored + wanted:
-        old, new = stored.split(), wanted.split()
-        stored = " ".join(w for w in old if w not in new)
-        wanted = " ".join(w for w in new if w not in old)
-    return " -> ".join(str(v)[:10] if len(str(v)) == 64 else str(v) or "none" for v in (stored, wanted))
+    if isinstance(stored, str) and isinstance(needed, str) and " " in stored + needed:
+        old, new = stored.split(), needed.split()
+        stored = " ".join(word for word in old if word not in new)
+        needed = " ".join(word for word in new if word not in old)
+    return " -> ".join(str(v)[:10] if len(str(v)) == 64 else str(v) or "none" for v in (stored, needed))
 
 
 def _corrupt(folder: Path, what: str) -> EngineCorrupt:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from helpers import SamplingParams
-from helpers.stories import draw_corpus
+from helpers.model.stories import draw_corpus
 
 
 @cache
@@ -55,7 +55,10 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def engines_folder(tmp_path_factory) -> Path:
-    return Path(os.environ.get("COURSE_TEST_ENGINES") or tmp_path_factory.mktemp("engines"))
+    """One folder for all processes of a run, so that an engine is built once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Path(os.environ.get("COURSE_TEST_ENGINES") or shared / "engines")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,7 +104,7 @@ def stories_reference():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from helpers.models import BUNDLED
+    from helpers.model.checkpoint import BUNDLED
 
     model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(BUNDLED)
@@ -124,6 +127,15 @@ def own_engines(tiny_engine, tmp_path, monkeypatch) -> Path:
     return copy
 
 
+def whole(folder: Path) -> dict:
+    """An engine's manifest, after every file was compared with it."""
+    from helpers import store
+
+    manifest = store.read_manifest(folder)
+    store.verify(folder, manifest)
+    return manifest
+
+
 # ---- prompts ----------------------------------------------------------------------------------------------
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -134,7 +146,7 @@ PROMPTS = [" ".join(story.text.split()[: 1 + 2 * i]) for i, story in enumerate(S
 
 # ---- contract tests ---------------------------------------------------------------------------------------
 
-CONTRACT = Path(__file__).parent / "contract"
+STANDINS = Path(__file__).parent / "contract" / "standins"
 MACHINES: dict[tuple, dict] = {}  # what the stand-in says of each machine that tests pretend
 
 
@@ -150,7 +162,7 @@ def in_standin(code: str) -> str:
     pytest.importorskip("pydantic", reason="the stand-in is made with pydantic, as TensorRT-LLM is")
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(CONTRACT), "PATH": ""},
+        env={"PYTHONPATH": str(STANDINS), "PATH": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -164,10 +176,10 @@ def standin(monkeypatch, tmp_path):
     """The stand-ins of contract/ as the environment "trtllm", reached through a real worker process, and a folder of
     engines for this test alone. standin(GPU="8.6") sets one of their variables; contract/README.md lists them."""
     pytest.importorskip("pydantic", reason="the stand-in is made with pydantic, as TensorRT-LLM is")
-    from helpers.backends import tensorrt_llm
+    from helpers.backends.tensorrt_llm import backend as tensorrt_llm
 
     monkeypatch.setenv("COURSE_TRTLLM_PYTHON", sys.executable)
-    monkeypatch.setenv("PYTHONPATH", str(CONTRACT))
+    monkeypatch.setenv("PYTHONPATH", str(STANDINS))
     monkeypatch.setenv("STANDIN_MPI", "broken")
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
     ask = tensorrt_llm._machine.__wrapped__
@@ -199,7 +211,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """One layer, tied embeddings, 2 KV heads for 4 heads, and the bundled model's tokenizer."""
-    from helpers.models import BUNDLED
+    from helpers.model.checkpoint import BUNDLED
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     write_checkpoint(folder, "llama", num_hidden_layers=1, vocab_size=2048, tie_word_embeddings=True)

@@ -1,45 +1,59 @@
-"""The backends, by name. Each module is imported when its backend is first asked for."""
+"""The backends, by name. Each module is imported when its backend is first asked for.
+
+What a backend's module has (base.py says what each returns):
+
+    check_available()                                raises BackendUnavailable where the backend cannot run
+    load(recipe)                                     for backends that compile nothing: an Engine
+
+and, for backends that compile:
+
+    identity(recipe, checkpoint)                     all that the engine depends on beside checkpoint and recipe
+    estimate(recipe, config, device)                 seconds and bytes, to tell the user before a build
+    build(recipe, checkpoint, folder, progress)      compiles into the folder; what the manifest keeps for loading
+    check_machine(name, identity)                    raises EngineMismatch where an engine of that identity cannot run
+    load(recipe, folder, manifest)                   an Engine from a folder that has been verified
+"""
 
 from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any
 
-from .. import environments
-from ..errors import BackendUnavailable, CourseError
-from ..progress import say
+from helpers.errors import BackendUnavailable, CourseError
+from helpers.machine import environments
+from helpers.progress import say
 
 MODULES = {
-    "aot": "aot",
+    "aot": "aot.backend",
     "pytorch": "pytorch",
     "torch_compile": "pytorch",
-    "tensorrt": "tensorrt",
-    "tensorrt_llm": "tensorrt_llm",
-    "tensorrt_llm_pytorch": "tensorrt_llm",
-    "vllm": "vllm",
+    "tensorrt": "tensorrt.backend",
+    "tensorrt_llm": "tensorrt_llm.backend",
+    "tensorrt_llm_pytorch": "tensorrt_llm.backend",
+    "vllm": "vllm.backend",
 }
-# What each needs: a package beside the course, or another environment (see environments.py).
+# What each needs: a package beside the course, or another environment (see machine/environments.py).
 PACKAGES = {"aot": "torch", "pytorch": "transformers", "torch_compile": "transformers", "tensorrt": "tensorrt_rtx"}
 ENVIRONMENTS = {"tensorrt_llm": "trtllm", "tensorrt_llm_pytorch": "trtllm", "vllm": "vllm"}
 
 
-def module(backend: str) -> ModuleType:
-    """The module that implements a backend: it has `load`, and `build` where something is compiled."""
+def module(backend: str) -> Any:
+    """The module that implements a backend."""
     if backend not in MODULES:
         raise BackendUnavailable(f"There is no backend {backend!r}.", fix=f"Use one of {', '.join(MODULES)}.")
-    return importlib.import_module(f".{MODULES[backend]}", __package__)
+    return importlib.import_module(f"helpers.backends.{MODULES[backend]}")
 
 
 def installed() -> dict[str, str]:
     """Each backend with where it is: "in this environment", another environment's Python, or "" where it is missing.
     A quick look: nothing is imported, so it does not say that a GPU is there."""
-    found = {backend: "in this environment" if find_spec(package) else "" for backend, package in PACKAGES.items()}
+    places = {backend: "in this environment" if find_spec(package) else "" for backend, package in PACKAGES.items()}
     for backend, name in ENVIRONMENTS.items():
         python = environments.python_of(name)
         own = environments.folder(name)
-        found[backend] = "" if python is None else f"in {own.name}" if own in python.parents else "in another Python"
-    return found
+        places[backend] = "" if python is None else f"in {own.name}" if own in python.parents else "in another Python"
+    return places
 
 
 def prefer(backend: str, otherwise: str = "aot") -> str:
@@ -48,9 +62,7 @@ def prefer(backend: str, otherwise: str = "aot") -> str:
     For cells that use TensorRT-LLM where it is and go on without it elsewhere.
     """
     try:
-        implementation = module(backend)
-        if hasattr(implementation, "machine"):
-            implementation.machine()  # starts it once, and asks for the GPU
+        module(backend).check_available()
     except CourseError as error:
         say(f"{error.what} So this cell uses {otherwise!r}.")
         return otherwise

@@ -1,17 +1,21 @@
-"""The face that every backend shows: `generate`, `stream`, `close`; and the loop behind it, written once."""
+"""The face that every engine shows: `generate`, `stream`, `close`; and the generation loop behind it, written once."""
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, LimitError, OutOfMemory
-from ..recipe import BuildRecipe
-from ..sampling import Sampler, SamplingParams
+from helpers.errors import InputError, LimitError, OutOfMemory
+from helpers.model.sampling import Sampler, SamplingParams
+from helpers.progress import Progress
+from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,13 +23,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class BuildJob:
+    """Something to build and publish.
+
+    short_name    readable part of the folder's name
+    identity      all that the engine depends on; its hash is the other part
+    recipe        what was asked for, as plain values
+    compile_into  (folder, progress): writes the engine's files; returns what the manifest keeps for loading
+    seconds       about how long it takes
+    bytes         about how large the engine becomes
+    """
+
+    short_name: str
+    identity: dict[str, Any]
+    recipe: dict[str, Any]
+    compile_into: Callable[[Path, Progress], dict[str, Any]]
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Metrics:
     """Seconds of one request, as trtllm-bench and vLLM define them.
 
     ttft_s  from the request to its first token (time to first token)
-    tpot_s  (e2e_s - ttft_s) / (output tokens - 1), time per output token; 0.0 for a single token
+    tpot_s  (e2e_s - ttft_s) / (output tokens - 1), time per output token; 0.0 for fewer than two tokens
     e2e_s   from the request to its last token
     gaps_s  between each token and the one before it, as the caller sees them (inter-token latency)
+
+    An end token is no part of the answer, so it does not count as an output token on any backend.
     """
 
     ttft_s: float
@@ -55,52 +81,76 @@ class Token:
 
 
 @dataclass
-class _Sequence:
+class RunningSequence:
+    """One prompt while it is answered."""
+
     prompt: list[int]
     output: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    times: list[float] = field(default_factory=list)  # of each token, in seconds since the request
+    times: list[float] = field(default_factory=list)  # of each output token, in seconds since the request
 
-    def accept(self, token: int, at: float, sampling: SamplingParams, end_ids: tuple[int, ...]) -> None:
+    def accept(self, token: int, seconds: float, sampling: SamplingParams, end_ids: tuple[int, ...]) -> None:
         """Take one token. An end token stops the answer and is not part of it."""
-        self.times.append(at)
         if token in end_ids and not sampling.ignore_eos:
-            self.finish_reason = "stop"
+            self.end(seconds)
             return
         self.output.append(token)
+        self.times.append(seconds)
         if len(self.output) == sampling.max_tokens:
             self.finish_reason = "length"
+
+    def end(self, seconds: float) -> None:
+        """The model stopped. Of an answer without a token, the only time there is, is that of its end."""
+        self.finish_reason = "stop"
+        self.times = self.times or [seconds]
 
     def metrics(self) -> Metrics:
         first, last = self.times[0], self.times[-1]
         gaps = tuple(later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
-        return Metrics(first, (last - first) / max(1, len(self.times) - 1), last, gaps)
+        return Metrics(first, (last - first) / len(gaps) if gaps else 0.0, last, gaps)
 
 
 class Engine(ABC):
-    """A loaded engine. Subclasses give the two phases; text, limits, sampling, stopping and timing are here."""
+    """A loaded engine. Subclasses give the two phases; text, limits, sampling, stopping and timing are here.
+
+    An engine has one KV cache, so it serves one request at a time: a lock makes other threads wait, and a stream that
+    another request has overtaken is refused when it is read on.
+    """
 
     recipe: BuildRecipe
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...]
     vocab_size: int
-    asynchronous = False  # True where `decode` returns before the device has done the work
 
     def __init__(self, recipe: BuildRecipe, tokenizer: Tokenizer | None, end_ids: tuple[int, ...], vocab_size: int):
         self.recipe, self.tokenizer, self.end_ids, self.vocab_size = recipe, tokenizer, end_ids, vocab_size
         self.closed = False
+        self._lock = threading.RLock()
         self._request = 0  # the one whose keys and values are in the cache
+        self._by_hand = 0  # cache entries of the longest sequence, where `prefill` was called from outside; else 0
+
+    # What a backend gives.
 
     @abstractmethod
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Read the prompts into an empty KV cache; logits [B, V] after each prompt's last token."""
 
     @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
+    def _decode(self, tokens: Tensor) -> Tensor:
         """Append one token [B] to each sequence; logits [B, V] after it."""
 
-    def release(self) -> None:
+    def _take(self, tokens: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
+        """The token ids [B] on the host, and the call that gives the logits [B, V] of the next step.
+
+        A backend whose device works by itself overrides it, and starts the next step before it waits for the ids.
+        last: no step follows.
+        """
+        return tokens.tolist(), partial(self._decode, tokens)
+
+    def _release(self) -> None:
         """Give back memory; called once by `close`."""
+
+    # What a user calls.
 
     def generate(
         self, prompts: str | Sequence[int] | Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
@@ -111,10 +161,11 @@ class Engine(ABC):
         """
         sampling = sampling or SamplingParams()
         batch = [self.tokenize(prompt) for prompt in _as_list(prompts)]
-        self._check_limits(batch, sampling)
-        sequences = [_Sequence(ids) for ids in batch]
-        for _ in self._run(sequences, sampling):
-            pass
+        self._check_limits(batch, sampling.max_tokens)
+        sequences = [RunningSequence(ids) for ids in batch]
+        with self._lock:
+            for _ in self._run(sequences, sampling):
+                pass
         return [
             Generation(self.detokenize(s.output), s.output, s.prompt, s.finish_reason, s.metrics()) for s in sequences
         ]
@@ -123,15 +174,39 @@ class Engine(ABC):
         """Answer one prompt token by token, each as soon as it is known."""
         sampling = sampling or SamplingParams()
         ids = self.tokenize(prompt)
-        self._check_limits([ids], sampling)
+        self._check_limits([ids], sampling.max_tokens)
         return self._stream(ids, sampling)
 
     def logits(self, prompt: str | Sequence[int]) -> Tensor:
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
-        ids = self.tokenize(prompt)
-        self._check_limits([ids], SamplingParams(max_tokens=1))
-        self._request += 1
-        return self._guarded(self.prefill, [ids])[0].float().cpu()
+        return self.prefill([self.tokenize(prompt)])[0].float().cpu()
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """The first phase by hand: read the prompts into an empty KV cache; logits [B, V] after each one's last token.
+
+        It begins a request of its own, as `generate` does.
+        """
+        batch = [self.tokenize(prompt) for prompt in prompts]
+        self._check_limits(batch, 1)
+        with self._lock:
+            self._claim()
+            logits = self._guarded(self._prefill, batch)
+            self._by_hand = max(map(len, batch))
+        return logits
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """The second phase by hand: append one token [B] to each sequence of `prefill`; logits [B, V] after it."""
+        with self._lock:
+            if not self._by_hand or self.closed:
+                raise InputError(
+                    "There is nothing to append a token to.",
+                    cause="`decode` goes on after a `prefill`, and another request has begun since, or none has yet.",
+                    fix="Call engine.prefill([ids]) first, and let nothing else use the engine in between.",
+                )
+            if self._by_hand == self.recipe.max_seq_len:
+                raise _limit("sequence has", self._by_hand + 1, "tokens", "max_seq_len", self._by_hand)
+            self._by_hand += 1
+            return self._guarded(self._decode, tokens)
 
     def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -144,10 +219,10 @@ class Engine(ABC):
             raise InputError(f"A prompt is a text or a list of token ids, not {prompt!r:.80}.")
         if not ids:
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        if wrong:
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        if outside:
             raise InputError(
-                f"Token id {wrong[0]} is outside the model's vocabulary of {self.vocab_size}.",
+                f"Token id {outside[0]} is outside the model's vocabulary of {self.vocab_size}.",
                 cause="The ids come from another model's tokenizer.",
                 fix="Tokenize with this engine: engine.tokenize(text).",
             )
@@ -158,9 +233,10 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Give back the engine's memory. Closing twice is fine; using a closed engine is refused."""
-        if not self.closed:
-            self.closed = True
-            self.release()
+        with self._lock:
+            if not self.closed:
+                self.closed = True
+                self._release()
 
     def __enter__(self) -> Engine:
         return self
@@ -171,6 +247,58 @@ class Engine(ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.recipe.short_name}{' (closed)' if self.closed else ''}>"
 
+    # The loop.
+
+    def _run(self, sequences: list[RunningSequence], sampling: SamplingParams) -> Iterator[int]:
+        """The generation loop: prefill, then one decode step a token until every sequence has finished.
+
+        Yields after each step, so that a stream can hand out its token before the next one is computed.
+        """
+        start = time.perf_counter()
+        request = self._claim()
+        sampler = Sampler(sampling, [s.prompt for s in sequences])
+        logits = self._guarded(self._prefill, [s.prompt for s in sequences])  # [B, V]
+        for step in range(sampling.max_tokens):
+            tokens = sampler(logits)  # [B]
+            ids, next_logits = self._guarded(self._take, tokens, step + 1 == sampling.max_tokens)
+            for sequence, token in zip(sequences, ids, strict=True):
+                if not sequence.finish_reason:
+                    sequence.accept(token, time.perf_counter() - start, sampling, self.end_ids)
+            yield step
+            if all(s.finish_reason for s in sequences):
+                return
+            self._check_not_overtaken(request)
+            logits = self._guarded(next_logits)
+
+    def _stream(self, ids: list[int], sampling: SamplingParams) -> Iterator[Token]:
+        sequence = RunningSequence(ids)
+        steps = self._run([sequence], sampling)
+        shown = ""
+        while True:
+            with self._lock:
+                if next(steps, None) is None or sequence.finish_reason == "stop":
+                    return
+            text = self.detokenize(sequence.output)
+            # A character of several bytes may span tokens: it is held back until it is whole or nothing follows.
+            complete = bool(sequence.finish_reason) or not text.endswith("\ufffd")
+            yield Token(sequence.output[-1], text[len(shown) :] if complete else "", sequence.times[-1])
+            shown = text if complete else shown
+
+    def _claim(self) -> int:
+        """Begin a request: the cache is its own from here on."""
+        self._request += 1
+        self._by_hand = 0
+        return self._request
+
+    def _check_not_overtaken(self, request: int) -> None:
+        """Only a stream can be overtaken: between two of its tokens, somebody else may use the engine."""
+        if self.closed or self._request != request:
+            raise InputError(
+                f"This stream cannot go on: its engine {'is closed' if self.closed else 'answers another prompt'}.",
+                cause="An engine has one KV cache; each request starts it anew.",
+                fix="Read a stream to its end before the next request, or give all prompts to generate at once.",
+            )
+
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(
@@ -180,7 +308,7 @@ class Engine(ABC):
             )
         return self.tokenizer
 
-    def _check_limits(self, batch: list[list[int]], sampling: SamplingParams) -> None:
+    def _check_limits(self, batch: list[list[int]], max_tokens: int) -> None:
         recipe = self.recipe
         if self.closed:
             raise InputError("This engine is closed.", fix="Load it again: load(name).")
@@ -191,65 +319,14 @@ class Engine(ABC):
         longest = max(map(len, batch))
         if longest > recipe.max_input_len:
             raise _limit("longest prompt has", longest, "tokens", "max_input_len", recipe.max_input_len)
-        if longest + sampling.max_tokens > recipe.max_seq_len:
-            words = f"({longest}) plus max_tokens ({sampling.max_tokens}) makes"
-            raise _limit(f"prompt {words}", longest + sampling.max_tokens, "tokens", "max_seq_len", recipe.max_seq_len)
+        if longest + max_tokens > recipe.max_seq_len:
+            words = f"({longest}) plus max_tokens ({max_tokens}) makes"
+            raise _limit(f"prompt {words}", longest + max_tokens, "tokens", "max_seq_len", recipe.max_seq_len)
 
-    def _run(self, sequences: list[_Sequence], sampling: SamplingParams) -> Iterator[int]:
-        """The generation loop: prefill, then one decode step a token until every sequence has finished.
-
-        Yields after each step, so that a stream can hand out its token before the next one is computed.
-        """
-        start = time.perf_counter()
-        self._request += 1
-        mine = self._request
-        sampler = Sampler(sampling, len(sequences))
-        logits = self._guarded(self.prefill, [s.prompt for s in sequences])
-        for step in range(sampling.max_tokens):
-            tokens = sampler(logits, [s.prompt + s.output for s in sequences])
-            ids = self.fetch(tokens)
-            # A GPU starts on the next step before the host looks at this one's tokens; if they end the answer,
-            # one step was for nothing.
-            early = self.asynchronous and step + 1 < sampling.max_tokens
-            if early:
-                logits = self._guarded(self.decode, tokens)
-            for sequence, token in zip(sequences, ids(), strict=True):
-                if not sequence.finish_reason:
-                    sequence.accept(token, time.perf_counter() - start, sampling, self.end_ids)
-            yield step
-            if all(s.finish_reason for s in sequences):
-                return
-            if self.closed or self._request != mine:  # only a stream can be overtaken
-                raise self._overtaken()
-            if not early:
-                logits = self._guarded(self.decode, tokens)
-
-    def _overtaken(self) -> InputError:
-        return InputError(
-            f"This stream cannot go on: its engine {'is closed' if self.closed else 'answers another prompt'}.",
-            cause="An engine has one KV cache; each request starts it anew.",
-            fix="Read a stream to its end before the next request, or give all prompts to generate at once.",
-        )
-
-    def fetch(self, tokens: Tensor) -> Callable[[], list[int]]:
-        """Begin to bring token ids [B] to the host; call the result to wait for them."""
-        return tokens.tolist
-
-    def _stream(self, ids: list[int], sampling: SamplingParams) -> Iterator[Token]:
-        sequence = _Sequence(ids)
-        shown = ""
-        for _ in self._run([sequence], sampling):
-            if len(sequence.output) < len(sequence.times):
-                return  # the end token came
-            text = self.detokenize(sequence.output)
-            # A character of several bytes may span tokens: it is held back until it is whole or nothing follows.
-            complete = bool(sequence.finish_reason) or not text.endswith("\ufffd")
-            yield Token(sequence.output[-1], text[len(shown) :] if complete else "", sequence.times[-1])
-            shown = text if complete else shown
-
-    def _guarded(self, phase: Any, argument: Any) -> Any:
+    def _guarded(self, phase: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a phase; where the device has no more memory, say so in our words."""
         try:
-            return phase(argument)
+            return phase(*arguments)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
                 raise
@@ -261,12 +338,11 @@ class Engine(ABC):
             ) from error
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint or engine folder, by the tokenizers library alone; None if it has none."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
+def source_digest(*paths: Path) -> str:
+    """A hash of the course's code that decides what a backend compiles: of these files, and the Python files of these
+    folders."""
+    files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _as_list(prompts: Any) -> list[Any]:

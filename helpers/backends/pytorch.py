@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import hardware, models
-from ..errors import ModelError
-from ..recipe import BuildRecipe
-from .base import Engine, load_tokenizer
+from helpers.backends.base import Engine
+from helpers.machine import hardware
+from helpers.model.checkpoint import Checkpoint, find_checkpoint
+from helpers.model.tokenizer import load_tokenizer
+from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_available() -> None:
+    """It runs wherever PyTorch does."""
 
 
 def load(recipe: BuildRecipe) -> Engine:
     return TorchCompileEngine(recipe) if recipe.backend == "torch_compile" else PyTorchEngine(recipe)
 
 
-def load_model(checkpoint: models.Checkpoint, dtype: torch.dtype, device: str) -> Any:
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
     """transformers' model of a checkpoint, in evaluation mode; random weights where the checkpoint is a dummy."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,18 +48,17 @@ class PyTorchEngine(Engine):
     """transformers in eager mode. Prompts of a batch are padded on the left, as `generate` does it."""
 
     def __init__(self, recipe: BuildRecipe):
-        checkpoint = models.find(recipe.model)
+        checkpoint = find_checkpoint(recipe.model)
         config = checkpoint.config
         super().__init__(recipe, load_tokenizer(checkpoint.folder), checkpoint.eos_token_ids(), config.vocab_size)
-        if recipe.max_seq_len > config.max_position_embeddings:
-            raise ModelError(f"max_seq_len={recipe.max_seq_len} exceeds the model's {config.max_position_embeddings}.")
+        checkpoint.check_length(recipe.max_seq_len)
         self.device = hardware.resolve_device(recipe.device)
         self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
         self.cache: Any = None
         self.mask = self.positions = torch.empty(0)
 
     @torch.inference_mode()
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -68,7 +72,7 @@ class PyTorchEngine(Engine):
         return self.forward(ids.to(self.device), positions)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor) -> Tensor:
+    def _decode(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
         self.positions = self.positions + 1
         return self.forward(tokens[:, None].to(self.device), self.positions)
@@ -89,7 +93,7 @@ class PyTorchEngine(Engine):
         )
         return out.logits[:, -1].float()
 
-    def release(self) -> None:
+    def _release(self) -> None:
         self.model = self.cache = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -143,8 +147,8 @@ class TorchCompileEngine(PyTorchEngine):
             return {}
         return {"cache_position": torch.arange(length - ids.shape[1], length, device=ids.device)}
 
-    def release(self) -> None:
-        super().release()
+    def _release(self) -> None:
+        super()._release()
         self.compiled, self.caches = None, {}
         torch._dynamo.reset()
 

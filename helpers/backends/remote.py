@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
-from ..recipe import BuildRecipe
-from ..sampling import SamplingParams
-from .base import Engine, _Sequence
-from .worker import Worker
+from helpers.backends.base import Engine, RunningSequence
+from helpers.errors import InputError
+from helpers.machine.worker import Worker
+from helpers.model.sampling import SamplingParams
+from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,29 +52,30 @@ class RemoteEngine(Engine):
         import torch
 
         ids = self.tokenize(prompt)
-        self._check_limits([ids], SamplingParams(max_tokens=1))
-        self._finish()
-        return torch.tensor(self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids))
+        self._check_limits([ids], 1)
+        with self._lock:
+            self._finish()
+            return torch.tensor(self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids))
 
     def memory(self) -> dict[str, int]:
         """The most bytes that the worker has held so far, on the host and on the GPU."""
-        self._finish()
-        return self.worker.call("memory")
+        with self._lock:
+            self._finish()
+            return self.worker.call("memory")
 
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
         raise self._no_steps()
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def _decode(self, tokens: Tensor) -> Tensor:
         raise self._no_steps()
 
-    def release(self) -> None:
+    def _release(self) -> None:
         self.worker.close()
 
-    def _run(self, sequences: list[_Sequence], sampling: SamplingParams) -> Iterator[int]:
+    def _run(self, sequences: list[RunningSequence], sampling: SamplingParams) -> Iterator[int]:
         """As in base.py, but the loop runs in the worker: each step's tokens arrive as one event."""
         self._finish()
-        self._request += 1
-        mine = self._request
+        request = self._claim()
         events = self._events = self.worker.stream(
             "generate",
             time_limit=TIME_LIMIT_S,
@@ -94,19 +95,17 @@ class RemoteEngine(Engine):
                         sequences[index].accept(token, seconds, sampling, self.end_ids)
                 yield step
                 step += 1
-                if self.closed or self._request != mine:
-                    raise self._overtaken()
+                self._check_not_overtaken(request)
         finally:
             if not self.closed:  # a stream that nobody reads on still runs in the worker; the next request waits for it
                 for _ in events:
                     pass
 
-    def _close_sequences(self, sequences: list[_Sequence], ended: dict[str, Any]) -> None:
+    def _close_sequences(self, sequences: list[RunningSequence], ended: dict[str, Any]) -> None:
         """A sequence that the worker ended before max_tokens met an end token that it did not hand out."""
         for sequence, seconds in zip(sequences, ended["seconds"], strict=True):
-            sequence.finish_reason = sequence.finish_reason or "stop"
-            if not sequence.times:
-                sequence.times.append(seconds)
+            if not sequence.finish_reason:
+                sequence.end(seconds)
 
     def _finish(self) -> None:
         for _ in self._events:

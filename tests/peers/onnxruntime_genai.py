@@ -7,9 +7,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import benchmark, comparison, models, records
-from helpers.benchmark import Runner
-from helpers.records import Row, Workload
+from helpers.bench import records
+from helpers.bench import run as benchmark
+from helpers.bench import tables as comparison
+from helpers.bench.records import Row, Workload
+from helpers.bench.run import Runner
+from helpers.model.checkpoint import BUNDLED
 
 PEER = "onnxruntime-genai"
 
@@ -27,7 +30,7 @@ class PeerRunner(Runner):
 
     def _build(self) -> None:
         start = time.perf_counter()
-        words = [self.python, "-m", "onnxruntime_genai.models.builder", "-i", str(models.BUNDLED), "-e", "cpu"]
+        words = [self.python, "-m", "onnxruntime_genai.builder", "-i", str(BUNDLED), "-e", "cpu"]
         subprocess.run(
             [*words, "-o", str(self.folder), "-p", self.row.precision, "-c", self.cache.name],
             check=True,

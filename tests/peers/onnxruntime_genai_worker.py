@@ -6,7 +6,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from helpers.benchmark_process import peak_host_bytes
+from helpers.machine.hardware import peak_host_bytes
 
 state = {}
 

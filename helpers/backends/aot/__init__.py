@@ -1,0 +1,1 @@
+"""The `aot` backend: PyTorch's AOTInductor."""

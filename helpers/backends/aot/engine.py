@@ -1,0 +1,168 @@
+"""An `aot` engine that runs: the compiled libraries, one set of weights, one KV cache; no Python model, no compiler."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.backends.aot.compile import empty_cache, load_graph, prefill_batch, read_weights
+from helpers.backends.base import Engine
+from helpers.model.checkpoint import Checkpoint
+from helpers.model.tokenizer import load_tokenizer
+from helpers.recipe import BuildRecipe
+
+SHORT = 1024  # so many tokens take a GPU hardly longer to read than few: starting its kernels is what takes the time
+
+
+class AotEngine(Engine):
+    """The compiled graphs, one set of weights, one KV cache for max_batch_size sequences."""
+
+    def __init__(self, recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]):
+        checkpoint = Checkpoint(folder.name, folder, dummy=False)
+        config = checkpoint.config
+        super().__init__(recipe, load_tokenizer(folder), checkpoint.eos_token_ids(), config.vocab_size)
+        details = manifest["details"]
+        self.device = manifest["identity"]["recipe"]["device"]
+        self.weights = read_weights(folder, self.device)
+        dtype = getattr(torch, details["compute_dtype"])
+        self.cache = empty_cache(recipe, config, self.device, dtype, recipe.max_batch_size)
+        self.span = torch.arange(recipe.max_seq_len, device=self.device)
+        self.graphs = {name: load_graph(folder / f"{name}.pt2") for name in details["graphs"]}
+        self.graph_weights = {
+            name: [self.weights[w] for w in graph["weights"]] for name, graph in details["graphs"].items()
+        }
+        self.num_threads = details["num_threads"]
+        self.lengths: list[int] = []
+        step = CudaGraphStep if self.device == "cuda" else DecodeStep
+        self.steps: dict[int, DecodeStep] = {size: step(self, size) for size in recipe.all_decode_batch_sizes}
+
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        self.lengths = [len(p) for p in prompts]
+        with self._own_threads():
+            rows = list(self._read(prompts))
+        for step in self.steps.values():
+            step.start(self.lengths)
+        return torch.cat(rows)
+
+    def _read(self, prompts: list[list[int]]) -> Iterator[Tensor]:
+        """Logits [n, V] of so many prompts at a time, until all are read."""
+        size = prefill_batch(self.recipe, self.device)
+        for first in range(0, len(prompts), size):
+            group = prompts[first : first + size]
+            # Eight prompts of 128 tokens take an H200 6.1 ms and one takes 4.4: short ones are worth reading together
+            # even with others that are not there.
+            short = size * max(map(len, group)) <= SHORT * len(group)
+            if len(group) == 1 or (len(group) <= size // 2 and not short):
+                yield from (self._read_group("prefill", first + at, [prompt]) for at, prompt in enumerate(group))
+                continue
+            # The graph writes to `size` slots. Where fewer follow, it begins earlier and reads some prompts again.
+            slot = min(first, self.recipe.max_batch_size - size)
+            group = prompts[slot : slot + size]
+            unused: list[list[int]] = [[0]] * (size - len(group))
+            yield self._read_group(f"prefill_b{size}", slot, group + unused)[first - slot : len(group)]
+
+    def _read_group(self, graph: str, slot: int, prompts: list[list[int]]) -> Tensor:
+        """Logits [B, V]; keys and values go to the slots from `slot` on."""
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(2, *lengths)  # the graphs take two tokens or more
+        tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
+        ends = torch.tensor(lengths, device=self.device)
+        return self._execute(graph, [tokens, ends, *self._slots(slot, slot + len(prompts))])
+
+    @contextlib.contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        """The library products of prefill use as many threads as the generated code was compiled for."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads if self.device == "cpu" else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        batch = len(self.lengths)
+        step = self.steps[min(size for size in self.steps if size >= batch)]
+        logits = step(tokens, self.lengths)
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits[:batch]
+
+    def _take(self, tokens: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
+        """A GPU starts on the next step before the host has seen this one's tokens. If these end the answer, that
+        step was for nothing."""
+        if self.device != "cuda" or last:
+            return super()._take(tokens, last)
+        host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        logits = self._decode(tokens)
+        copied.synchronize()
+        return host.tolist(), lambda: logits
+
+    def _release(self) -> None:
+        self.steps, self.graphs, self.graph_weights, self.weights, self.cache = {}, {}, {}, {}, []
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _slots(self, first: int, end: int) -> list[Tensor]:
+        return [c[first:end] for c in self.cache]
+
+    def _execute(self, graph: str, arguments: list[Tensor]) -> Tensor:
+        return self.graphs[graph].run([*self.graph_weights[graph], *arguments])[0]
+
+
+class DecodeStep:
+    """One decode graph on a CPU: attention reads as many cache entries as the longest sequence has."""
+
+    def __init__(self, engine: AotEngine, size: int):
+        self.run, self.size, self.span = engine._execute, size, engine.span
+        self.graph, self.cache = f"decode_b{size}", engine._slots(0, size)
+        self.tokens = torch.zeros(size, dtype=torch.long, device=engine.device)
+        self.positions = torch.zeros(size, dtype=torch.long, device=engine.device)
+
+    def start(self, lengths: list[int]) -> None:
+        """A new batch: the next token of sequence b goes to position lengths[b]; rows without one start over."""
+        self.positions.zero_()
+        if len(lengths) <= self.size:
+            self.positions[: len(lengths)] = torch.tensor(lengths)
+
+    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        self.tokens[: len(lengths)] = tokens
+        span = self.span[: max(2, max(lengths) + 1)]
+        logits = self.run(self.graph, [self.tokens, self.positions, span, *self.cache])
+        self.positions += 1
+        return logits
+
+
+class CudaGraphStep(DecodeStep):
+    """The same recorded as one CUDA graph: a step is a single launch. Its shapes are fixed, so attention reads
+    the whole cache and masks what is not there yet."""
+
+    def __init__(self, engine: AotEngine, size: int):
+        super().__init__(engine, size)
+        stream = _side_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside the recording, so that lazy initialization is not in it
+            self.run(self.graph, [self.tokens, self.positions, self.span, *self.cache])
+        torch.cuda.current_stream().wait_stream(stream)
+        self.recording = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.recording):
+            self.logits = self.run(self.graph, [self.tokens, self.positions, self.span, *self.cache])
+            self.positions += 1
+
+    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        self.tokens[: len(lengths)].copy_(tokens)
+        self.recording.replay()
+        return self.logits
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all engines: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has seen, for good."""
+    return torch.cuda.Stream()

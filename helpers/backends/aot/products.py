@@ -1,0 +1,125 @@
+"""The matrix product in the forms that Inductor compiles well, and the decoder's phases with them.
+
+model/llama.py says what is computed. This file says how a product is written so that the generated loop is fast on one
+kind of processor: which layout the weights have, and how many bytes are loaded at once.
+
+Shapes: M rows of the input, K columns, N rows of the weight, P rows of a packed block.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.model import llama
+from helpers.model.checkpoint import ModelConfig
+from helpers.model.llama import scale_and_bias
+from helpers.model.weights import Weights
+
+
+class Formed(llama.Decoder):
+    """A decoder whose products have a form (see `matmul`).
+
+    materialize: have intermediates that several products read written to memory once. Without it Inductor inlines, say,
+    the norm into the product behind it and computes it again for each of that product's rows.
+    """
+
+    def __init__(self, config: ModelConfig, product: str, materialize: bool):
+        super().__init__(config)
+        self.product, self.materialize = product, materialize
+
+    def matmul(self, weights: Weights, name: str, x: Tensor) -> Tensor:
+        return matmul(weights, name, x, self.product)
+
+    def keep(self, x: Tensor) -> Tensor:
+        # Inductor's lowering of as_strided needs its input in memory.
+        return x.as_strided(x.shape, x.stride()) if self.materialize else x
+
+
+class Prefill(Formed, llama.Prefill):
+    """Reads prompts."""
+
+
+class Decode(Formed, llama.Decode):
+    """One step."""
+
+
+def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
+    """x [M, K] times the transpose of the weight [N, K], in one of three forms of the same product.
+
+    "library"  hands it to the matrix library (MKL, cuBLAS); best for many rows
+    "rows"     writes it as products and sums over the checkpoint's layout; the compiler generates the loop and
+               fuses its neighbours into it; best for one row
+    "packed"   the same over blocks of P weight rows side by side ([N/P, K, P]; see `pack`), so that one vector
+               register holds P outputs and nothing is summed across lanes
+
+    int8 weights are widened inside the generated loop: what is read from memory is one byte a weight.
+    """
+    if product == "packed" and f"{name}.packed" in weights:
+        blocks = weights[f"{name}.packed"]
+        words = f"{name}.scale" in weights and blocks.dtype == torch.float32
+        parts = _bytes(blocks, x) if words else _columns(blocks, x)
+        products = (part[:, None] * entries[None, :, :, None] for part, entries in parts)
+        y = reduce(torch.add, products).sum(2)  # [N/P, M, P]
+        y = y.transpose(0, 1).reshape(x.shape[0], -1)
+    elif product == "library":
+        y = F.linear(*_widened(x, weights[f"{name}.weight"]))
+    else:
+        weight = weights[f"{name}.weight"].to(x.dtype)
+        y = (weight[:, None] * x).sum(-1).transpose(0, 1)  # the weight's rows outermost: each is read once
+    return scale_and_bias(weights, name, y)
+
+
+def _as_words(weight: Tensor) -> bool:
+    """Whether int8 weights [N, K] are read as 32-bit words: on CPUs without AVX-512.
+
+    Inductor loads as many bytes as the vector has room for when they are widened. AVX-512 does so with a mask. For
+    shorter vectors its code goes by way of the stack, and that takes several times as long as the rest of a product.
+    """
+    if weight.dtype != torch.int8 or weight.device.type != "cpu" or weight.shape[1] % 4:
+        return False
+    return torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
+def _bytes(words: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of four int8 columns in each 32-bit word, the first, second, third and fourth, and the entries of x they meet.
+
+    words: [N, K/4] or [N/P, K/4, P], typed float32, because only that is loaded at once; x: [M, K].
+    """
+    bits = words.view(torch.int32)
+    return [((bits << 24 - 8 * j >> 24).to(x.dtype), x[:, j::4]) for j in range(4)]  # the lowest byte comes first
+
+
+def _columns(blocks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Blocks [N/P, K, P] and x [M, K]: whole, or, where P is 8 (AVX2), in four parts of every fourth column.
+
+    Each addition to a sum waits for the one before. With four parts, a step of the generated loop adds up four
+    products by themselves and then one number to the sum: a quarter of the waiting.
+    """
+    if blocks.shape[-1] != 8 or x.shape[1] % 4:
+        return [(blocks.to(x.dtype), x)]
+    return [(blocks[:, j::4], x[:, j::4]) for j in range(4)]
+
+
+def _widened(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] and the weight [N, K] in its type, the columns of both in the same order."""
+    if not _as_words(weight):
+        return x, weight.to(x.dtype)
+    parts = _bytes(weight.view(torch.float32), x)
+    return torch.cat([entries for _, entries in parts], -1), torch.cat([part for part, _ in parts], -1)
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """[N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`); None where P does not divide N.
+
+    P is 8 for 32-bit weights and words with AVX2, a register's sums (float32), and 16 else: a register's with AVX-512,
+    two registers' for 16-bit weights with AVX2, and untried on other processors.
+    """
+    columns = weight.view(torch.float32) if _as_words(weight) else weight
+    rows = 8 if columns.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+    if len(weight) % rows:
+        return None
+    return columns.view(len(weight) // rows, rows, -1).permute(0, 2, 1).contiguous()

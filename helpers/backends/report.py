@@ -1,0 +1,104 @@
+"""What is inside an engine: the operations that went in, the kernels that came out, and the bytes they read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import EngineCorrupt
+
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the graph before fusion. `name` is unique in its graph; `op` is the kind, such as "mul"."""
+
+    graph: str
+    name: str
+    op: str
+    dtype: str
+    shape: tuple[int | str, ...] = ()  # a string where the length is known only at run time
+    source: str = ""  # the module's line it came from, where known
+    node: str = ""  # the ONNX node it came from, where there is one
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One piece of compiled work after fusion. `fused` are names of the operations that it does in one go."""
+
+    graph: str
+    name: str
+    kind: str  # "generated" by the compiler, "library" call, "ours" (gpu_kernels.py), or TensorRT's layer type
+    fused: tuple[str, ...]
+    dtype: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """Both sides of a build. Every operation is in at least one kernel, or listed in `removed`."""
+
+    backend: str
+    operations: list[Operation]
+    kernels: list[Kernel]
+    removed: list[str] = field(default_factory=list)  # "graph/name" of what the compiler found unnecessary
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each file of the engine
+
+    def graphs(self) -> list[str]:
+        return list(dict.fromkeys(operation.graph for operation in self.operations))
+
+    def of(self, graph: str) -> EngineReport:
+        """The part of the report that is about one graph, such as "decode_b1"."""
+        return EngineReport(
+            self.backend,
+            [o for o in self.operations if o.graph == graph],
+            [k for k in self.kernels if k.graph == graph],
+            [r for r in self.removed if r.startswith(f"{graph}/")],
+            self.sizes,
+        )
+
+    def operation_counts(self) -> Counter[str]:
+        return Counter(operation.op for operation in self.operations)
+
+    def largest(self, count: int = 5) -> list[Kernel]:
+        """The kernels that do the most operations."""
+        return sorted(self.kernels, key=lambda k: -len(k.fused))[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EngineReport:
+        operations = [Operation(**{**o, "shape": tuple(o["shape"])}) for o in fields["operations"]]
+        kernels = [Kernel(**{**k, "fused": tuple(k["fused"])}) for k in fields["kernels"]]
+        return cls(**{**fields, "operations": operations, "kernels": kernels})
+
+    def __str__(self) -> str:
+        rows = [f"{'graph':<12} {'operations':>10} {'kernels':>8}   largest kernel"]
+        for graph in self.graphs():
+            part = self.of(graph)
+            big = part.largest(1)
+            words = f"{len(big[0].fused)} operations in one {big[0].kind} kernel" if big else ""
+            rows.append(f"{graph:<12} {len(part.operations):>10} {len(part.kernels):>8}   {words}")
+        return "\n".join(rows)
+
+
+def read_report(folder: Path, sizes: dict[str, int] | None = None) -> EngineReport:
+    """The report that a build wrote. sizes: bytes of each file of the engine, for the report's `sizes`."""
+    try:
+        fields = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        return EngineReport.from_dict({**fields, "sizes": sizes or fields["sizes"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineCorrupt(
+            f"The report of engine {folder.name!r} cannot be read: {error}.",
+            cause="The file was changed or cut after the build.",
+            fix=f"Remove the engine and build it again: python -m helpers remove {folder.name}",
+        ) from error
+
+
+def write_report(report: EngineReport, folder: Path) -> None:
+    (folder / REPORT_FILE).write_text(json.dumps(report.to_dict()), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The `tensorrt` backend: TensorRT's own builder."""

@@ -1,0 +1,168 @@
+"""TensorRT's builder, driven from the notebook's side: a worker compiles an ONNX file, and its layers are read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.backends.report import Kernel, Operation
+from helpers.backends.tensorrt import layers
+from helpers.backends.tensorrt.api import explain
+from helpers.errors import BackendUnavailable, BuildError
+from helpers.machine.worker import Worker
+from helpers.progress import Progress
+from helpers.recipe.tensorrt import Options
+
+if TYPE_CHECKING:
+    import onnx
+
+API = "helpers.backends.tensorrt.api"
+TIME_LIMIT = 1800.0  # seconds
+# Where an engine runs that was built without targets, in TensorRT for RTX 1.7.1's own words at loading.
+RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1", "newer than 12.0")
+
+
+def check_plans(name: str, manifest: dict[str, Any]) -> None:
+    """BackendUnavailable for a record of an engine: its plan files stayed where it was built."""
+    if "recorded" in manifest:
+        raise BackendUnavailable(
+            f"Engine {name!r} is a record of one that was built elsewhere, without its plan file.",
+            cause="TensorRT cannot build on this machine, so it could not load a plan either.",
+            fix="Build it on a Linux or Windows machine: pip install tensorrt-rtx==1.7.1.116.",
+        )
+    if not plans(manifest):
+        raise BuildError(
+            f"Engine {name!r} holds no TensorRT plan.",
+            cause=f"It was built by backend {manifest['recipe']['backend']!r}.",
+            fix="Load it: load(folder).",
+        )
+
+
+def plans(manifest: dict[str, Any]) -> list[str]:
+    """The plan files that the manifest lists."""
+    return [name for name in manifest["files"] if name.endswith(".plan")]
+
+
+def load_plans(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Load each plan of a verified folder in a worker, and give it back: TensorRT's word on whether it runs here."""
+    provider, answer = manifest["details"]["provider"], {}
+    with start_worker() as worker:
+        for plan in plans(manifest):
+            answer = worker.call("load", plan=str(folder / plan), name=folder.name, provider=provider)
+    return answer
+
+
+def start_worker() -> Worker:
+    """A worker with TensorRT in it, under the Python that COURSE_TENSORRT_PYTHON names if it is set."""
+    return Worker(API, python=os.environ.get("COURSE_TENSORRT_PYTHON", ""))
+
+
+def missing(provider: str = "tensorrt_rtx") -> str:
+    """Why nothing can be built here, in one line; "" where it can."""
+    try:
+        provider_version(provider)
+    except BackendUnavailable as error:
+        return f"{error.what} {error.cause}"
+    return ""
+
+
+@cache
+def provider_version(provider: str) -> str:
+    """The installed version; BackendUnavailable, in one line, where there is none (macOS)."""
+    if os.environ.get("COURSE_TENSORRT_PYTHON"):
+        with start_worker() as worker:
+            return worker.call("version", provider=provider)
+    try:
+        return importlib.metadata.version(provider)
+    except importlib.metadata.PackageNotFoundError:
+        raise BackendUnavailable(
+            f"TensorRT cannot build here: the package {provider.replace('_', '-')!r} is not installed.",
+            cause="NVIDIA makes no TensorRT for macOS."
+            if sys.platform == "darwin"
+            else "It comes with the course on Linux and Windows.",
+            fix="Look at the recorded engines, or on Linux or Windows: pip install tensorrt-rtx==1.7.1.116.",
+        ) from None
+
+
+def machine_facts(provider: str) -> dict[str, Any]:
+    """What a plan depends on: TensorRT's version and the operating system, not this machine's processor."""
+    return {
+        "architecture": f"{platform.system().lower()} {platform.machine().lower()}",
+        "device_name": "",
+        "instructions": "",
+        "versions": {provider: provider_version(provider)},
+    }
+
+
+def plan_from_onnx(
+    worker: Worker,
+    model: onnx.ModelProto,
+    file: Path,
+    plan: Path,
+    settings: Options,
+    progress: Progress,
+    time_limit: float = TIME_LIMIT,
+) -> tuple[tuple[list[Operation], list[Kernel], list[str]], dict[str, Any]]:
+    """One plan file from one ONNX file: its part of the report, and what the manifest says of it.
+
+    model is the file's content (its weights are not looked at); the graph is named for the plan file.
+    """
+    from helpers.backends.tensorrt import onnx_export
+
+    graph = plan.stem
+    nodes = onnx_export.sources(model)
+    with progress.phase(f"build {graph}"):
+        arguments = {"onnx": str(file), "plan": str(plan), "provider": settings.provider, "options": asdict(settings)}
+        built = worker.call("build", time_limit=time_limit, **arguments)
+    if "refused" in built:
+        raise _refused(built, nodes)
+    if built["inspector"]:
+        found = layers.parse_inspector(built["inspector"])
+    elif built["message"]:
+        found = layers.parse_message(built["message"])
+    else:
+        raise BuildError(
+            "TensorRT built the engine and described none of its layers.",
+            cause="This version writes its layers elsewhere, and no GPU here can load the engine to ask it.",
+            fix="Use the version that the course names: pip install tensorrt-rtx==1.7.1.116.",
+        )
+    parts = layers.account(graph, built["network"], found, nodes)
+    counts = {"nodes": len(nodes), "network_layers": len(built["network"]), "engine_layers": len(found)}
+    return parts, {"inputs": built["inputs"], "outputs": built["outputs"], "seconds": built["seconds"], **counts}
+
+
+def runs_on(settings: Options) -> list[str]:
+    """Compute capabilities that an engine with these settings can run on."""
+    if settings.compute_capabilities:
+        return list(settings.compute_capabilities)
+    if settings.provider == "tensorrt_rtx":
+        return list(RTX_TARGETS)
+    import torch
+
+    return [".".join(map(str, torch.cuda.get_device_capability()))]
+
+
+def details(settings: Options) -> dict[str, Any]:
+    """What the manifest keeps of the builder."""
+    version = provider_version(settings.provider)
+    return {"provider": settings.provider, "version": version, "runs_on": runs_on(settings)}
+
+
+def _refused(built: dict[str, Any], nodes: dict[str, str]) -> BuildError:
+    """The parser's message, with the module's line of the node that it names."""
+    error = explain(built["refused"], "The graph is refused.")
+    named = zip(built["nodes"], built["operators"], strict=False)
+    places = [f"{node} ({op}), from {nodes.get(node) or 'an unknown line'}" for node, op in named]
+    return BuildError(
+        error.what,
+        cause=f"TensorRT has no such operation, or not with these types: {'; '.join(places)}."
+        if places
+        else "The file is no network that TensorRT knows.",
+        fix="Write that line of the module with other operations.",
+    )

@@ -1,0 +1,186 @@
+"""TensorRT engines from a torch module or an ONNX file, on a machine with or without a GPU.
+
+    import torch
+    from torch import nn
+    from helpers import inspect
+    from helpers.tensorrt_builder import build_module, build_onnx, load_plan
+
+    block = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 1024), nn.GELU())
+    folder = build_module(block, (torch.randn(8, 256),), precision="fp16", name="block")
+    report = inspect(folder)                  # the report that every backend has
+    len(report.operations), len(report.kernels)       # 11 network layers before, 2 engine layers after
+    for kernel in report.kernels:
+        kernel.name, kernel.kind, kernel.dtype        # TensorRT's name and type of the layer
+        kernel.fused                          # the network layers in it: names of report.operations
+        kernel.details["steps"]               # what it does, spelled out of its name: Fc, Add, Erf, ...
+        kernel.details["nodes"]               # the ONNX nodes in it
+        kernel.details["constants"]           # weights: name, shape, dtype, format (memory layout)
+    report.operations[4].source               # the module's line: "cell:3" or "model.py:12"
+    report.removed                            # computed while building, or turned into a view
+    report.sizes["module.plan"]               # bytes
+    read_manifest(folder)["details"]       # provider, version, runs_on (compute capabilities), inputs, outputs
+    load_plan(folder)                         # loads it; without a fitting GPU: TensorRT's own words, cause and fix
+
+precision is fp32, fp16, bf16, int8, int4 (both weights only) or fp8. Options, all by name: helpers/recipe/tensorrt.py.
+
+What TensorRT for RTX is: NVIDIA's TensorRT for GeForce and RTX cards. It builds ahead of time without a GPU and
+finishes its kernels when the engine first runs. TensorRT itself, which TensorRT-LLM uses, measures kernels on the GPU
+while it builds: it needs one, takes minutes, and names its layers differently.
+
+The language models go the usual way: build(BuildRecipe(backend="tensorrt", precision="fp16")).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from helpers.backends.base import BuildJob, source_digest
+from helpers.backends.report import EngineReport, write_report
+from helpers.backends.tensorrt import builder, onnx_export
+from helpers.progress import Progress
+from helpers.recipe.tensorrt import Options, make_options
+
+GRAPH = "module"  # the one graph of such an engine
+
+
+def from_module(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    precision: str,
+    *,
+    name: str,
+    time_limit: float,
+    options: dict[str, Any],
+) -> BuildJob:
+    """What engine.build_module builds. A module of torch's own parts is exported when it is compiled; what a class of
+    one's own computes is only known from its export, so that comes first."""
+    settings = make_options(options)
+    builder.provider_version(settings.provider)
+    varying = {
+        name: [
+            axis for axis, (least, greatest) in enumerate(zip(shapes[0], shapes[2], strict=True)) if least != greatest
+        ]
+        for profile in settings.profiles
+        for name, shapes in profile.items()
+    }
+
+    def export() -> onnx.ModelProto:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "module.onnx"
+            onnx_export.export(module, example_inputs, file, precision=precision, varying=varying)
+            return onnx_export.read(file)
+
+    label = name or type(module).__name__.lower()
+    content = content_of(module, example_inputs, precision)
+    if content:
+        return _job(label, precision, settings, content, export, time_limit, example_inputs)
+    exported = export()
+    content = _content_of_graph(exported)
+    return _job(label, precision, settings, content, lambda: exported, time_limit, example_inputs)
+
+
+def from_onnx(file: Path, precision: str, *, name: str, time_limit: float, options: dict[str, Any]) -> BuildJob:
+    """What engine.build_onnx builds."""
+    settings = make_options(options)
+    builder.provider_version(settings.provider)
+    model = onnx_export.read(file)
+    if precision:
+        onnx_export.retype(model, precision)
+    content = _content_of_graph(model)
+    return _job(name or file.stem, precision or "fp32", settings, content, lambda: model, time_limit, ())
+
+
+def _job(
+    label: str,
+    precision: str,
+    settings: Options,
+    content: str,
+    export: Callable[[], onnx.ModelProto],
+    time_limit: float,
+    example_inputs: Sequence[Any],
+) -> BuildJob:
+    """Export, quantize, compile. content: a hash of what is built."""
+
+    def compile_into(folder: Path, progress: Progress) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=folder) as work, builder.start_worker() as worker:
+            file = Path(work) / "module.onnx"
+            with progress.phase("export to ONNX"):
+                model = copy.deepcopy(export())
+            if precision in onnx_export.COMPUTE:
+                with progress.phase(f"quantize to {precision}"):
+                    largest = None
+                    if precision == "fp8":
+                        largest = onnx_export.calibrate(model, onnx_export.example_feeds(model, example_inputs))
+                    onnx_export.quantize(model, precision, largest)
+            onnx_export.save(model, file)
+            plan = folder / f"{GRAPH}.plan"
+            parts, details = builder.plan_from_onnx(worker, model, file, plan, settings, progress, time_limit)
+        write_report(EngineReport("tensorrt", *parts), folder)
+        return {**builder.details(settings), **details}
+
+    changed = {k: v for k, v in asdict(settings).items() if v != getattr(Options(), k)}
+    recipe = {"model": label, "backend": "tensorrt", "precision": precision, "device": "cpu"}
+    recipe["options"] = json.loads(json.dumps(changed))
+    identity = {
+        "kind": "module",
+        "recipe": recipe,
+        "checkpoint": content,
+        **builder.machine_facts(settings.provider),
+        "source": source_digest(Path(__file__).parent),
+    }
+    return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, 2.0, 5_000_000)
+
+
+def _content_of_graph(model: onnx.ModelProto) -> str:
+    """A hash of a graph. Of the nodes' metadata only the module's lines count: the rest names files that lie
+    elsewhere in every session."""
+    bare = copy.deepcopy(model)
+    weights = hashlib.sha256()
+    for tensor in bare.graph.initializer:
+        weights.update(tensor.raw_data)
+        tensor.ClearField("raw_data")
+    for thing in (*bare.graph.node, *bare.graph.input, *bare.graph.output, *bare.graph.value_info, bare.graph, bare):
+        del thing.metadata_props[:]
+    lines = json.dumps(onnx_export.sources(model))
+    return hashlib.sha256(bare.SerializeToString(deterministic=True) + lines.encode() + weights.digest()).hexdigest()
+
+
+def content_of(module: nn.Module, example_inputs: Sequence[Any], precision: str) -> str:
+    """A hash of a module that consists of torch's own modules, so that an equal one is found without an export.
+
+    "" for any other: what a class of one's own computes is only known when it is exported.
+    """
+    bookkeeping = vars(torch.nn.Module())
+    total = hashlib.sha256(torch.__version__.encode())
+    for name, part in module.named_modules():
+        settings = {key: value for key, value in vars(part).items() if key not in bookkeeping}
+        hooks = any(vars(part)[key] for key in bookkeeping if key.endswith("hooks"))
+        if not type(part).__module__.startswith("torch.nn.modules.") or hooks or not _is_plain([*settings.values()]):
+            return ""
+        total.update(repr((name, type(part).__name__, sorted(settings.items()))).encode())
+    inputs = [(str(index), value) for index, value in enumerate(example_inputs)]
+    if not all(isinstance(value, torch.Tensor) for _, value in inputs):
+        return ""
+    for key, tensor in (*module.named_parameters(), *module.named_buffers(), *inputs):
+        total.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
+        if not key.isdigit() or precision == "fp8":  # of inputs only the shape counts, but fp8's scales rest on them
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            total.update(raw.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

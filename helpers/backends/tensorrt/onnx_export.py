@@ -1,0 +1,379 @@
+"""A torch module as an ONNX file, with every precision written into the graph.
+
+TensorRT's networks are strongly typed: it computes in the types that the graph names and chooses none itself. So
+fp16 and bf16 are the types of weights and activations, and int8, int4 and fp8 are pairs of QuantizeLinear and
+DequantizeLinear around the matrix products, which TensorRT then takes into its kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from helpers.errors import BuildError
+
+OPSET = 21  # the first with blocks in DequantizeLinear; TensorRT 10 and later read it
+IR_VERSION = 10  # of ONNX files that belongs to that opset
+SOURCE = "source"  # metadata of a node: "model.py:12", where we write the node ourselves
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTE = {"int8": "fp16", "int4": "fp16", "fp8": "fp16"}  # what quantized weights are widened to
+ONNX_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+TORCH_TYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+ALL_TYPES = {**TORCH_TYPES, TensorProto.INT8: torch.int8, TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn}
+BLOCKS = (128, 64)  # int4 weights that share a scale, along the axis that is summed over
+LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GB, beyond that the weights lie in a file beside it
+FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 7.0
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The type of activations for a precision: its own, or fp16 where only weights (or products) are quantized."""
+    return DTYPES[COMPUTE.get(precision, precision)]
+
+
+def export(
+    module: nn.Module,
+    example_inputs: Sequence[Any],
+    path: Path,
+    *,
+    precision: str = "fp32",
+    varying: Mapping[str, Sequence[int]] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """Write the module as ONNX, its weights and inputs cast to the precision's type; the module is not changed.
+
+    varying: for inputs (by the name of forward's parameter) the axes whose length is open.
+    """
+    dtype = compute_dtype(precision)
+    cast = copy.deepcopy(module).eval().to(dtype)
+    inputs = tuple(_cast(value, dtype) for value in example_inputs)
+    names = list(inspect.signature(module.forward).parameters)[: len(inputs)]
+    if unknown := set(varying or ()) - set(names):
+        raise BuildError(
+            f"A profile names an input {sorted(unknown)[0]!r}; the module's forward has {', '.join(names)}.",
+            fix="Use the names of forward's parameters.",
+        )
+    shapes = {name: dict.fromkeys((varying or {}).get(name, ()), torch.export.Dim.AUTO) or None for name in names}
+    write(cast, inputs, path, shapes if varying else None, input_names, output_names)
+
+
+def write(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    path: Path,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> None:
+    """torch.export, then torch.onnx, without the messages that concern neither the module nor its reader."""
+    size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+            converted = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=input_names,
+                output_names=output_names,
+            )
+        except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
+            root: Exception = error
+            while root.__cause__ is not None and isinstance(root.__cause__, Exception):
+                root = root.__cause__
+            raise BuildError(
+                f"The module cannot be written as ONNX: {_first_words(str(root))}",
+                cause="Its forward branches on values, or uses an operation that ONNX has no word for.",
+                fix="Write that line with other torch operations; the full message is in this error's __cause__.",
+            ) from error
+        assert converted is not None
+        converted.save(path, external_data=size > LARGEST)
+
+
+def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
+    """An ONNX file, checked to be one: any bytes can be read as an empty one. weights: also those in another file."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=weights)
+    except FileNotFoundError:
+        raise BuildError(f"There is no file {path.name!r}.", fix="Check the path.") from None
+    except (DecodeError, OSError) as error:
+        raise _no_onnx(path) from error
+    if not model.graph.node or not model.opset_import:
+        raise _no_onnx(path)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size > LARGEST:
+        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save(model, path)
+
+
+def sources(model: onnx.ModelProto) -> dict[str, str]:
+    """Every node's name with the module's line that it came from ("model.py:12"), "" where that is unknown."""
+    return {node.name: _source(node) for node in model.graph.node}
+
+
+def retype(model: onnx.ModelProto, precision: str) -> None:
+    """Give an fp32 graph the precision's type: weights, inputs, outputs, casts and constants.
+
+    What was computed in fp32 to be safe, such as a norm's mean, is then computed in the narrow type too: export a
+    module instead where that matters.
+    """
+    target = ONNX_TYPES[COMPUTE.get(precision, precision)]
+    dtype = TORCH_TYPES[target]
+    if target == TensorProto.FLOAT:
+        return
+    for tensor in _tensors(model):
+        if tensor.data_type == TensorProto.FLOAT:
+            values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(dtype)
+            tensor.CopyFrom(proto(tensor.name, values))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = target
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
+                attribute.i = target
+
+
+def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float] | None = None) -> list[str]:
+    """Rewrite every product with a constant weight to int8, int4 or fp8 weights; returns those weights' names.
+
+    int8: one scale a row (w = q * s, s = max|w| / 127); int4: one scale for 128 weights along a row; both are
+    symmetric and leave the activations alone. fp8 (E4M3): weights and activations, one scale each; `largest` has
+    the greatest magnitude of each product's input, by weight name (see `calibrate`).
+    """
+    graph = model.graph
+    initializers = {t.name: t for t in graph.initializer}
+    products = list(_products(graph, initializers))
+    done: set[str] = set()
+    for node, weight, rows in products:
+        values = _values(initializers[weight])
+        name = f"{weight}_{precision}"
+        if weight not in done:
+            done.add(weight)
+            graph.initializer.extend(narrowed(name, values, precision, rows))
+        attributes = scale_axes(weight, precision, rows, values.shape[1 - rows])
+        _insert(graph, node, 1, "DequantizeLinear", [name, f"{name}_scale"], f"{node.name}_weight", attributes)
+        if precision == "fp8":
+            _quantize_activation(graph, node, weight, (largest or {})[weight], initializers[weight].data_type)
+    used = {name for node in graph.node for name in node.input}
+    kept = [t for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return sorted(done)
+
+
+def proto(name: str, values: Tensor) -> TensorProto:
+    """A torch tensor as a tensor of an ONNX file."""
+    raw = values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return helper.make_tensor(name, onnx_type(values.dtype), values.shape, raw, raw=True)
+
+
+def onnx_type(dtype: torch.dtype) -> int:
+    return next(kind for kind, known in ALL_TYPES.items() if known == dtype)
+
+
+def calibrate(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The greatest magnitude at each product's input when the graph runs on these inputs, by weight name.
+
+    Runs onnx's reference evaluator: slow, and good enough for a few inputs.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    initializers = {t.name: t for t in model.graph.initializer}
+    products = list(_products(model.graph, initializers))
+    wanted = sorted({node.input[0] for node, _, _ in products})
+    watched = copy.deepcopy(model)
+    del watched.graph.output[:]
+    watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = dict(zip(wanted, ReferenceEvaluator(watched).run(None, dict(feeds)), strict=True))
+    return {weight: float(np.abs(found[n.input[0]]).max().astype(np.float32)) for n, weight, _ in products}
+
+
+def example_feeds(model: onnx.ModelProto, inputs: Sequence[Any] = ()) -> dict[str, np.ndarray]:
+    """Inputs to calibrate with: those given, else standard normal numbers (zeros for whole numbers)."""
+    generator = np.random.default_rng(0)
+    feeds = {}
+    flat = [v for value in inputs for v in (value if isinstance(value, (list, tuple)) else [value])]
+    for index, value in enumerate(model.graph.input):
+        dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        if flat:
+            feeds[value.name] = flat[index].detach().cpu().float().numpy().astype(dtype)
+            continue
+        shape = [d.dim_value or 2 for d in value.type.tensor_type.shape.dim]
+        numbers = generator.standard_normal(shape) if dtype.kind not in "iub" else np.zeros(shape)
+        feeds[value.name] = numbers.astype(dtype)
+    return feeds
+
+
+def _products(graph: onnx.GraphProto, initializers: Mapping[str, TensorProto]) -> Iterator[tuple[Any, str, int]]:
+    """Each product with a constant matrix: the node that reads it, the matrix's name, its axis of output rows.
+
+    The node is the product itself, or the Transpose between the two; _insert puts the dequantization before it.
+    """
+    for node in graph.node:
+        if node.op_type not in ("Gemm", "MatMul"):
+            continue
+        weight = node.input[1]
+        if weight in initializers and len(initializers[weight].dims) == 2:
+            if initializers[weight].data_type not in TORCH_TYPES:
+                continue
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            yield node, weight, 0 if transposed else 1
+
+
+def narrowed(name: str, values: Tensor, precision: str, rows: int) -> Iterator[TensorProto]:
+    """A weight's narrow values and their scales, as tensors NAME and NAME_scale. rows: the axis of output rows."""
+    wide, source = values.float(), values.dtype
+    if precision == "int8":
+        scale = wide.abs().amax(1 - rows, keepdim=True).clamp_min(1e-6) / INT8_MAX
+        yield proto(name, (wide / scale).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8))
+        yield proto(f"{name}_scale", scale.flatten().to(source))
+    elif precision == "int4":
+        size = _block(name, wide.shape[1 - rows])
+        blocks = wide.unflatten(1 - rows, (-1, size))  # the block's own axis comes right after its number
+        scale = blocks.abs().amax(2 - rows, keepdim=True).clamp_min(1e-6) / INT4_MAX
+        narrow = (blocks / scale).round().clamp(-INT4_MAX, INT4_MAX).to(torch.int8).view(wide.shape)
+        pairs = narrow.flatten().numpy().view(np.uint8)
+        packed = (pairs[0::2] & 15) | (pairs[1::2] << 4)  # two to a byte, the first in the low half
+        yield helper.make_tensor(name, TensorProto.INT4, wide.shape, packed.tobytes(), raw=True)
+        yield proto(f"{name}_scale", scale.squeeze(2 - rows).to(source))
+    else:
+        one = fp8_scale(wide.abs().max().item())
+        yield proto(name, (wide / one).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+        yield proto(f"{name}_scale", torch.tensor(one).to(source))
+
+
+def scale_axes(weight: str, precision: str, rows: int, columns: int) -> dict[str, Any]:
+    """DequantizeLinear's attributes: which numbers share a scale. columns: weights in a row."""
+    if precision == "int4":
+        return {"axis": 1 - rows, "block_size": _block(weight, columns)}
+    return {} if precision == "fp8" else {"axis": rows}
+
+
+def fp8_scale(largest: float) -> float:
+    return max(largest, 1e-6) / FP8_MAX
+
+
+def _quantize_activation(graph: onnx.GraphProto, node: Any, weight: str, largest: float, source: int) -> None:
+    """QuantizeLinear and DequantizeLinear on the product's input: TensorRT then feeds fp8 to the product."""
+    scale, zero = f"{weight}_input_scale", f"{weight}_input_zero"
+    if scale not in {t.name for t in graph.initializer}:
+        value = torch.tensor(fp8_scale(largest)).to(TORCH_TYPES[source])
+        graph.initializer.append(proto(scale, value))
+        graph.initializer.append(proto(zero, torch.tensor(0.0).to(torch.float8_e4m3fn)))
+    _insert(graph, node, 0, "QuantizeLinear", [node.input[0], scale, zero], f"{node.name}_narrow", {})
+    _insert(graph, node, 0, "DequantizeLinear", [node.input[0], scale], f"{node.name}_input", {})
+
+
+def _insert(
+    graph: onnx.GraphProto, node: Any, position: int, op: str, inputs: list[str], name: str, attributes: dict[str, int]
+) -> None:
+    """A new node before `node`, feeding its input at this position; it inherits the module's line."""
+    added = helper.make_node(op, inputs, [f"{name}_value"], name=name, **attributes)  # type: ignore[arg-type]
+    added.metadata_props.extend(node.metadata_props)
+    node.input[position] = f"{name}_value"
+    graph.node.insert(list(graph.node).index(node), added)
+
+
+def _block(weight: str, length: int) -> int:
+    size = next((b for b in BLOCKS if length % b == 0), 0)
+    if not size:
+        raise BuildError(
+            f"int4 needs rows of a multiple of {BLOCKS[-1]} weights; those of {weight!r} have {length}.",
+            cause=f"A scale is shared by {BLOCKS[0]} or {BLOCKS[-1]} weights of a row.",
+            fix="Use precision 'int8', which has one scale a row of any length.",
+        )
+    return size
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    yield from model.graph.initializer
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+
+
+def _values(tensor: TensorProto) -> Tensor:
+    if tensor.raw_data:
+        return torch.frombuffer(bytearray(tensor.raw_data), dtype=TORCH_TYPES[tensor.data_type]).view(*tensor.dims)
+    return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy())
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _source(node: Any) -> str:
+    """The innermost line outside torch, from the stack trace that torch.onnx leaves in the node's metadata."""
+    metadata = {p.key: p.value for p in node.metadata_props}
+    if SOURCE in metadata:
+        return metadata[SOURCE]
+    trace = metadata.get("pkg.torch.onnx.stack_trace", "")
+    inside = (str(Path(torch.__file__).parent) + os.sep, "torch/")  # torch's own passes give a relative path
+    frames = [f for f in re.findall(r'File "([^"]+)", line (\d+)', trace) if not f[0].startswith(inside)]
+    if not frames:
+        return ""
+    path, line = frames[-1]
+    cell = "ipykernel_" in path or path.startswith("<ipython")
+    return f"{'cell' if cell else Path(path).name}:{line}"
+
+
+def _first_words(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400]
+
+
+def _no_onnx(path: Path) -> BuildError:
+    return BuildError(
+        f"{path.name!r} is not an ONNX file with operations in it.",
+        cause="The file is of another kind, empty, or was cut.",
+        fix="Export it again: torch.onnx.export(module, inputs, dynamo=True).save(path).",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch's exporter tells its maintainers; errors are raised as before."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

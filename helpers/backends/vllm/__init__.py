@@ -1,0 +1,1 @@
+"""The `vllm` backend: vLLM 0.25.1."""

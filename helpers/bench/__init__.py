@@ -1,0 +1,1 @@
+"""Timing backends against each other: the run, its records, tables and claims."""

@@ -1,0 +1,410 @@
+"""Time the same work on several backends, fairly: the run and its metrics. records.py keeps what it measured.
+
+What is the same for all: token ids in, number of tokens out (the end token is ignored), greedy decoding, batch,
+limits, and threads on a CPU. What differs is the contender: a backend and a precision. Each runs in a process of its
+own, so that its memory is its own, and all take turns, so that a disturbance of the machine hits all alike.
+
+The metrics, and whose definition each is:
+  TTFT               request to first token (trtllm-bench, vllm bench, MLPerf)
+  TPOT               (E2E - TTFT) / (output tokens - 1) of one request (trtllm-bench calls the same sum ITL)
+  ITL                the single gaps between tokens, as the caller sees them (vllm bench serve)
+  E2E                request to last token
+  output throughput  batch x output tokens / E2E: the first token counts too (trtllm-bench's headline, vllm bench)
+  per user           1 / TPOT (trtllm-bench)
+  limit              ours: the time to read once the bytes that a decode step must read (see `bytes_per_step`)
+  build              ours: the engine's build; for torch_compile, by how much its first request was late
+  start              ours: a new process to a loaded engine, imports included
+  GPU memory         ours: what the GPU had more of when the process had ended, so CUDA's own share is in it
+
+Of a batch, TTFT and TPOT are the means over its requests, and E2E is the last request's. A time ends when the
+caller holds the token ids, so the device has done its work by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from helpers.bench.records import Record, Row, Workload, commit
+from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError
+from helpers.machine import hardware
+from helpers.machine.worker import Worker
+from helpers.model.checkpoint import BUNDLED, find_checkpoint
+from helpers.paths import engines_folder
+from helpers.progress import Progress
+from helpers.recipe import COMPILED, BuildRecipe
+
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+TIME_LIMIT_S = 900.0  # for one request; torch.compile compiles in its first
+BUILD_LIMIT_S = 3600.0
+
+
+def run(
+    workload: Workload,
+    contenders: Sequence[str],
+    batch_sizes: Sequence[int] = (1,),
+    *,
+    quiet: bool = False,
+    keep: Callable[[Record], Any] | None = None,
+) -> Record:
+    """Measure each contender ("aot", "aot:int8", ...) at each batch size, and return the record.
+
+    A contender that fails becomes a row with its reason; the others go on. `keep` is called after each batch size
+    with what there is so far.
+    """
+    for contender in contenders:
+        _parse(contender)
+    for size in batch_sizes:
+        if not 1 <= size <= workload.max_batch_size:
+            raise InputError(f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.")
+    record = empty_record(workload)
+    runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]
+    return run_all(record, runners, batch_sizes, quiet=quiet, keep=keep)
+
+
+def run_all(
+    record: Record,
+    runners: list[Runner],
+    batch_sizes: Sequence[int],
+    *,
+    quiet: bool = False,
+    keep: Callable[[Record], Any] | None = None,
+) -> Record:
+    """The same with contenders that the caller made: fills the record, and ends them."""
+    workload = record.workload
+    prompts = make_prompts(workload, max(batch_sizes))
+    title = f"{len(runners)} contenders, {workload.repeats} rounds each"
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(title, quiet=quiet))
+        _wait_for_others(stack, progress)
+        for runner in runners:
+            stack.callback(runner.close)
+        if workload.start_together:
+            with progress.phase("start all at once"), ThreadPoolExecutor(len(runners)) as pool:
+                list(pool.map(lambda runner: runner.prepare(prompts, batch_sizes), runners))
+        else:
+            for runner in runners:
+                with progress.phase(f"start {runner.row.name}"):
+                    runner.prepare(prompts, batch_sizes)
+        if not workload.model.startswith("dummy:"):  # of random weights, each backend draws its own
+            with progress.phase("compare with PyTorch fp32"):
+                _compare(runners, record, prompts[0])
+        for size in batch_sizes:
+            record.rows += _measure(runners, record, prompts[:size], progress)
+            if keep:
+                keep(record)
+        if record.hardware["device"] == "cuda":
+            with progress.phase("end, and see what the GPU gets back"):
+                _device_memory(runners, record)
+            if keep:
+                keep(record)
+    return record
+
+
+def _wait_for_others(stack: contextlib.ExitStack, progress: Progress) -> None:
+    """Two benchmarks at once would time each other: the second starts nothing until the first has ended."""
+    lock = FileLock(engines_folder() / ".benchmark.lock")
+    try:
+        stack.enter_context(lock.acquire(timeout=0))
+    except Timeout:
+        with progress.phase("wait for another benchmark to end"):
+            stack.enter_context(lock.acquire())
+
+
+def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], progress: Progress) -> list[Row]:
+    """Warm-up of each at one batch size, then rounds in which each has its turn."""
+    workload, size = record.workload, len(prompts)
+    work = {"prompts": prompts, "output_len": workload.output_len}
+    turns = [(runner.rows[size], runner) for runner in runners]
+    with progress.phase(f"warm up, batch {size}"):
+        for row, runner in turns:
+            row.bytes_per_step = bytes_per_step(workload, row.precision, size)
+            row.limit_s = _limit(row, record)
+            for _ in range(workload.warmup - 1):  # the first was part of the start
+                if answer := runner.ask(row, "measure", **work):
+                    row.warmup_e2e_s.append(answer["e2e_s"])
+    for turn in range(workload.repeats):
+        with progress.phase(f"round {turn + 1}, batch {size}"):
+            for row, runner in turns:
+                if answer := runner.ask(row, "measure", **work):
+                    for metric in ("ttft_s", "tpot_s", "e2e_s"):
+                        getattr(row, metric).append(answer[metric])
+                    row.itl_s += answer["itl_s"]
+                    row.limit_s = min(row.limit_s, _limit(row, record))
+    for row, _ in turns:
+        if row.status == "ok" and row.backend == "torch_compile":
+            row.build_s = max(0.0, row.warmup_e2e_s[0] - row.median("e2e_s"))
+    return [row for row, _ in turns]
+
+
+def _compare(runners: list[Runner], record: Record, prompt: list[int]) -> None:
+    """Each row's tokens and logits beside what PyTorch computes in fp32 for the first prompt."""
+    runner = next((r for r in runners if r.row.name == "pytorch fp32"), None)
+    own = runner or Runner(record.workload, record.threads, "pytorch", "fp32")
+    row = replace(own.row)
+    expected = own.ask(row, "check", prompts=[prompt], output_len=record.workload.output_len, logits=True)
+    if runner is None:
+        own.close()
+    if expected is None:  # the rows then say that they were not compared
+        return
+    for runner in runners:
+        for size, answer in runner.answers.items():
+            row = runner.rows[size]
+            row.tokens_equal = _equal_prefix(answer["tokens"], expected["tokens"])
+            row.logit_error = _logit_error(answer["logits"], expected["logits"])
+
+
+def _device_memory(runners: list[Runner], record: Record) -> None:
+    """End one process after the other; what the GPU then has more of was that process's."""
+    import torch
+
+    for runner in runners:
+        before, _ = torch.cuda.mem_get_info()
+        runner.end()
+        free = before
+        for _ in range(20):  # the driver needs a moment
+            time.sleep(0.25)
+            now, _ = torch.cuda.mem_get_info()
+            if now == free and now > before:
+                break
+            free = now
+        for row in record.rows:
+            if row.status == "ok" and (row.backend, row.precision) == (runner.row.backend, runner.row.precision):
+                row.device_bytes = max(0, free - before)
+
+
+# The limit
+
+
+def bytes_per_step(workload: Workload, precision: str, batch_size: int) -> int:
+    """Bytes that one decode step has to read: each weight once, and the keys and values of the sequences.
+
+    weights  parameters x bytes of the precision; an embedding table of its own does not count (one row is read)
+    KV       2 x layers x KV heads x head size x tokens x bytes, at the mean length of the sequences: all of the
+             prompt and half of the answer
+    Norms and int8 scales count as weights; they are below 1 %.
+    """
+    config = find_checkpoint(workload.model).config
+    weights = config.parameter_count()
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size
+    on_gpu = hardware.resolve_device(workload.device) == "cuda"
+    kv = (2 if on_gpu else 4) if precision in ("int8", "int4", "fp8") else int(BYTES[precision])
+    length = workload.input_len + workload.output_len // 2
+    return int(weights * BYTES[precision]) + config.kv_cache_bytes(batch_size, length, kv)
+
+
+def least_time(size: int, device: str, threads: int) -> float:
+    """Seconds to read `size` bytes once, by the best of up to 20 sums over one float32 array of that size.
+
+    The array is read again and again, as a decode step reads its weights. So where these fit in the processor's
+    cache, the limit is the cache's, not the memory's.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = torch.ones(max(1, size // 4), device=device)
+        times: list[float] = []
+        while len(times) < 20 and (len(times) < 5 or sum(times) < 0.3):
+            start = time.perf_counter()
+            values.sum().item()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _limit(row: Row, record: Record) -> float:
+    return least_time(row.bytes_per_step, record.hardware["device"], record.threads)
+
+
+# What goes in, and what comes out
+
+
+def make_prompts(workload: Workload, count: int) -> list[list[int]]:
+    """`count` different prompts of exactly input_len token ids: beginnings of stories for the bundled model,
+    else random ids. The same ones in every run."""
+    import random
+
+    if workload.model == "stories":
+        from tokenizers import Tokenizer
+
+        from helpers.model.stories.grammar import draw_corpus
+
+        tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+        texts = (story.text for story in draw_corpus(4 * count + 16, "benchmark"))
+        encoded = [tokenizer.encode(text).ids[: workload.input_len] for text in texts]
+        different = list(dict.fromkeys(tuple(ids) for ids in encoded if len(ids) == workload.input_len))
+        if len(different) >= count:
+            return [list(ids) for ids in different[:count]]
+    vocabulary = find_checkpoint(workload.model).config.vocab_size
+    rng = random.Random(0)
+    return [[rng.randrange(3, vocabulary) for _ in range(workload.input_len)] for _ in range(count)]
+
+
+def _equal_prefix(tokens: list[int], reference: list[int]) -> int:
+    for position, (mine, theirs) in enumerate(zip(tokens, reference, strict=False)):
+        if mine != theirs:
+            return position
+    return min(len(tokens), len(reference))
+
+
+def _logit_error(logits: list[float] | None, reference: list[float] | None) -> float | None:
+    """Largest difference over largest logit. Both less their mean: some backends give logits less a constant."""
+    if logits is None or reference is None:
+        return None
+    mine, theirs = ([v - sum(values) / len(values) for v in values] for values in (logits, reference))
+    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(map(abs, theirs))
+
+
+def batch_sizes(text: str) -> list[int]:
+    """ "1,4" to [1, 4]."""
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise InputError(f"Batch sizes are numbers with commas between, not {text!r}.", fix="Such as 1,4.") from None
+
+
+def make_runner(workload: Workload, threads: int, contender: str) -> Runner:
+    return Runner(workload, threads, *_parse(contender))
+
+
+def _parse(contender: str) -> tuple[str, str]:
+    backend, _, precision = contender.partition(":")
+    BuildRecipe(backend=backend, precision=precision or "fp32")  # RecipeError for names that do not exist
+    return backend, precision or "fp32"
+
+
+def empty_record(workload: Workload) -> Record:
+    """A record of this machine, with its bandwidth measured, and no rows yet."""
+    machine = hardware.describe(workload.device)
+    size = find_checkpoint(workload.model).config.parameter_count() * 4
+    threads = workload.threads or hardware.default_threads(size)
+    versions = {"python": sys.version.split()[0], **hardware.versions(), "transformers": _version("transformers")}
+    return Record(
+        workload,
+        [],
+        json.loads(json.dumps(asdict(machine))),  # as it will be read back
+        versions,
+        threads,
+        hardware.measure_bandwidth(workload.device, threads),
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        commit(),
+        _command(),
+    )
+
+
+def _command() -> str:
+    """What was typed, if this is `helpers bench`, without the file it writes."""
+    words = sys.argv[1:]
+    if words[:1] != ["bench"]:
+        return ""
+    kept = [w for at, w in enumerate(words) if w != "--out" and words[at - 1] != "--out"]
+    return shlex.join(["helpers", *kept])
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# A contender in a process of its own
+
+
+class Runner:
+    """Starts the worker, asks one thing at a time, and turns whatever goes wrong into a row's reason."""
+
+    module, python = "helpers.bench.process", ""  # what the worker serves, and under which Python
+
+    def __init__(self, workload: Workload, threads: int, backend: str, precision: str):
+        self.workload, self.threads = workload, threads
+        self.recipe = workload.recipe(backend, precision)
+        self.row = Row(backend, precision, batch_size=1)  # what is true at every batch size
+        self.rows: dict[int, Row] = {}
+        self.answers: dict[int, dict[str, Any]] = {}  # tokens and logits of the first request, by batch size
+        self.worker: Worker | None = None
+        self.cache = tempfile.TemporaryDirectory()  # torch.compile's: what earlier runs left would hide its cost
+
+    def prepare(self, prompts: list[list[int]], sizes: Sequence[int]) -> None:
+        """Build if need be, load in a new process, and answer the first request at each batch size."""
+        try:
+            self._build()
+            self._start()
+        except CourseError as error:
+            _fail(self.row, error)
+            self.end()
+        trained = not self.workload.model.startswith("dummy:")
+        for size in sizes:
+            empty: dict[str, Any] = {name: [] for name in ("ttft_s", "tpot_s", "e2e_s", "itl_s", "warmup_e2e_s")}
+            row = self.rows[size] = replace(self.row, batch_size=size, **empty)
+            work = {"prompts": prompts[:size], "output_len": self.workload.output_len}
+            if answer := self.ask(row, "check", **work, logits=trained):
+                self.answers[size] = answer
+                row.warmup_e2e_s.append(answer["seconds"])
+                row.peak_host_bytes = answer["host_bytes"]
+
+    def ask(self, row: Row, call: str, **arguments: Any) -> dict[str, Any] | None:
+        """The answer, or None once this row has failed."""
+        if row.status != "ok":
+            return None
+        try:
+            return (self.worker or self._start()).call(call, time_limit=TIME_LIMIT_S, **arguments)
+        except CourseError as error:
+            _fail(row, error)
+            if isinstance(error, WorkerError):  # that ended the process; the next batch size starts another
+                self.end()
+            return None
+
+    def _build(self) -> None:
+        """In a process that ends with it: what a compiler leaves in memory is not the engine's."""
+        from helpers import backends
+
+        module = backends.module(self.recipe.backend)
+        if hasattr(module, "find_python"):  # an environment of its own: where there is none, nothing is started
+            module.find_python()
+        if self.recipe.backend in COMPILED:
+            with Worker("helpers.bench.process") as builder:
+                built = builder.call("build", time_limit=BUILD_LIMIT_S, recipe=self.recipe.to_dict())
+            self.row.build_s, self.row.disk_bytes = built["seconds"], built["bytes"]
+
+    def _start(self) -> Worker:
+        started = time.perf_counter()
+        self.worker = Worker(self.module, python=self.python)
+        # Where the GPU does the work, each backend keeps its own number of CPU threads: vLLM, for one, has its reasons.
+        threads = self.threads if hardware.resolve_device(self.workload.device) == "cpu" else 0
+        arguments = {"recipe": self.recipe.to_dict(), "threads": threads, "cache": self.cache.name}
+        answer = self.worker.call("load", time_limit=TIME_LIMIT_S, **arguments)
+        self.row.start_s = time.perf_counter() - started
+        self.row.load_s, self.row.versions = answer["load_s"], answer["versions"]
+        return self.worker
+
+    def end(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+    def close(self) -> None:
+        self.end()
+        self.cache.cleanup()
+
+
+def _fail(row: Row, error: CourseError) -> None:
+    row.status = "absent" if isinstance(error, BackendUnavailable) else "failed"
+    row.reason = error.what

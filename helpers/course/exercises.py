@@ -1,0 +1,332 @@
+"""Instant checks of the learner's answers. Each says right or not yet in a sentence, with a hint where it helps.
+
+An answer that is still None is "open": a notebook runs from top to bottom before anybody has answered.
+Checks compute the right answer from what the learner holds (engine, report, recipe), so they fit every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from helpers.errors import CourseError, EngineNotFound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from helpers.backends.base import Engine
+    from helpers.backends.report import EngineReport
+    from helpers.bench.records import Record
+    from helpers.model.checkpoint import ModelConfig
+    from helpers.model.sampling import SamplingParams
+    from helpers.recipe import BuildRecipe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found. `state` is "right", "wrong" or "open" (not answered yet)."""
+
+    state: str
+    message: str
+    hint: str = ""
+
+    def __bool__(self) -> bool:
+        return self.state == "right"
+
+    def __str__(self) -> str:
+        opening = {"right": "Right.", "wrong": "Not yet.", "open": "Open."}[self.state]
+        hint = f"\nHint: {self.hint}" if self.hint else ""
+        return f"{opening} {self.message}{hint}"
+
+    __repr__ = __str__  # the last line of a cell shows it
+
+
+def check_answer(answer: Any, is_right: Callable[[Any], bool], right: str, wrong: str, hint: str = "") -> Outcome:
+    """The frame of every check: None is open, an error of ours or a wrong type is wrong, never a traceback."""
+    if answer is None:
+        return Outcome("open", "Put your answer in place of None and run the cell again.", hint)
+    try:
+        good = is_right(answer)
+    except CourseError as error:
+        return Outcome("wrong", str(error), hint)
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        return Outcome("wrong", f"This answer cannot be checked ({type(error).__name__}: {error}).", hint)
+    return Outcome("right", right) if good else Outcome("wrong", wrong, hint)
+
+
+# 00_start_here
+
+
+def check_token_count(engine: Engine, text: str, answer: int | None) -> Outcome:
+    count = len(engine.tokenize(text))
+    return check_answer(
+        answer,
+        lambda a: int(a) == count,
+        f"{text!r} is {count} tokens for this model, its begin token included.",
+        f"{answer} is not the number of tokens in {text!r}.",
+        "engine.tokenize(text) gives the list of token ids.",
+    )
+
+
+def check_repeatable(engine: Engine, answer: SamplingParams | None) -> Outcome:
+    """Settings that sample (temperature above 0) and still give the same text twice."""
+
+    def same_twice(params: SamplingParams) -> bool:
+        if params.greedy:
+            raise CourseError("temperature=0 is greedy: nothing is drawn, so of course it repeats.")
+        texts = {engine.generate("Once upon a time", params)[0].text for _ in range(2)}
+        return len(texts) == 1 and params.seed is not None
+
+    return check_answer(
+        answer,
+        same_twice,
+        "Drawn at random, and the same text both times.",
+        "Two calls gave different texts, or would have with other luck.",
+        "One field of SamplingParams fixes the random numbers.",
+    )
+
+
+def check_fits(answer: BuildRecipe | None, prompt_tokens: int, new_tokens: int) -> Outcome:
+    """A recipe whose engine takes such a request."""
+    return check_answer(
+        answer,
+        lambda r: r.max_input_len >= prompt_tokens and r.max_seq_len >= prompt_tokens + new_tokens,
+        f"An engine of this recipe takes {prompt_tokens} tokens and answers with {new_tokens}.",
+        f"This recipe does not allow {prompt_tokens} tokens in and {new_tokens} out.",
+        "max_input_len bounds the prompt; max_seq_len bounds the prompt and the answer together.",
+    )
+
+
+# 01_what_is_an_engine
+
+
+def check_refused(answer: Iterable[str] | None, refused: Iterable[str]) -> Outcome:
+    """Which of several engines this machine refuses, as a set of their letters."""
+    return check_answer(
+        answer,
+        lambda a: {str(letter).upper() for letter in a} == set(refused),
+        f"{' and '.join(sorted(refused))} would be refused.",
+        "That is not the set of engines that would be refused.",
+        "Compare architecture and versions with what this machine has. The recipe does not matter for loading.",
+    )
+
+
+def check_joined(answer: Tensor | None, engine_weight: Tensor) -> Outcome:
+    """The tensor that the engine holds, made from the checkpoint's own tensors."""
+    return check_answer(
+        answer,
+        lambda a: a.shape == engine_weight.shape and bool((a.float().cpu() == engine_weight.float().cpu()).all()),
+        "The same numbers. The engine holds the three matrices as one.",
+        f"Not the same numbers, or not the shape {tuple(engine_weight.shape)}.",
+        "torch.cat([query, key, value]) stacks the three weights along their rows.",
+    )
+
+
+def check_library_kernels(report: EngineReport, graph: str, answer: int | None) -> Outcome:
+    count = sum(kernel.kind == "library" for kernel in report.of(graph).kernels)
+    return check_answer(
+        answer,
+        lambda a: int(a) == count,
+        f"{graph} calls a library {count} times; the compiler wrote the rest itself.",
+        f"{answer} is not the number of library calls in {graph}.",
+        'Every kernel of report.of(graph).kernels has a kind: "library" or "generated".',
+    )
+
+
+# 02_build_an_engine
+
+
+def check_cache_hits(recipes: Mapping[str, BuildRecipe], answer: Iterable[str] | None) -> Outcome:
+    """Which of these recipes have an engine already. Looks into the store; builds nothing."""
+    from helpers.engine import locate
+
+    hits = set()
+    for name, recipe in recipes.items():
+        try:
+            locate(recipe)
+            hits.add(name)
+        except EngineNotFound:
+            pass
+    return check_answer(
+        answer,
+        lambda a: {str(name) for name in a} == hits,
+        f"Hits: {', '.join(sorted(hits)) or 'none'}. Every other recipe would be built.",
+        "That is not the set of recipes that hit.",
+        "Each field is compared after 'auto' was resolved. locate(recipe) finds an engine, or says why not.",
+    )
+
+
+def check_least_time(weight_bytes: int, bandwidth: float, answer: float | None) -> Outcome:
+    """The time that reading the weights once takes, in milliseconds."""
+    least = weight_bytes / bandwidth * 1e3
+    return check_answer(
+        answer,
+        lambda a: abs(float(a) - least) <= 0.05 * least,
+        f"{least:.2f} ms: no engine with these weights gives a token sooner from memory at this bandwidth.",
+        f"{answer} ms is not it.",
+        "Bytes divided by bytes per second are seconds; a second has 1000 ms.",
+    )
+
+
+def check_smallest(
+    sizes: Mapping[str, float], losses: Mapping[str, float], margin: float, answer: str | None
+) -> Outcome:
+    """The precision with the smallest engine among those whose loss is within `margin` of fp32's."""
+    allowed = [name for name in sizes if losses[name] <= losses["fp32"] * (1 + margin)]
+    best = min(allowed, key=lambda name: sizes[name])
+    return check_answer(
+        answer,
+        lambda a: str(a) == best,
+        f"{best}: the smallest of {', '.join(allowed)}.",
+        f"{answer!r} is not the smallest engine within {margin:.0%} of fp32's loss.",
+        "First leave out what loses too much, then compare sizes.",
+    )
+
+
+# 03_generate
+
+
+def check_smallest_top_p(engine: Engine, prompt: str, token: str, answer: float | None) -> Outcome:
+    """The smallest top_p in steps of 0.05 that leaves this token a chance."""
+    from helpers.model.sampling import SamplingParams, next_token_distribution
+
+    logits, ids = engine.logits(prompt), engine.tokenize(prompt)
+    wanted = next(i for i in logits.argsort(descending=True).tolist() if engine.detokenize([i]) == token)
+    steps = [round(0.05 * step, 2) for step in range(1, 21)]
+    least = next(p for p in steps if next_token_distribution(logits, SamplingParams(top_p=p), ids)[wanted] > 0)
+    return check_answer(
+        answer,
+        lambda a: abs(float(a) - least) < 1e-6,
+        f"At top_p={least:g} the token {token!r} is kept, and at {least - 0.05:.2f} it is not.",
+        f"{answer} is not the smallest step.",
+        "Tokens are kept, likeliest first, until their probabilities add up to top_p.",
+    )
+
+
+def check_temperature(engine: Engine, prompt: str, least: float, answer: float | None) -> Outcome:
+    """A temperature above 0 at which the likeliest next token has at least this probability."""
+    from helpers.model.sampling import SamplingParams, next_token_distribution
+
+    def probability(temperature: float) -> float:
+        if temperature == 0:
+            raise CourseError("temperature=0 takes the likeliest token without any draw. Find one above 0.")
+        params = SamplingParams(temperature=float(temperature))
+        return float(next_token_distribution(engine.logits(prompt), params, engine.tokenize(prompt)).max())
+
+    return check_answer(
+        answer,
+        lambda a: probability(a) >= least,
+        f"The favourite has a probability of at least {least:g} there.",
+        f"At temperature {answer} the favourite stays below {least:g}.",
+        "The lower the temperature, the larger the favourite's share.",
+    )
+
+
+def check_second_best(engine: Engine, prompt: str, answer: Callable[[Engine, str, int], list[int] | None]) -> Outcome:
+    """A function that generates with the second best token at every step, compared with a plain loop."""
+    count = 8
+    given = answer(engine, prompt, count)
+    logits = engine.prefill([engine.tokenize(prompt)])
+    expected: list[int] = []
+    for _ in range(count):
+        token = logits.topk(2).indices[:, 1]
+        expected.append(int(token.item()))
+        logits = engine.decode(token)
+    return check_answer(
+        given,
+        lambda a: [int(token) for token in a] == expected,
+        f"Your loop writes: {engine.detokenize(expected)!r}.",
+        f"These are not the ids of the second best tokens: {given!r:.80}.",
+        "logits.topk(2).indices has a row for each sequence: the best token first, then the second.",
+    )
+
+
+# 04_compare
+
+
+def check_output_throughput(record: Record, name: str, answer: float | None) -> Outcome:
+    """Output tokens per second at batch 1, from TTFT and TPOT; medians of each, so the last digit may differ."""
+    row = record.row(name)
+    tokens = record.workload.output_len
+    expected = tokens / (row.median("ttft_s") + (tokens - 1) * row.median("tpot_s"))
+    return check_answer(
+        answer,
+        lambda a: abs(float(a) - expected) <= 0.05 * expected,
+        f"{expected:,.0f} tokens/s; the table says {record.throughput(row):,.0f}.",
+        f"{answer} tokens/s is more than 5 % away from it.",
+        "E2E = TTFT + (tokens - 1) x TPOT, all in seconds.",
+    )
+
+
+def check_break_even(record: Record, answer: float | None) -> Outcome:
+    """After how many tokens the engine has won back its build, against eager PyTorch."""
+    eager, engine = record.row("pytorch fp32"), record.row("aot fp32")
+    expected = engine.build_s / (eager.median("tpot_s") - engine.median("tpot_s"))
+    return check_answer(
+        answer,
+        lambda a: abs(float(a) - expected) <= 0.05 * expected,
+        f"About {expected:,.0f} tokens, or {expected / record.workload.output_len:,.0f} answers of this length.",
+        f"{answer} is more than 5 % away from it.",
+        "Each token saves the difference of the two TPOTs. How many savings make up for the build?",
+    )
+
+
+def check_most_room(record: Record, answer: str | None) -> Outcome:
+    """Whose TPOT is the most times its limit."""
+    rows = [row for row in record.at(1) if row.status == "ok"]
+    most = max(rows, key=lambda row: row.median("tpot_s") / row.limit_s)
+    return check_answer(
+        answer,
+        lambda a: str(a) == most.name,
+        f"{most.name}: its TPOT is {most.median('tpot_s') / most.limit_s:.0f} times its limit.",
+        f"{answer!r} is not the one. The names are {', '.join(row.name for row in rows)}.",
+        "The row limit / TPOT of the table: the smaller the share, the more room.",
+    )
+
+
+# 05_troubleshoot
+
+
+def check_error_after_update(answer: str | None) -> Outcome:
+    """What an engine says after its library was updated."""
+    return check_answer(
+        answer,
+        lambda a: getattr(a, "__name__", str(a)) == "EngineMismatch",
+        "EngineMismatch: the manifest names the version that it was built with.",
+        f"{answer!r} is not it. The files are whole, and the engine is found.",
+        "Look at section 5. What else does an engine depend on?",
+    )
+
+
+def check_fit(answer: Callable[[list[int], BuildRecipe, int], list[int] | None], recipe: BuildRecipe) -> Outcome:
+    """A function that cuts prompts to an engine's limits, tried with short and long ones."""
+    cases = [(5, 20), (recipe.max_input_len + 36, 20), (recipe.max_input_len, recipe.max_seq_len - 10)]
+
+    def expected(length: int, new_tokens: int) -> list[int]:
+        room = min(recipe.max_input_len, recipe.max_seq_len - new_tokens)
+        ids = list(range(1, length + 1))
+        return ids if length <= room else [1, *ids[length - room + 1 :]]
+
+    if answer(list(range(1, 6)), recipe, 20) is None:
+        return check_answer(None, bool, "", "", "Two limits count: max_input_len, and max_seq_len less new_tokens.")
+    wrong = next((c for c in cases if answer(list(range(1, c[0] + 1)), recipe, c[1]) != expected(*c)), None)
+    return check_answer(
+        answer,
+        lambda _: wrong is None,
+        f"Right for all {len(cases)} cases: short, too long, and a long answer.",
+        f"Not right for {wrong[0]} tokens and {wrong[1]} new ones." if wrong else "",
+        "Two limits count: max_input_len, and max_seq_len less new_tokens.",
+    )
+
+
+def check_largest_batch(config: ModelConfig, seq_len: int, budget: float, answer: int | None) -> Outcome:
+    """How many sequences' keys and values fit into so many bytes, in fp32."""
+    one = config.kv_cache_bytes(1, seq_len, 4)
+    return check_answer(
+        answer,
+        lambda a: int(a) == int(budget // one),
+        f"One sequence needs {one / 1e6:.2f} MB, so {int(budget // one)} fit.",
+        f"{answer} is not the largest batch that fits.",
+        "config.kv_cache_bytes(1, seq_len, 4) is the size for one sequence.",
+    )

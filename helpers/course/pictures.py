@@ -1,0 +1,235 @@
+"""Tables and pictures of what was built and generated, for the notebooks."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import textwrap
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.display import COLOURS, HATCHES, Picture, Table, new_figure
+
+if TYPE_CHECKING:
+    from helpers.backends.base import Engine
+    from helpers.backends.report import EngineReport
+    from helpers.model.sampling import SamplingParams
+
+
+def versions(*packages: str) -> None:
+    """Print the versions of Python and of these packages, and the machine: the first thing a notebook shows."""
+    from helpers.machine import hardware
+
+    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    print(", ".join(f"{name} {version}" for name, version in found.items()))
+    print(f"machine: {hardware.describe()}")
+
+
+# An engine's folder
+
+
+def files(folder: Path) -> Table:
+    """The files of an engine: how large, and what for."""
+    paths = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    rows = [(name, f"{size:,}", _purpose(name)) for name, size in paths.items()]
+    total = sum(paths.values())
+    return Table(f"Engine {folder.name}", ("file", "bytes", "what it is"), [*rows, ("all", f"{total:,}", "")])
+
+
+def _purpose(name: str) -> str:
+    known = {
+        "manifest.json": "what it was built from, for which machine, every file's hash",
+        "report.json": "operations before fusion, kernels after",
+        "weights.safetensors": "the weights, once",
+        "packed.safetensors": "the same weights once more, in the order the kernels read them",
+        "config.json": "the model's shape",
+        "tensorrt_llm/config.json": "TensorRT-LLM's own: its version, the model, the build settings",
+        "tensorrt_llm/rank0.engine": "TensorRT's plan, with the weights in it",
+        "tokenizer.json": "text to token ids and back",
+        "tokenizer_config.json": "settings of the tokenizer",
+        "generation_config.json": "which token ends a text",
+    }
+    batch = name.removesuffix(".pt2").rpartition("_b")[2]
+    phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"
+    return known.get(name, f"compiled code: {phase}" if name.endswith(".pt2") else "")
+
+
+def generated_loops(folder: Path, graph: str) -> list[str]:
+    """The C++ loops that the compiler wrote for one graph, one kernel each, in order; empty where there are none.
+
+    Casts of indices and namespaces are left out: they are much of the text and say nothing.
+    """
+    with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
+        sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".kernel.cpp")]
+    loops = sources[0].split("\n    {\n")[1:] if sources else []
+    return [textwrap.dedent(_without_noise(loop.rsplit("\n    }", 1)[0])) for loop in loops]
+
+
+def _without_noise(source: str) -> str:
+    source = re.sub(r"static_cast<int64_t>\((-?\w+)\)", r"\1", source)
+    source = source.replace("static_cast<int64_t>", "").replace("at::vec::", "")
+    return re.sub(r"\b(\d+)L\b", r"\1", source)
+
+
+def part_sizes(report: EngineReport) -> dict[str, int]:
+    """Bytes of an engine by what they are for."""
+    parts = {"weights": 0, "packed copy": 0, "compiled code": 0, "the rest": 0}
+    for name, size in report.sizes.items():
+        key = {"weights.safetensors": "weights", "packed.safetensors": "packed copy"}.get(name, "the rest")
+        parts["compiled code" if name.endswith((".pt2", ".plan", ".engine")) else key] += size
+    return parts
+
+
+def sizes(reports: Mapping[str, EngineReport]) -> Picture:
+    """Bytes of several engines, part by part."""
+    figure, axes = new_figure(height=0.9 + 0.55 * len(reports))
+    names = list(reports)
+    lefts = [0.0] * len(names)
+    for index, part in enumerate(next(iter(map(part_sizes, reports.values())))):
+        widths = [part_sizes(report)[part] / 1e6 for report in reports.values()]
+        bars = axes.barh(names, widths, left=lefts, color=COLOURS[index], hatch=HATCHES[index], edgecolor="white")
+        bars.set_label(part)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    for row, total in enumerate(lefts):
+        axes.text(total, row, f" {total:.1f}", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(lefts) * 1.12)
+    axes.set_xlabel("MB on disk")
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    words = "; ".join(f"{name} {total:.1f} MB" for name, total in zip(names, lefts, strict=True))
+    return Picture(figure, f"Bars: size of each engine on disk. {words}.")
+
+
+def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
+    """How long each phase of a build took, from the manifest's `seconds`."""
+    figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
+    bars = axes.barh(list(seconds), list(seconds.values()), color=COLOURS[0])
+    axes.bar_label(bars, fmt=" %.1f")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(seconds.values()) * 1.12)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel("seconds")
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
+    words = ", ".join(f"{name} {took:.1f} s" for name, took in longest)
+    return Picture(figure, f"Bars: {title.lower()}. Longest: {words}; total {sum(seconds.values()):.1f} s.")
+
+
+# Before fusion and after it
+
+
+def fusion(reports: Mapping[str, EngineReport]) -> Picture:
+    """Operations before fusion beside kernels after it, one pair of bars for each report."""
+    figure, axes = new_figure(height=0.9 + 0.7 * len(reports))
+    words = []
+    for row, (name, report) in enumerate(reports.items()):
+        counts = {"operations before": len(report.operations), "kernels after": len(report.kernels)}
+        words.append(f"{name}: {len(report.operations)} operations, {len(report.kernels)} kernels")
+        for index, (label, count) in enumerate(counts.items()):
+            bars = axes.barh(row + 0.36 * (index - 0.5), count, 0.34, color=COLOURS[index], hatch=HATCHES[index])
+            axes.bar_label(bars, fmt=" %d")
+            bars.set_label(label if row == 0 else "")
+    axes.set_yticks(range(len(reports)), list(reports))
+    axes.invert_yaxis()
+    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.set_xlabel("count")
+    return Picture(figure, f"Pairs of bars: operations before fusion and kernels after it. {'; '.join(words)}.")
+
+
+def operations(report: EngineReport, first: int = 0, count: int = 20) -> Table:
+    """Some operations as they were before fusion."""
+    part = report.operations[first : first + count]
+    rows = [(number, o.op, o.name, _shape(o.shape), o.dtype) for number, o in enumerate(part, start=first + 1)]
+    caption = f"Operations {first + 1} to {first + len(part)} of {len(report.operations)}, before fusion"
+    return Table(caption, ("number", "kind", "name", "result", "type"), rows)
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def kernels(report: EngineReport, first: int = 0, count: int = 10) -> Table:
+    """Some kernels in the order they run, each with the operations that it does in one go."""
+    kinds = {operation.name: operation.op for operation in report.operations}
+    rows = [
+        (number, kernel.kind, len(kernel.fused), _listed(kinds.get(name, name) for name in kernel.fused))
+        for number, kernel in enumerate(report.kernels[first : first + count], start=first + 1)
+    ]
+    graph = " and ".join(report.graphs())
+    caption = f"Kernels {rows[0][0]} to {rows[-1][0]} of {len(report.kernels)} in {graph}" if rows else "No kernels"
+    return Table(caption, ("kernel", "made by", "operations", "which"), rows)
+
+
+def _listed(names: Any) -> str:
+    counts = Counter(name.strip("_") for name in names)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+# Times
+
+
+def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds per token") -> Picture:
+    """Medians of repeated timings as bars, every single sample as a dot, so that the spread is visible.
+
+    samples are in seconds; the picture is in milliseconds.
+    """
+    figure, axes = new_figure(height=0.8 + 0.5 * len(samples))
+    names = list(samples)
+    medians = [statistics.median(values) * 1e3 for values in samples.values()]
+    axes.barh(names, medians, 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
+    for row, values in enumerate(samples.values()):
+        axes.plot([v * 1e3 for v in values], [row] * len(values), "o", color="black", markersize=3.5)
+        axes.text(max(values) * 1e3, row, f"  median {medians[row]:.2f}", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(max(values) for values in samples.values()) * 1e3 * 1.22)
+    axes.set_xlabel(f"{what}: median (bar) and every run (dots)")
+    words = "; ".join(f"{name} {median:.2f}" for name, median in zip(names, medians, strict=True))
+    return Picture(figure, f"Bars: {what}, median of {len(next(iter(samples.values())))} runs. {words}.")
+
+
+def show_text(text: str, width: int = 100) -> None:
+    """Print a generated text, wrapped."""
+    print(textwrap.fill(text.strip(), width))
+
+
+# The choice of the next token
+
+
+def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingParams], count: int = 8) -> Picture:
+    """What the token after the prompt would be drawn from, once for each of several settings."""
+    from helpers.model.sampling import next_token_distribution
+
+    logits, ids = engine.logits(prompt), engine.tokenize(prompt)
+    order = logits.topk(count).indices.tolist()  # the same tokens in every panel, so that they compare
+    labels = [engine.detokenize([token]).strip() or "(end)" for token in order]
+    figure, first = new_figure(height=2.6)
+    first.remove()
+    words = []
+    panels = figure.subplots(1, len(settings), sharey=True)
+    for axes, (name, params) in zip(panels if len(settings) > 1 else [panels], settings.items(), strict=True):
+        values = next_token_distribution(logits, params, ids)[order].tolist()
+        bars = axes.barh(labels, values, color=COLOURS[0])
+        axes.bar_label(bars, [f"{value:.2f}" if value else "-" for value in values], padding=2, fontsize="small")
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlim(0, 1.25)
+        axes.set_xticks([0, 0.5, 1])
+        axes.spines[["top", "right"]].set_visible(False)
+        likely = ", ".join(f"{label} {value:.2f}" for label, value in zip(labels[:3], values[:3], strict=True))
+        words.append(f"{name}: {likely}")
+    (panels if len(settings) == 1 else panels[0]).invert_yaxis()
+    figure.supxlabel("probability", fontsize="medium")
+    return Picture(figure, f"Bars: probability of the {count} likeliest next tokens. {'; '.join(words)}.")
+
+
+def sampled_text(engine: Engine, prompt: str, sampling: SamplingParams) -> Picture:
+    """A text drawn with these settings, over the distribution of its first token: a widget's picture for the web."""
+    name = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}"
+    text = prompt + engine.generate(prompt, sampling)[0].text
+    picture = distributions(engine, prompt, {f"the token after the prompt ({name})": sampling})
+    picture.figure.suptitle(textwrap.fill(text, 92), x=0.01, ha="left", fontsize="medium")
+    picture.figure.set_size_inches(7.5, 3.6)
+    return Picture(picture.figure, f"Text: {text} {picture.alt}")

@@ -1,0 +1,37 @@
+"""Engines that were built elsewhere, to be looked at where TensorRT cannot build: on macOS, for example.
+
+    folder = recorded("block", "fp16")       # says in one line when, where and by what it was built
+    inspect(folder)                          # its report, as that of any engine
+
+A record is an engine's folder without its plan file: the report, and the manifest with the word "recorded" in it.
+helpers/maintain/recordings.py writes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helpers import store
+from helpers.errors import EngineNotFound
+
+FOLDER = Path(__file__).parent / "recordings"
+
+
+def recorded(label: str, kind: str, *, quiet: bool = False) -> Path:
+    """The folder of a recorded engine: "block" and one of BLOCK. Raises EngineNotFound."""
+    folder = FOLDER / f"{label}-{kind}"
+    if not (folder / store.MANIFEST).exists():
+        names = ", ".join(sorted(path.name for path in FOLDER.iterdir()))
+        raise EngineNotFound(f"There is no record of {folder.name!r}.", fix=f"Recorded are: {names}.")
+    if not quiet:
+        print(f"Recorded engine {folder.name}: {words(folder)}. It was not built on this machine.")
+    return folder
+
+
+def words(folder: Path) -> str:
+    """When, where and by what a recorded engine was built."""
+    manifest = store.read_manifest(folder)
+    details, machine = manifest["details"], manifest["hardware"]
+    by = f"{details['provider']} {details['version']}"
+    gpu = "without a GPU" if machine["device"] == "cpu" else f"with {machine['name']}"
+    return f"built by {by} on {manifest['identity']['architecture']} {gpu}, {manifest['built'][:10]}"

@@ -1,0 +1,343 @@
+"""The Pythons of other environments: TensorRT-LLM and vLLM pin packages that cannot live beside this course's.
+
+`create` makes one from its lock in constraints/, after checking what is known to break such an installation. An
+environment that could not be finished is removed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.errors import BackendUnavailable, CourseError, InputError
+from helpers.machine import hardware
+from helpers.paths import PROJECT
+
+UNFINISHED = ".unfinished"  # a file in an environment that is still being made
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What one environment needs.
+
+    disk: bytes for the packages and, while they are installed, their downloads; estimated, not measured.
+    """
+
+    title: str
+    package: str  # as pip and importlib.metadata know it
+    module: str
+    version: str
+    pythons: tuple[str, ...]  # the versions with wheels, the best first
+    disk: float
+    driver: int  # the oldest driver branch
+    indexes: tuple[str, ...]  # beside pip's own
+    libraries: tuple[str, ...]  # of the system, beside libcuda
+    instead: str  # the way out where it cannot be installed
+
+
+ENVIRONMENTS = {
+    "trtllm": Environment(
+        title="TensorRT-LLM",
+        package="tensorrt-llm",
+        module="tensorrt_llm",
+        version="1.2.1",
+        pythons=("3.12", "3.10"),
+        disk=40e9,
+        driver=580,
+        # NVIDIA's installation guide: torch in its build for CUDA 13, and the wheel, which PyPI only points to.
+        indexes=("https://download.pytorch.org/whl/cu130", "https://pypi.nvidia.com"),
+        libraries=("libmpi.so.40",),
+        instead="Use NVIDIA's container, which has everything: docker compose up (see compose.yaml).",
+    ),
+    "vllm": Environment(
+        title="vLLM",
+        package="vllm",
+        module="vllm",
+        version="0.25.1",
+        pythons=("3.12", "3.13", "3.11", "3.10"),
+        disk=25e9,
+        driver=580,
+        indexes=(),
+        libraries=(),
+        instead="Use a Python that has vLLM already: export COURSE_VLLM_PYTHON=/path/to/its/python",
+    ),
+}
+
+
+# Finding
+
+
+def variable(name: str) -> str:
+    return f"COURSE_{name.upper()}_PYTHON"
+
+
+def folder(name: str) -> Path:
+    return PROJECT / f".venv-{name}"
+
+
+def python_of(name: str) -> Path | None:
+    """The Python interpreter of environment `name` ("trtllm", "vllm"), or None where there is none.
+
+    Looked for in this order: the variable COURSE_<NAME>_PYTHON, `.venv-<name>/bin/python` in the course's folder, and
+    for "trtllm" this interpreter, if TensorRT-LLM is installed beside it (as in NVIDIA's container).
+    """
+    named = os.environ.get(variable(name))
+    if named:
+        return Path(named)
+    own = folder(name) / "bin" / "python"
+    if own.is_file() and not (folder(name) / UNFINISHED).exists():
+        return own
+    if name == "trtllm" and importlib.util.find_spec("tensorrt_llm") is not None:
+        return Path(sys.executable)
+    return None
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(name, version found, where) of every environment; the version is "-" where there is none."""
+    rows = []
+    for name, wanted in ENVIRONMENTS.items():
+        python = python_of(name)
+        if python is None:
+            rows.append((name, "-", f"not installed: helpers env create {name}"))
+            continue
+        source = variable(name) if os.environ.get(variable(name)) else ""
+        shown = str(python.relative_to(PROJECT)) if python.is_relative_to(PROJECT) else str(python)
+        rows.append((name, installed_version(python, wanted.package) or "broken", f"{shown} {source}".strip()))
+    return rows
+
+
+def installed_version(python: Path, package: str) -> str:
+    """The version of a package beside another Python; "" if that Python does not start or does not have it."""
+    return _ask(python, f"from importlib.metadata import version; print(version({package!r}))")
+
+
+def _ask(python: Path | str, code: str) -> str:
+    try:
+        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# Checking
+
+
+@dataclass(frozen=True)
+class Problem:
+    what: str
+    fix: str
+
+
+def problems(name: str, python: str = "") -> Iterator[Problem]:
+    """What is known to break this environment and is so on this machine."""
+    wanted = ENVIRONMENTS[name]
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        yield Problem(
+            f"This is {platform.system()} on {platform.machine()}; the wheels are for Linux on x86_64 and aarch64.",
+            "Use a Linux machine with an NVIDIA GPU.",
+        )
+    driver = _driver()
+    if not driver:
+        yield Problem(
+            "There is no NVIDIA driver (libcuda.so.1 does not load, or nvidia-smi does not answer).",
+            "Install the driver; in a container, start it with the GPU (docker run --gpus all).",
+        )
+    elif int(driver.split(".")[0]) < wanted.driver:
+        yield Problem(
+            f"The NVIDIA driver is {driver}; the wheels are built for CUDA 13.",
+            f"Install driver {wanted.driver} or newer.",
+        )
+    free = shutil.disk_usage(PROJECT).free
+    if free < wanted.disk:
+        yield Problem(
+            f"{free / 1e9:.0f} GB of disk are free; {wanted.disk / 1e9:.0f} GB are needed while it is installed.",
+            "Free some space, or put the course on a larger disk.",
+        )
+    found = find_python(name, python)
+    if not found:
+        versions = " or ".join(wanted.pythons)
+        yield Problem(
+            f"{python} is no Python {versions}." if python else f"There is no Python {versions} with venv here.",
+            f"Install Python {wanted.pythons[0]} with its venv package, or name one: --python /path/to/python.",
+        )
+    elif name == "trtllm" and (library := _libpython_missing(found)):
+        yield Problem(
+            f"{found} has no shared {library} that the loader finds; TensorRT-LLM's bindings need it.",
+            "Use the system's Python (apt install python3.12 libpython3.12), or add its lib folder to LD_LIBRARY_PATH.",
+        )
+    for library in wanted.libraries:
+        if not _loads(library):
+            yield Problem(
+                f"{library} is not there, or not where the loader looks.",
+                "Install Open MPI: apt install libopenmpi-dev",
+            )
+
+
+def find_python(name: str, asked: str = "") -> str:
+    """A Python of a version that has wheels and can make environments, as a path; "" if there is none."""
+    wanted = ENVIRONMENTS[name]
+    for candidate in [asked] if asked else [*(f"python{v}" for v in wanted.pythons), sys.executable, "python3"]:
+        path = shutil.which(candidate)
+        version = path and _ask(path, "import ensurepip, venv, sys; print('%d.%d' % sys.version_info[:2])")
+        if path and version in wanted.pythons:
+            return path
+    return ""
+
+
+def _loads(library: str, python: str = sys.executable) -> bool:
+    """Whether the system's loader finds a library; tried in a process of its own, for some fail by crashing."""
+    return _ask(python, f"import ctypes; ctypes.CDLL({library!r}); print('yes')") == "yes"
+
+
+def _libpython_missing(python: str) -> str:
+    name = _ask(
+        python, "import sysconfig; v = sysconfig.get_config_var; print('libpython' + v('LDVERSION') + '.so.1.0')"
+    )
+    return "" if name and _loads(name, python) else name or "libpython"
+
+
+def _driver() -> str:
+    return hardware.driver() if _loads("libcuda.so.1") else ""
+
+
+# Making
+
+
+Explain = Callable[[str, str], CourseError]  # a library's last words, and what happened, to an error of ours
+
+
+def create(name: str, *, python: str = "", explain: Explain | None = None) -> Path:
+    """Make `.venv-<name>` from constraints/<name>.txt and try it; the path of its Python. Prints each step.
+
+    explain: says what it means if the library was installed and cannot be imported.
+
+    Raises BackendUnavailable with everything that stands in the way, before anything is made. If a later step fails
+    or is interrupted, what was made is removed.
+    """
+    if name not in ENVIRONMENTS:
+        raise InputError(f"There is no environment {name!r}.", fix=f"Name one of these: {', '.join(ENVIRONMENTS)}.")
+    wanted = ENVIRONMENTS[name]
+    if found := python_of(name):
+        version = installed_version(found, wanted.package)
+        if version:
+            print(f"{wanted.title} {version} is there already: {found}")
+            return found
+        source = variable(name) if os.environ.get(variable(name)) else folder(name).name
+        raise InputError(
+            f"{found} (from {source}) does not start or has no {wanted.title}.",
+            fix=f"Name a Python that has it, or take {source} away to make a new environment.",
+        )
+    print(f"[1/4] Checking this machine for {wanted.title} {wanted.version}", flush=True)
+    if listed := list(problems(name, python)):
+        lines = [f"\n  - {problem.what}\n    {problem.fix}" for problem in listed]
+        raise BackendUnavailable(
+            f"{wanted.title} {wanted.version} cannot be installed here; nothing was made.{''.join(lines)}",
+            fix=f"Mend these. {wanted.instead.replace('Use', 'Or use', 1)}",
+        )
+    if name == "trtllm" and not os.environ.get("CUDA_HOME") and not shutil.which("nvcc"):
+        print(
+            "      Note: NVIDIA's guide asks for the CUDA Toolkit 13 and CUDA_HOME; neither is here. Going on without."
+        )
+    target = folder(name)
+    interpreter = target / "bin" / "python"
+    finished = False
+    try:
+        print(f"[2/4] Making {target.name} with {find_python(name, python)}", flush=True)
+        shutil.rmtree(target, ignore_errors=True)  # what a killed attempt left
+        target.mkdir()
+        (target / UNFINISHED).touch()
+        _step([find_python(name, python), "-m", "venv", str(target)], wanted)
+        print("[3/4] Fetching the wheel, then what it needs, and installing: several GB", flush=True)
+        wheels = target / "wheels"
+        _fetch(interpreter, wanted, wheels)
+        _step(
+            [*_pip(interpreter), "install", "--find-links", str(wheels), *_indexes(wanted), "-r", str(_lock(name))],
+            wanted,
+        )
+        shutil.rmtree(wheels)
+        print(f"[4/4] Importing {wanted.module}, which can take a minute", flush=True)
+        start = time.monotonic()
+        try:
+            _step([str(interpreter), "-c", f"import {wanted.module}; print({wanted.module}.__version__)"], wanted)
+        except CourseError as error:
+            raise _not_importable(name, error.cause, explain) from None
+        print(f"      {time.monotonic() - start:.0f} s. Ready: {interpreter.relative_to(PROJECT)}")
+        (target / UNFINISHED).unlink()
+        finished = True
+    finally:
+        if not finished:
+            shutil.rmtree(target, ignore_errors=True)
+            print(f"Removed the unfinished {target.name}.", flush=True)
+    return interpreter
+
+
+def _pip(interpreter: Path) -> list[str]:
+    return [str(interpreter), "-m", "pip", "--disable-pip-version-check"]
+
+
+def _indexes(wanted: Environment) -> list[str]:
+    return [word for index in wanted.indexes for word in ("--extra-index-url", index)]
+
+
+def _lock(name: str) -> Path:
+    return PROJECT / "constraints" / f"{name}.txt"
+
+
+def _fetch(interpreter: Path, wanted: Environment, wheels: Path) -> None:
+    """Download the one wheel that matters, first: where it cannot be had, this fails within seconds, and not after
+    gigabytes of other packages. (On the Python Package Index, TensorRT-LLM is a stub without a wheel.)"""
+    what = f"{wanted.package}=={wanted.version}"
+    options = ["--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15", "--dest", str(wheels)]
+    try:
+        _step([*_pip(interpreter), "download", what, *options, *_indexes(wanted)], wanted)
+    except CourseError as error:
+        raise BackendUnavailable(
+            f"pip finds no wheel of {what} for this Python and machine.",
+            cause=f"The index that has it cannot be reached, or has none for this Python. pip says:\n  {error.cause}",
+            fix=wanted.instead,
+        ) from None
+
+
+def _step(command: list[str], wanted: Environment) -> None:
+    """One command whose output a person can follow; its last lines become the cause if it fails."""
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.strip():
+                lines.append(line.strip())
+                print(f"      {line.strip()[:150]}", flush=True)
+    if run.returncode != 0:
+        raise CourseError(
+            f"{wanted.title} could not be installed: a step ended with exit status {run.returncode}.",
+            cause="\n  ".join(lines[-3:]),
+            fix=f"Mend that and run it again. {wanted.instead}",
+        )
+
+
+def _not_importable(name: str, said: str, explain: Explain | None) -> CourseError:
+    """Why an installed library does not load: `said` is the end of its traceback."""
+    wanted = ENVIRONMENTS[name]
+    said = said.splitlines()[-1].strip()
+    what = f"{wanted.title} was installed, but importing it failed."
+    if re.search(r"lib(cu(?!da\.so)|nv(?!infer))\w*\.so", said):
+        return BackendUnavailable(
+            f"{what} {said}",
+            cause="The loader does not find a library of the CUDA Toolkit.",
+            fix="Install the CUDA Toolkit 13 and set CUDA_HOME, or put the folder nvidia/cu13/lib of a Python that has "
+            f"these wheels on LD_LIBRARY_PATH; then run this again (pip has kept the downloads). {wanted.instead}",
+        )
+    if explain is not None:
+        return explain(said, what)
+    return BackendUnavailable(f"{what} {said}", cause="See its last line above.", fix=wanted.instead)

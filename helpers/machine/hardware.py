@@ -1,0 +1,221 @@
+"""What this machine is: the facts that an engine is compiled for, and the bandwidth that bounds it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from helpers.errors import BackendUnavailable
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device as an engine sees it. `architecture` is what must be equal for an engine to run."""
+
+    device: str  # "cpu" or "cuda"
+    name: str  # as the maker calls it
+    architecture: str  # such as "x86_64 AVX512" or "sm_90"
+    cores: int  # cores this process may use, or streaming multiprocessors
+    memory_bytes: int
+    driver: str  # NVIDIA driver version, or "" on a CPU
+    instructions: tuple[str, ...] = ()  # the CPU's vector instruction sets: compiled code uses all that there are
+
+    def __str__(self) -> str:
+        unit = "SMs" if self.device == "cuda" else "cores"
+        return f"{self.name} ({self.architecture}, {self.cores} {unit}, {self.memory_bytes / 2**30:.0f} GiB)"
+
+
+def resolve_device(device: str = "auto") -> str:
+    """'cpu' or 'cuda' for a recipe's device; asking for cuda where there is none raises BackendUnavailable."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable(
+            "The recipe asks for device 'cuda', and PyTorch finds no NVIDIA GPU here.",
+            cause="No GPU, no driver, or a CPU build of PyTorch.",
+            fix="Use device='auto' or 'cpu', or run on a machine where nvidia-smi lists a GPU.",
+        )
+    return device
+
+
+@cache
+def driver() -> str:
+    """The NVIDIA driver's version, or "" where there is none: from nvidia-smi, else from the kernel."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
+        return said.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        pass  # not there, or it does not answer
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[:1].isdigit() and "." in word), "")
+
+
+@cache
+def describe(device: str = "auto") -> Hardware:
+    """The device that a recipe would use here."""
+    import torch
+
+    if resolve_device(device) == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return Hardware(
+            "cuda",
+            properties.name,
+            f"sm_{properties.major}{properties.minor}",
+            properties.multi_processor_count,
+            properties.total_memory,
+            driver(),
+        )
+    isa = torch.backends.cpu.get_cpu_capability()
+    architecture = f"{platform.machine()} {isa}"
+    return Hardware("cpu", _cpu_name(), architecture, free_cores(), _host_memory(), "", _vector_instructions())
+
+
+def free_memory() -> int:
+    """Bytes that this process can still take: what the system has free, less what a container's limit leaves out."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here, so no limit to obey
+    return max(0, free)
+
+
+def peak_host_bytes(pid: int | str = "self") -> int:
+    """On Linux from /proc: getrusage would count what the parent held when it started this process."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    import psutil
+
+    info = psutil.Process(None if pid == "self" else int(pid)).memory_info()
+    return getattr(info, "peak_wset", info.rss)  # Windows counts the peak; elsewhere it is what is held now
+
+
+def free_cores() -> int:
+    """Cores this process may run on: the scheduler's mask, less what a container's quota leaves out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here, so no quota to obey
+    return cores
+
+
+def default_threads(weight_bytes: int) -> int:
+    """CPU threads for decoding: one while the weights fit in cache, else every free core.
+
+    A decode step is a few hundred small loops. Below about 64 MB of weights, waking a second thread for each costs
+    more than it gives on some CPUs, and pays on others; threads that lose their core to another job cost ten times
+    that. So one is the safe choice; a recipe's num_threads tries another.
+    """
+    return 1 if weight_bytes < 64e6 else free_cores()
+
+
+def measure_bandwidth(device: str = "auto", threads: int | None = None) -> float:
+    """Bytes per second that reading memory once reaches, by the best of ten sums over a large float32 array.
+
+    The array is 64 MB on a CPU for each thread (past the caches) and 2 GB on a GPU. Reading is what a decode
+    step does with its weights, so weight bytes over this figure is the least possible time per token.
+    """
+    import torch
+
+    kind = resolve_device(device)
+    before = torch.get_num_threads()
+    threads = threads or free_cores()
+    try:
+        if kind == "cpu":
+            torch.set_num_threads(threads)
+        values = torch.ones(2**29 if kind == "cuda" else threads * 2**24, device=kind)
+        best = float("inf")
+        for _ in range(10):
+            if kind == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            values.sum().item()
+            best = min(best, time.perf_counter() - start)
+        return values.numel() * 4 / best
+    finally:
+        torch.set_num_threads(before)
+
+
+def compiler() -> str:
+    """Path of the C++ compiler that Inductor will call; raises BackendUnavailable if there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            return name
+    raise BackendUnavailable(
+        "There is no C++ compiler on this machine.",
+        cause="The aot backend compiles its kernels with g++ or clang++, and neither is on the PATH.",
+        fix="Install one: 'apt-get install g++', 'dnf install gcc-c++' or 'xcode-select --install'.",
+    )
+
+
+def compiler_version() -> str:
+    """The C++ compiler's first line about itself; "none" where there is none, for an engine runs without."""
+    try:
+        return _first_line(compiler(), "--version") or compiler()
+    except BackendUnavailable:
+        return "none"
+
+
+@cache
+def _first_line(*command: str) -> str:
+    out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return out.splitlines()[0] if out else ""
+
+
+def versions() -> dict[str, str]:
+    """What an engine depends on beside its recipe; a change in any of these means a new build."""
+    import torch
+
+    found = {"torch": str(torch.__version__)}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _vector_instructions() -> tuple[str, ...]:
+    """Such as avx2, avx512f, amx_int8 (x86) or asimd, sve (Arm), as Linux lists them; empty elsewhere."""
+    kinds = ("avx", "amx", "fma", "f16c", "bmi", "abm", "asimd", "sve", "sme", "bf16", "i8mm")
+    return tuple(sorted(f for f in (_cpuinfo("flags") or _cpuinfo("Features")).split() if f.startswith(kinds)))
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.split(":")[0].strip() == field:
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return ""
+
+
+def _host_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().total

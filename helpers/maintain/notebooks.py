@@ -1,0 +1,331 @@
+"""Run the notebooks from top to bottom, as a learner would, and say honestly what ran.
+
+Every code cell either runs or is listed as skipped, with its reason; anything else is an error. A cell is
+skipped in one of two ways:
+- it calls `skip("needs an NVIDIA GPU")` when it finds that it cannot do its work on this machine;
+- it has the tag `skip-execution` (it is never run) and a `skip_reason` in its metadata.
+A cell with the tag `raises-exception` must raise: a failure that is shown on purpose has to keep failing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.errors import InputError
+from helpers.paths import PROJECT
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+NOTEBOOKS = PROJECT / "notebooks"
+BUILD = PROJECT / "build"
+CELL_TIMEOUT_S = 600
+
+
+@dataclass
+class NotebookResult:
+    """What happened in one notebook. Cells are numbered as code cells, from 1."""
+
+    name: str
+    seconds: float = 0.0
+    cells_run: int = 0
+    skipped: list[tuple[int, str]] = field(default_factory=list)  # (cell, reason)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+# Judging: pure functions of a notebook, so that the tests also apply them to the committed files.
+
+
+def code_cells(nb: NotebookNode) -> list[tuple[int, NotebookNode]]:
+    """The code cells that hold something, numbered from 1 as a reader counts them."""
+    cells = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
+    return list(enumerate(cells, start=1))
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def judge(nb: NotebookNode, name: str) -> NotebookResult:
+    """Count what ran and what was skipped, and name every cell that did neither or did it wrongly."""
+    result = NotebookResult(name)
+    untouched = []
+    for number, cell in code_cells(nb):
+        errors = [out for out in cell.outputs if out.output_type == "error"]
+        reasons = [out.metadata["skipped"] for out in cell.outputs if "skipped" in out.get("metadata", {})]
+        expected = "raises-exception" in tags(cell)
+        if "skip-execution" in tags(cell):
+            reason = cell.metadata.get("skip_reason", "").strip()
+            if reason:
+                result.skipped.append((number, reason))
+            else:
+                result.problems.append(f"cell {number} has the tag skip-execution but no skip_reason in its metadata")
+        elif cell.execution_count is None:
+            untouched.append(number)
+        elif errors and not expected:
+            result.problems.append(f"cell {number} failed: {errors[0].ename}: {errors[0].evalue}")
+        elif expected and not errors and not reasons:
+            result.problems.append(f"cell {number} has the tag raises-exception but raised nothing")
+        elif reasons:
+            result.skipped.append((number, "; ".join(reasons)))
+        else:
+            result.cells_run += 1
+    if untouched:
+        numbers = ", ".join(map(str, untouched))
+        result.problems.append(f"neither run nor listed as skipped: cell {numbers}")
+    return result
+
+
+# Tidying: what is written must say nothing about the machine beyond what a cell prints on purpose.
+
+
+def tidy(nb: NotebookNode) -> None:
+    """Take this machine's paths and versions out of the metadata and outputs, and make widgets static."""
+    nb.metadata.pop("widgets", None)
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nb.metadata["language_info"] = {"name": "python"}
+    for _, cell in code_cells(nb):
+        cell.metadata.pop("execution", None)
+        cell.outputs = [scrub(out) for out in map(static, cell.outputs) if out is not None]
+
+
+def static(output: NotebookNode) -> NotebookNode | None:
+    """A widget as a page without a kernel can show it: its picture or table if it has one, else a note."""
+    data = output.get("data", {})
+    if data.pop("application/vnd.jupyter.widget-view+json", None) is None:
+        return output
+    if set(data) <= {"text/plain"}:
+        text = data.get("text/plain", "")
+        if re.search(r"\d+%\||\d+it \[", text):  # tqdm's bar, stopped at its first state
+            return None
+        data["text/plain"] = "(A widget: run this cell in JupyterLab to use it.)"
+    return output
+
+
+def scrub(value: Any) -> Any:
+    """Replace this machine's folders in all texts of an output; pictures are left as they are."""
+    if isinstance(value, str):
+        for pattern, replacement in _folders():
+            value = pattern.sub(replacement, value)
+        return value
+    if isinstance(value, list):
+        return [scrub(item) for item in value]
+    if isinstance(value, dict):
+        changed = {k: v if k.startswith("image/") else scrub(v) for k, v in value.items()}
+        return type(value)(changed)  # a NotebookNode stays one
+    return value
+
+
+def _folders() -> list[tuple[re.Pattern[str], str]]:
+    """The folders of this machine that outputs may name, the innermost first, and what stands for each."""
+    temp = Path(tempfile.gettempdir())
+    named = {
+        str(PROJECT): "",  # paths inside the course become relative to it
+        sys.prefix: "<python>/",
+        sysconfig.get_paths()["stdlib"]: "<python>/lib/",
+        str(temp): "<tmp>/",
+        str(Path.home()): "~/",
+    }
+    patterns = [(re.compile(re.escape(str(temp)) + r"/ipykernel_\d+/\d+\.py"), "<cell>")]
+    for folder in sorted(named, key=len, reverse=True):
+        end = r"(?:/|(?![\w.-]))"  # /home/ann, but not /home/anna
+        patterns.append((re.compile(r"(?<![\w.-])" + re.escape(folder) + end), named[folder]))
+    return patterns
+
+
+# Running
+
+
+def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[NotebookNode, NotebookResult]:
+    """Execute one notebook in a fresh kernel, in its own folder, and judge it."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    nb = nbformat.read(source, as_version=4)
+    for _, cell in code_cells(nb):
+        cell.execution_count = None  # what an earlier run left must not pass for this one
+        if "skip-execution" not in tags(cell):
+            cell.outputs = []
+
+    started = time.perf_counter()
+    broken = ""
+    progress = _Progress(nb)
+    client = NotebookClient(
+        nb,
+        timeout=timeout,
+        startup_timeout=120,
+        kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # a fresh kernel's warnings are about the kernel, not the course
+        resources={"metadata": {"path": str(source.parent)}},
+        record_timing=False,
+        coalesce_streams=True,
+        on_notebook_start=_interruptible,
+        on_cell_execute=progress.start,
+        on_cell_executed=progress.end,
+    )
+    try:
+        client.execute()
+    except CellExecutionError:
+        pass  # the cell holds the error; judge() reports it
+    except Exception as error:  # a dead kernel, a timeout: the notebook does not show it
+        # a timeout's message goes on to print the cell
+        broken = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(flush=True)
+    seconds = time.perf_counter() - started
+
+    result = judge(nb, source.stem)
+    result.seconds = seconds
+    if broken:
+        where = f"in cell {progress.cell}" if progress.cell else "before the first cell"
+        result.problems.insert(0, f"broke off {where}: {broken}")
+    tidy(nb)
+    return nb, result
+
+
+def _interruptible(**_: Any) -> None:
+    """Let Ctrl-C end the run: nbclient's own handler stops the kernel but goes on waiting for it."""
+    import asyncio
+    import signal
+
+    if sys.platform != "win32":
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
+
+class _Progress:
+    """One line per cell: begun when the cell begins, ended with its seconds."""
+
+    def __init__(self, nb: NotebookNode):
+        self.numbers = {id(cell): number for number, cell in code_cells(nb)}
+        self.cell = 0  # the one that runs now, or ran last
+        self.began = 0.0
+
+    def start(self, cell: NotebookNode, **_: Any) -> None:
+        self.cell, self.began = self.numbers[id(cell)], time.perf_counter()
+        print(f"  cell {self.cell:3d} of {len(self.numbers)} ", end="", flush=True)
+
+    def end(self, **_: Any) -> None:
+        print(f"{time.perf_counter() - self.began:7.1f} s", flush=True)
+
+
+# nbconvert's page leaves out the text that a picture's output carries for those who cannot see it.
+PICTURE_WITH_ITS_TEXT = """{% extends "lab/index.html.j2" %}
+{% block data_png scoped %}<div class="jp-RenderedImage jp-OutputArea-output"><img
+alt="{{ (output | get_metadata("alt", "image/png") or "") | escape_html }}"
+src="data:image/png;base64,{{ output.data["image/png"] | escape_html }}"></div>{% endblock %}
+"""
+
+
+def write_html(nb: NotebookNode, page: Path) -> None:
+    """One page that needs no other file: pictures inside, nothing fetched except the script for formulas."""
+    from nbconvert import HTMLExporter
+
+    # Not embed_images: it would close <details> before the solution in it. Outputs hold their pictures anyway.
+    exporter = HTMLExporter(require_js_url="", jquery_url="", mermaid_js_url="")
+    exporter.raw_template = PICTURE_WITH_ITS_TEXT
+    html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": page.stem}})
+    html = re.sub(r'(href="[\w./-]+)\.ipynb\b', r"\1.html", html)  # from page to page
+    page.write_text(html, encoding="utf-8")
+
+
+def select(folder: Path, only: list[str] | None) -> list[Path]:
+    """The notebooks in reading order; `only` names some of them, whole or by their beginning ("03")."""
+    every = sorted(folder.glob("*.ipynb"))
+    if not only:
+        return every
+    for name in only:
+        if not any(path.stem.startswith(name) for path in every):
+            known = ", ".join(path.stem for path in every) or f"none: {folder.name}/ is empty"
+            raise InputError(f"There is no notebook named {name!r}.", fix=f"Name one of these: {known}.")
+    return [path for path in every if any(path.stem.startswith(name) for name in only)]
+
+
+def run_all(
+    out: Path = BUILD,
+    only: list[str] | None = None,
+    *,
+    folder: Path = NOTEBOOKS,
+    update: bool = False,
+    timeout: int = CELL_TIMEOUT_S,
+) -> list[NotebookResult]:
+    """Run the notebooks; write each, executed, with its page to `out`, and back to `folder` if asked to."""
+    import nbformat
+
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for source in select(folder, only):
+        print(source.stem, flush=True)
+        nb, result = run_notebook(source, timeout=timeout)
+        nbformat.write(nb, out / source.name)
+        write_html(nb, out / f"{source.stem}.html")
+        if update and result.ok:
+            nbformat.write(nb, source)
+        results.append(result)
+    return results
+
+
+# Reporting
+
+
+def report(results: list[NotebookResult]) -> str:
+    """Every problem in full, then the table."""
+    problems = [f"{result.name}: {problem}" for result in results for problem in result.problems]
+    rows = [("notebook", "minutes", "run", "skipped", "status", "why skipped")]
+    rows += [
+        (
+            result.name,
+            f"{result.seconds / 60:.1f}",
+            str(result.cells_run),
+            str(len(result.skipped)),
+            "ok" if result.ok else "FAILED",
+            "; ".join(grouped(result.skipped)),
+        )
+        for result in results
+    ]
+    rows.append(
+        (
+            "all",
+            f"{sum(result.seconds for result in results) / 60:.1f}",
+            str(sum(result.cells_run for result in results)),
+            str(sum(len(result.skipped) for result in results)),
+            "ok" if results and all(result.ok for result in results) else "FAILED",
+            "",
+        )
+    )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            text.rjust(width) if column in (1, 2, 3) else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*problems, "", *lines] if problems else lines)
+
+
+def grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
+    """ "needs an NVIDIA GPU (cells 4, 7)", each reason once."""
+    for reason in dict.fromkeys(reason for _, reason in skipped):
+        cells = [str(cell) for cell, other in skipped if other == reason]
+        yield f"{reason} (cell{'s' if len(cells) > 1 else ''} {', '.join(cells)})"
+
+
+def main(only: list[str] | None = None, out: Path = BUILD, *, update: bool = False) -> int:
+    """`helpers run`: the exit status is 0 if every cell ran or was listed as skipped."""
+    results = run_all(out, only, update=update)
+    print(f"\nThe executed notebooks and their pages are in {os.path.relpath(out)}{os.sep}\n")
+    print(report(results))
+    return 0 if results and all(result.ok for result in results) else 1

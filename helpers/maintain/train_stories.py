@@ -1,0 +1,355 @@
+"""Train the bundled model on stories drawn from the grammar, and write it in Hugging Face format.
+
+    python -m helpers.maintain.train_stories --out helpers/stories/checkpoint
+
+Every training story is fresh: the script draws as many as the training takes, so the model can not learn any
+by heart and its loss can only approach the grammar's entropy from above. On one H100 it takes a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from helpers.model.stories.evaluate import held_out_loss, parse_share, sample_stories, story_loss
+from helpers.model.stories.grammar import draw_corpus, entropy
+
+PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
+PAD_ID, BOS_ID, END_ID = 0, 1, 2
+VOCABULARY = 2048
+CHUNK = 2000  # stories a worker draws at a time
+TOKENIZER_CHUNKS = 10  # the tokenizer is trained on the first 20,000 training stories
+HELD_OUT_STORIES = 2000
+SIZE_LIMIT = 16 * 2**20  # bytes; the checkpoint is tracked by git
+
+# Written in the form of transformers 4, which 5 reads too; hence both names of the data type.
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "pad_token_id": PAD_ID,
+    "bos_token_id": BOS_ID,
+    "eos_token_id": END_ID,
+    "dtype": "bfloat16",
+    "torch_dtype": "bfloat16",
+}
+
+
+def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
+    """A byte-level BPE that adds the begin token to what it encodes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, BOS, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    if tokenizer.get_vocab_size() != VOCABULARY:
+        raise RuntimeError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens instead of {VOCABULARY}: the stories "
+            "have too few distinct words. Add words to helpers/stories/tables.py."
+        )
+    return tokenizer
+
+
+def draw_texts(job: tuple[str, int]) -> list[str]:
+    """One chunk of the corpus as texts: job is (name of the corpus with its seed, number of the chunk)."""
+    name, chunk = job
+    return [story.text for story in draw_corpus(CHUNK, f"{name}/{chunk}")]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer_from(tokenizer_json: str) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_json)
+
+
+def draw_tokens(job: tuple[str, int, str]) -> tuple[np.ndarray, np.ndarray]:
+    """One chunk of the corpus as tokens: all of its stories end to end, and their lengths."""
+    name, chunk, tokenizer_json = job
+    encodings = _tokenizer_from(tokenizer_json).encode_batch(draw_texts((name, chunk)))
+    rows = [[*encoding.ids, END_ID] for encoding in encodings]
+    return np.concatenate(rows).astype(np.int16), np.array([len(row) for row in rows])
+
+
+def _one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+
+
+def build_corpus(stories: int, seed: int) -> tuple[Tokenizer, torch.Tensor, int]:
+    """Draw the training corpus on all processors.
+
+    Returns the tokenizer trained on its beginning, the stories' tokens [stories, longest] padded on the right
+    (int16), and the number of tokens to predict.
+    """
+    name = f"train-{seed}"
+    affinity = getattr(os, "sched_getaffinity", None)  # the processors we may use; Linux only
+    workers = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with multiprocessing.Pool(workers, initializer=_one_thread) as pool:
+        texts = pool.map(draw_texts, [(name, chunk) for chunk in range(TOKENIZER_CHUNKS)], chunksize=1)
+        tokenizer = train_tokenizer(text for chunk in texts for text in chunk)
+        tokenizer_json = tokenizer.to_str()
+        jobs = [(name, chunk, tokenizer_json) for chunk in range(math.ceil(stories / CHUNK))]
+        chunks = pool.map(draw_tokens, jobs, chunksize=1)
+    flat = np.concatenate([tokens for tokens, _ in chunks])
+    lengths = np.concatenate([lengths for _, lengths in chunks])
+    padded = np.full((len(lengths), lengths.max()), PAD_ID, dtype=np.int16)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat  # row by row, as flat is
+    padded, lengths = padded[:stories], lengths[:stories]
+    return tokenizer, torch.from_numpy(padded), int(lengths.sum()) - stories
+
+
+def learning_rate_at(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 3 % of the steps, then a cosine down to zero: it ends on settled weights."""
+    warmup = max(1, steps * 3 // 100)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def train(
+    corpus: torch.Tensor, steps: int, batch: int, peak: float, seed: int, device: str
+) -> transformers.LlamaForCausalLM:
+    """Train a model from scratch, `batch` stories a step, each story once. Prints its progress."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).float().to(device)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device == "cuda")
+    corpus = corpus.to(device)
+    started = told = time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps, peak)
+        tokens = corpus[step * batch : (step + 1) * batch].long()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = story_loss(model, tokens, PAD_ID)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        now = time.monotonic()
+        if now - told > 3 or step + 1 == steps:
+            # loss.item() waits for the GPU, so only ask every few seconds
+            speed = (step + 1) * batch / (now - started)
+            message = f"step {step + 1:5d}/{steps}  loss {loss.item():.4f} nats/token"
+            print(f"{message}  {now - started:4.0f} s, {speed:,.0f} stories/s", flush=True)
+            told = now
+    return model
+
+
+def save_checkpoint(model: Any, tokenizer: Tokenizer, out: Path) -> None:
+    """Write weights (bfloat16), configuration and tokenizer in Hugging Face format.
+
+    The JSON files are written here and not by transformers, whose version 5 writes names that 4 can not read.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    # tied embeddings: the output matrix is the input matrix, so it is not stored
+    weights = {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, weight in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # save_file lets nobody else read it
+    tokenizer.save(str(out / "tokenizer.json"))
+    special = {"bos_token": BOS, "eos_token": END, "pad_token": PAD}
+    added = {
+        str(index): {
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": True,
+        }
+        for index, token in enumerate([PAD, BOS, END])
+    }  # fmt: skip
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # so that a batch of prompts can be continued
+        "model_input_names": ["input_ids", "attention_mask"],  # Llama takes no token types
+        "added_tokens_decoder": added,
+        **special,
+    }
+    ids = {"bos_token_id": BOS_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
+    _write_json(out / "config.json", CONFIG)
+    _write_json(out / "generation_config.json", ids)
+    _write_json(out / "tokenizer_config.json", tokenizer_config)
+    _write_json(out / "special_tokens_map.json", special)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+CARD = """---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+---
+# stories: the bundled model
+
+A Llama of {parameters:,} parameters that tells short children's stories. It was trained from scratch by
+`helpers/stories/train.py` on stories drawn from the seeded grammar in `helpers/stories/grammar.py`: nobody
+else's text went into it, and it knows nothing but these stories. It is there to be compiled, measured and
+sampled from: small enough for any machine, with head size {head_dim} and grouped key and value heads as large
+models have.
+
+Prompts that it knows: "Once upon a time", "Long ago", "One morning", "Hello, my name is".
+
+## How good it is
+
+The grammar is unambiguous, so the probability of each story is known, and no model can have a lower mean loss
+than the grammar's own.
+
+| on {held_out:,} held-out stories (seed `held-out-{seed}`) | nats/token |
+|---|---|
+| grammar: mean of -log probability / tokens | {floor:.4f} |
+| this checkpoint: bfloat16 weights, evaluated in float32 | {loss:.4f} |
+| excess over the grammar | {excess:.2%} |
+
+Entropy of the grammar: {entropy:.2f} nats per story, exact. A story has {tokens_per_story:.1f} tokens in the
+mean, its end token included.
+
+| sampled without a prompt, {sampled} stories each | share that parse |
+|---|---|
+| temperature 0.7 | {share_cool:.0%} |
+| temperature 1.0 | {share_plain:.0%} |
+| temperature 1.5 | {share_hot:.0%} |
+
+Greedy, from "Once upon a time":
+
+> {greedy}
+
+## How it was made
+
+    {command}
+
+- corpus: {stories:,} stories (seed `train-{seed}`), each seen once; {tokens:,} tokens to predict;
+  {overlap} of the held-out stories are among them
+- tokenizer: byte-level BPE, {vocabulary:,} tokens, trained on the first {tokenizer_stories:,} stories; adds
+  `<|bos|>`; a story ends with `<|end|>`
+- model: hidden size {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads,
+  {num_key_value_heads} key and value heads, intermediate size {intermediate_size}, tied embeddings
+- training: {steps:,} steps of {batch} stories, AdamW, peak learning rate {peak:g}, cosine
+  to zero, seed {seed}
+- time: {seconds:.0f} s in all, {training_seconds:.0f} s of them training, on {machine}
+- versions: Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}
+- date: {date}
+
+Licence: Apache-2.0.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.maintain.train_stories",
+        description="Train the bundled model on stories drawn from the grammar.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=256, help="stories a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
+    parser.add_argument("--seed", type=int, default=0)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU: check nvidia-smi and that torch is a CUDA build, or use cpu")
+
+    started = time.monotonic()
+    stories = options.steps * options.batch
+    print(f"drawing {stories:,} stories ...", flush=True)
+    fast_tokenizer, corpus, tokens = build_corpus(stories, options.seed)
+    print(f"  {tokens:,} tokens, {time.monotonic() - started:.0f} s", flush=True)
+    training = time.monotonic()
+    model = train(corpus, options.steps, options.batch, options.learning_rate, options.seed, options.device)
+    training_seconds = time.monotonic() - training
+    save_checkpoint(model, fast_tokenizer, options.out)
+
+    print("evaluating the saved weights ...", flush=True)
+    # Loaded again as a user would: what counts is the rounded weights, evaluated without further rounding.
+    torch.set_float32_matmul_precision("highest")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.out).float().to(options.device).eval()
+    held_out = draw_corpus(HELD_OUT_STORIES, f"held-out-{options.seed}")
+    loss, floor = held_out_loss(model, tokenizer, held_out)
+    sampled = 200
+    shares = {
+        temperature: parse_share(sample_stories(model, tokenizer, sampled, temperature, options.seed))
+        for temperature in (0.7, 1.0, 1.5)
+    }
+    seen = {row.tobytes() for row in corpus.numpy()}
+    encoded = [[*fast_tokenizer.encode(story.text).ids, END_ID] for story in held_out]
+    width = corpus.shape[1]
+    padded = [np.array(row + [PAD_ID] * (width - len(row)), dtype=np.int16) for row in encoded]
+    card = CARD.format(
+        **{key: CONFIG[key] for key in CONFIG if f"{{{key}}}" in CARD},
+        parameters=sum(p.numel() for p in model.parameters()),
+        held_out=len(held_out), seed=options.seed, floor=floor, loss=loss, excess=loss / floor - 1,
+        entropy=entropy(), tokens_per_story=tokens / stories,
+        sampled=sampled, share_cool=shares[0.7], share_plain=shares[1.0], share_hot=shares[1.5],
+        greedy=sample_stories(model, tokenizer, 1, 0.0, prompt="Once upon a time")[0],
+        command="python -m helpers.maintain.train_stories --out DIR"
+        f" --steps {options.steps} --batch {options.batch} --learning-rate {options.learning_rate:g}"
+        f" --seed {options.seed} --device {options.device}",
+        stories=stories, tokens=tokens, overlap=sum(row.tobytes() in seen for row in padded),
+        vocabulary=VOCABULARY, tokenizer_stories=TOKENIZER_CHUNKS * CHUNK,
+        steps=options.steps, batch=options.batch, peak=options.learning_rate,
+        seconds=time.monotonic() - started, training_seconds=training_seconds,
+        machine=torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        python=platform.python_version(), torch=torch.__version__,
+        transformers=transformers.__version__, tokenizers=tokenizers.__version__,
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )  # fmt: skip
+    (options.out / "README.md").write_text(card, encoding="utf-8")
+    size = sum(path.stat().st_size for path in options.out.iterdir())
+    print(f"held-out loss {loss:.4f}, grammar {floor:.4f} nats/token: {loss / floor - 1:.2%} above")
+    print("share of stories that parse: " + ", ".join(f"{s:.0%} at {t}" for t, s in shares.items()))
+    print(f"{options.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s in all")
+    if size > SIZE_LIMIT:
+        sys.exit(f"{options.out} is larger than {SIZE_LIMIT / 2**20:.0f} MiB: remove what is no part of it")
+
+
+if __name__ == "__main__":
+    main()

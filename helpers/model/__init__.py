@@ -1,0 +1,1 @@
+"""A checkpoint, the decoder that computes it, and the choice of the next token."""

@@ -1,0 +1,143 @@
+"""Choosing the next token: one implementation for every backend that hands out logits."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from helpers.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+
+COOLEST = 1e-5  # below it even equal-looking scores are far apart; dividing by less would overflow to infinity
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The settings that TensorRT-LLM and vLLM share, under their names.
+
+    temperature         0 is greedy: always the likeliest token; 1 samples from the model's own distribution
+    top_k               keep the k likeliest tokens; 0 keeps all
+    top_p               keep the likeliest tokens whose probabilities sum to top_p; 1 keeps all
+    repetition_penalty  divides the score of tokens that are already there (Keskar et al. 2019); 1 is off
+    seed                same seed, same text; None takes a new one each time
+    max_tokens          most new tokens
+    ignore_eos          go on after the end token (benchmarks need equal lengths)
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 64
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, lambda v: v >= 0, "0 or more (0 is greedy)")
+        _number("top_p", self.top_p, lambda v: 0 < v <= 1, "more than 0, at most 1 (1 keeps all tokens)")
+        _number("repetition_penalty", self.repetition_penalty, lambda v: 1e-6 <= v <= 1e6, "1e-6 to 1e6 (1 is off)")
+        _whole("top_k", self.top_k, 0)
+        _whole("max_tokens", self.max_tokens, 1)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**63 - 1)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _number(name: str, value: float, allowed: Callable[[float], bool], words: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not allowed(value):
+        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a number, {words}.")
+
+
+def _whole(name: str, value: int, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        words = f"at least {low}" + (f", at most {high}" if high is not None else "")
+        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a whole number, {words}.")
+
+
+def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]]) -> Tensor:
+    """logits [B, V] as sampling sees them: penalty, temperature, top_k, top_p in transformers' order.
+
+    seen[b] are the token ids of sequence b so far, prompt included. Removed tokens become -inf.
+    """
+    import torch
+
+    logits = logits.float()
+    if params.repetition_penalty != 1.0:
+        logits = logits.clone()
+        for row, ids in zip(logits, seen, strict=True):
+            index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
+            scores = row[index]
+            penalty = params.repetition_penalty
+            row[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if params.greedy:
+        return logits
+    logits = logits / max(params.temperature, COOLEST)
+    if 0 < params.top_k < logits.shape[-1]:
+        least = logits.topk(params.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if params.top_p < 1.0:
+        ascending, order = logits.sort(descending=False, stable=True)
+        below = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        below[:, -1] = False  # the likeliest token always stays
+        logits = logits.masked_fill(torch.zeros_like(below).scatter(1, order, below), -math.inf)
+    return logits
+
+
+class Sampler:
+    """Draws the next tokens of a batch. Each sequence has random numbers of its own, so that it gets the same text
+    alone and in a batch, on every backend and device."""
+
+    def __init__(self, params: SamplingParams, prompts: list[list[int]]):
+        import torch
+
+        self.params = params
+        # What a sequence holds so far matters to the repetition penalty alone.
+        self.seen = [list(prompt) for prompt in prompts] if params.repetition_penalty != 1.0 else None
+        self.generators: list[torch.Generator] = []
+        if not params.greedy:
+            for _ in prompts:
+                seed = params.seed if params.seed is not None else secrets.randbits(63)
+                self.generators.append(torch.Generator().manual_seed(seed))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """logits [B, V] to token ids [B], on the logits' device."""
+        tokens = self._choose(logits)
+        if self.seen is not None:
+            for ids, token in zip(self.seen, tokens.tolist(), strict=True):
+                ids.append(token)
+        return tokens
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        import torch
+
+        if self.params.greedy and self.seen is None:
+            return logits.argmax(-1)
+        filtered = filter_logits(logits, self.params, self.seen or [])
+        if self.params.greedy:
+            return filtered.argmax(-1)
+        draws = torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(logits.device)
+        cumulative = filtered.softmax(-1).cumsum(-1)
+        # Inverse transform: the first token at which the cumulative probability passes the draw.
+        point = draws[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[int]) -> Tensor:
+    """Probabilities [V] that the next token would be drawn from, for logits [V]; greedy puts all on one token."""
+    import torch
+
+    filtered = filter_logits(logits[None], params, [seen])[0]
+    if params.greedy:
+        return torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)
+    return filtered.softmax(-1)

@@ -1,0 +1,195 @@
+"""A recipe says what to build. It is checked when it is made, so a wrong field never reaches a compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from helpers.errors import RecipeError
+from helpers.recipe import options, tensorrt, tensorrt_llm
+from helpers.recipe.fields import BACKENDS, DEVICES, OPTIMIZATION_LEVELS, PRECISIONS, Fusion, RecipeFields, not_allowed
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class BuildRecipe(RecipeFields):
+    """What to build. Two recipes with equal fields on the same machine give the same engine.
+
+    model               "stories" (bundled), a Hub id, a checkpoint folder, or "dummy:" before either of these
+    backend             one of BACKENDS
+    precision           of weights and arithmetic; int8 keeps weights as int8 and computes in fp32 (CPU) or bf16 (GPU)
+    max_batch_size      most sequences at a time
+    max_input_len       longest prompt, in tokens
+    max_seq_len         longest prompt plus answer, in tokens; it sizes the KV cache
+    optimization_level  0 compiles fastest, 3 runs fastest
+    fusion              what may be merged
+    device              "cpu", "cuda", or "auto": cuda where there is one
+    decode_batch_sizes  the batch sizes that get a decode graph of their own; empty: 1 and max_batch_size
+    num_threads         CPU threads that the kernels are compiled for; 0: chosen from the weights' size
+    options             settings that only this backend has, in its own words; in a file, the section named after it
+
+    Raises RecipeError with the field, the value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fusion, dict):
+            object.__setattr__(self, "fusion", _from_fields(Fusion, self.fusion, "fusion."))
+        if isinstance(self.decode_batch_sizes, list):
+            object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))
+        _check_types(self)
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("precision", self.precision, PRECISIONS[self.backend], f" for backend {self.backend!r}")
+        _one_of("device", self.device, DEVICES)
+        _one_of("optimization_level", self.optimization_level, OPTIMIZATION_LEVELS)
+        if not self.model.strip() or self.model.strip() == "dummy:":
+            raise _not_allowed("model", self.model, "a model's name, a Hub id or a folder")
+        _in_range("max_batch_size", self.max_batch_size, 1, 1024)
+        _in_range("max_input_len", self.max_input_len, 1, 1 << 20)
+        _in_range("max_seq_len", self.max_seq_len, 3, 1 << 20)
+        _in_range("num_threads", self.num_threads, 0, 1024)
+        if self.max_seq_len <= self.max_input_len:
+            raise _not_allowed(
+                "max_seq_len",
+                self.max_seq_len,
+                f"more than max_input_len ({self.max_input_len}): it counts the prompt and the answer",
+            )
+        for size in self.decode_batch_sizes:
+            if size < 1 or size > self.max_batch_size:
+                raise _not_allowed("decode_batch_sizes", size, f"1 to max_batch_size ({self.max_batch_size})")
+        _check_options(self)
+
+    def replace(self, **changes: Any) -> BuildRecipe:
+        """The same recipe with some fields changed; unknown fields raise RecipeError."""
+        return from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        fields["decode_batch_sizes"] = list(self.decode_batch_sizes)
+        return fields
+
+    @property
+    def short_name(self) -> str:
+        """Readable part of the engine's folder name, for example stories-aot-int8-b4."""
+        model = self.model.removeprefix("dummy:").rstrip("/").rsplit("/", 1)[-1]
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in model).strip(".")[:60] or "model"
+        dummy = "dummy-" if self.model.startswith("dummy:") else ""
+        return f"{dummy}{safe}-{self.backend}-{self.precision}-b{self.max_batch_size}"
+
+
+def from_dict(fields: dict[str, Any]) -> BuildRecipe:
+    """A recipe from plain values, as a TOML file or a manifest holds them. A section that is named after the backend
+    holds its options."""
+    sections = [name for name in fields if name in BACKENDS]
+    for name in sections:
+        if name != fields.get("backend", BuildRecipe.backend) or "options" in fields:
+            raise RecipeError(
+                f"Section [{name}] does not belong in this recipe.",
+                cause=f"It holds options of backend {name!r}; the recipe names another one, or has options already.",
+                fix="Leave one of the two out.",
+            )
+        fields = {**{k: v for k, v in fields.items() if k != name}, "options": fields[name]}
+    return _from_fields(BuildRecipe, fields)
+
+
+def read(path: str | Path) -> BuildRecipe:
+    """A recipe from a TOML file, such as those under engines/recipes/."""
+    path = Path(path)
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"There is no recipe file {path.name!r}.",
+            cause="The name is misspelt, or the path starts from another folder.",
+            fix=f"Recipes here: {', '.join(sorted(p.name for p in path.parent.glob('*.toml'))) or 'none'}.",
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{path.name} cannot be read: {error.strerror}.", fix="Give a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{path.name} is not valid TOML: {error}.", fix="Compare it with a file in engines/recipes/."
+        ) from error
+    return from_dict(fields)
+
+
+def write(recipe: BuildRecipe, path: str | Path) -> Path:
+    """Write a recipe as TOML; `read` gives back an equal one."""
+    import tomli_w
+
+    fields = recipe.to_dict()
+    fields[recipe.backend] = fields.pop("options")
+    fields = {name: value for name, value in fields.items() if value != {}}
+    Path(path).write_text(tomli_w.dumps(fields), encoding="utf-8")
+    return Path(path)
+
+
+def _check_options(recipe: BuildRecipe) -> None:
+    """RecipeError for whatever this recipe asks of its backend and cannot get. Looks at no machine."""
+    if recipe.backend.startswith("tensorrt_llm"):
+        tensorrt_llm.check(recipe)
+    elif recipe.backend == "tensorrt":
+        tensorrt.check(recipe)
+    elif recipe.backend == "vllm":
+        options.refuse_cpu(recipe, "vLLM")
+        options.check_options("vLLM 0.25.1", recipe.options, options.VLLM)
+    else:
+        options.check_options(f"Backend {recipe.backend!r}", recipe.options, {})
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what TOML and JSON can both hold."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _from_fields(kind: type, fields: dict[str, Any], prefix: str = "") -> Any:
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in known:
+            raise RecipeError(
+                f"A recipe has no field {prefix + name!r}.",
+                cause="A misspelt name, or a setting that belongs under options.",
+                fix=f"The fields are: {', '.join(prefix + k for k in known)}.",
+            )
+    return kind(**fields)
+
+
+def _check_types(recipe: BuildRecipe) -> None:
+    for name, kind in get_type_hints(BuildRecipe).items():
+        value = getattr(recipe, name)
+        plain = getattr(kind, "__origin__", kind)
+        if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+            raise _not_allowed(name, value, f"a value of type {plain.__name__}")
+    for name, switch in dataclasses.asdict(recipe.fusion).items():
+        if not isinstance(switch, bool):
+            raise _not_allowed(f"fusion.{name}", switch, "true or false")
+    for name, option in recipe.options.items():
+        if not isinstance(name, str) or not _is_plain(option):
+            raise _not_allowed(f"options.{name}", option, "a text, number, true, false, or a list or table of these")
+    for size in recipe.decode_batch_sizes:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise _not_allowed("decode_batch_sizes", size, "whole numbers")
+
+
+def _one_of(name: str, value: Any, allowed: tuple, where: str = "") -> None:
+    if value not in allowed:
+        raise _not_allowed(name, value, f"one of {', '.join(map(str, allowed))}{where}")
+
+
+def _in_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise _not_allowed(name, value, f"a whole number from {low} to {high}")
+
+
+def _not_allowed(name: str, value: Any, allowed: str) -> RecipeError:
+    return not_allowed(f"Recipe field {name}", value, allowed)

@@ -1,0 +1,151 @@
+"""The settings of the TensorRT builder that a learner can try. All are given by name, to helpers.engine.build_module
+or as a recipe's options.
+
+    mark_outputs="all" or [names]     intermediates become outputs, so they must be written to memory: fusion is
+                                      hindered (the block's 11 network layers become 5 instead of 2: it is still
+                                      computed in two, which write more, and three copy constants to outputs)
+    compute_capabilities=["8.6"]      targets; fp8 is refused for 8.6, and begins with 8.9
+    profiles=[{"x": ((1, 256), (8, 256), (64, 256))}]   least, likely and greatest shape of an input that varies;
+                                      one layer more, shape_call, works out the sizes when the engine runs
+    optimization_level=0 .. 5         accepted; in TensorRT for RTX without a GPU it changed nothing that we saw
+    weight_streaming=True             weights may stay in host memory while the engine runs, if the program that runs
+                                      it sets a budget; layers and plan stay the same
+    refit=True                        weights can be exchanged later, so none is folded into another
+    strip_weights=True                the plan holds no weights; refitting brings them back. TensorRT for RTX compiles
+                                      both kinds further on a GPU, so both need an NVIDIA driver to build
+    version_compatible=True           TensorRT: runs with later versions; TensorRT for RTX lacks what it needs
+    hardware_compatibility="ampere_plus", timing_cache="name"      TensorRT only; TensorRT for RTX refuses them
+    precision_flags=["FP16"]          TensorRT 10 only: weak typing. The graph keeps its types (fp32, say), and the
+                                      builder may compute a layer in a flagged type where it finds that faster.
+                                      Without it, and in TensorRT 11 and for RTX always, typing is strong: each layer
+                                      computes in the graph's own type. Written against the interface, not run by us
+    provider="tensorrt"               TensorRT itself, where it and a GPU are there; default "tensorrt_rtx"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from helpers.errors import BuildError, RecipeError
+from helpers.recipe.fields import RecipeFields, not_allowed
+from helpers.recipe.options import check_options
+
+LIBRARY = "the TensorRT builder"
+KINDS: dict[str, Any] = {
+    "provider": ("tensorrt_rtx", "tensorrt"),
+    "optimization_level": tuple(range(6)),
+    "profiles": list,
+    "compute_capabilities": list,
+    "mark_outputs": (str, list),
+    "refit": bool,
+    "strip_weights": bool,
+    "weight_streaming": bool,
+    "version_compatible": bool,
+    "hardware_compatibility": ("", "ampere_plus", "same_compute_capability"),
+    "timing_cache": str,
+    "precision_flags": list,
+}
+PRECISION_FLAGS = ("FP16", "BF16", "INT8", "FP8", "INT4")  # of TensorRT 10's BuilderFlag; 11 has none of them
+FOR_MODULES = ("profiles", "mark_outputs", "precision_flags")  # a language model settles these by itself
+
+
+@dataclass(frozen=True)
+class Options:
+    """The builder's settings; see the top of this file. Raises RecipeError for a wrong value."""
+
+    provider: str = "tensorrt_rtx"
+    optimization_level: int | None = None
+    profiles: tuple[Mapping[str, Any], ...] | list[Mapping[str, Any]] = ()
+    compute_capabilities: tuple[str, ...] | list[str] = ()
+    mark_outputs: str | list[str] = ""
+    refit: bool = False
+    strip_weights: bool = False
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    hardware_compatibility: str = ""
+    timing_cache: str = ""
+    precision_flags: tuple[str, ...] | list[str] = ()
+
+    def __post_init__(self) -> None:
+        for target in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", str(target)):
+                raise _wrong("compute_capabilities", target, "texts such as '8.6'")
+        if isinstance(self.mark_outputs, str) and self.mark_outputs not in ("", "all"):
+            raise _wrong("mark_outputs", self.mark_outputs, "'all' or a list of tensor names")
+        if not re.fullmatch(r"[\w.-]*", self.timing_cache) or self.timing_cache.strip(".") != self.timing_cache:
+            raise _wrong("timing_cache", self.timing_cache, "a plain file name: it lies in the engines' folder")
+        for flag in self.precision_flags:
+            if flag not in PRECISION_FLAGS:
+                raise _wrong("precision_flags", flag, f"some of {', '.join(PRECISION_FLAGS)}")
+        for profile in self.profiles:
+            if not isinstance(profile, Mapping):
+                raise _wrong("profiles", profile, "tables of an input's name and its three shapes")
+            for name, shapes in profile.items():
+                _check_profile(name, shapes)
+        if self.provider == "tensorrt_rtx":
+            self._refuse_what_rtx_lacks()
+
+    def _refuse_what_rtx_lacks(self) -> None:
+        if self.timing_cache:
+            raise BuildError(
+                "TensorRT for RTX keeps no timing cache: it measures no kernels while it builds.",
+                cause="TensorRT says: Timing cache operations are no-ops in TensorRT-RTX.",
+                fix="Leave the option out, or use provider='tensorrt' on a machine with a GPU.",
+            )
+        if self.hardware_compatibility:
+            raise BuildError(
+                "TensorRT for RTX has no hardware compatibility level: its engines run on several GPUs anyway.",
+                cause="TensorRT says: setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX.",
+                fix="Name the targets instead: compute_capabilities=['8.6', '8.9'].",
+            )
+        if self.precision_flags:
+            raise BuildError(
+                "TensorRT for RTX has no precision flags: its networks are strongly typed.",
+                cause="Each layer computes in the type that the graph gives it, as in TensorRT 11.",
+                fix="Set the type in the graph: precision='fp16'. Flags need provider='tensorrt' in version 10.",
+            )
+
+
+def make_options(options: Mapping[str, Any]) -> Options:
+    """Checked settings from plain values, as a recipe or a call gives them."""
+    check_options(LIBRARY, {k: v for k, v in options.items() if v is not None}, KINDS)
+    return Options(**options)
+
+
+def check(recipe: RecipeFields) -> None:
+    """RecipeError for what a recipe of a language model asks and TensorRT does not have."""
+    for name in FOR_MODULES:
+        if name in recipe.options:
+            raise RecipeError(
+                f"Recipe option {name!r} is for single modules: a language model settles it itself.",
+                fix="Leave it out, or use build_module.",
+            )
+    off = [name for name, on in vars(recipe.fusion).items() if not on]
+    if off:
+        raise RecipeError(
+            f"TensorRT has no switch for fusion.{off[0]}: it decides by itself what it merges.",
+            fix="Leave the fusion options on, or see mark_outputs of build_module.",
+        )
+    from_recipe(recipe)
+
+
+def from_recipe(recipe: RecipeFields) -> Options:
+    """The builder's settings for a language model."""
+    return make_options({"optimization_level": recipe.optimization_level, **recipe.options})
+
+
+def _check_profile(name: str, shapes: Any) -> None:
+    try:
+        least, likely, greatest = (tuple(s) for s in shapes)
+        ordered = all(0 < a <= b <= c for a, b, c in zip(least, likely, greatest, strict=True))
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise _wrong(f"profile of {name}", shapes, "three shapes, each size of one at least that of the one before")
+
+
+def _wrong(name: str, value: Any, allowed: str) -> RecipeError:
+    return not_allowed(f"Option {name} of {LIBRARY}", value, allowed)

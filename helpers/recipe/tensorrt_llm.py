@@ -1,0 +1,197 @@
+"""What a recipe may say to TensorRT-LLM 1.2.1 beyond the common fields, checked when the recipe is made.
+
+In a recipe file these stand in a section [tensorrt_llm]. TensorRT-LLM itself drops a plugin name that it does not know
+without a word (its PluginConfig ignores extra fields), and a name that does nothing on one GPU just as silently. So
+every name of PluginConfig is listed here, with what it takes, or with the reason why it is refused.
+
+Source: tensorrt_llm 1.2.1, plugin/plugin.py (PluginConfig) and llmapi/llm_args.py, read shortly before and after that
+release; not run by us.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from helpers.errors import RecipeError
+from helpers.recipe.fields import RecipeFields, not_allowed
+from helpers.recipe.options import check_options, refuse_cpu
+
+TYPES = ("auto", "float16", "float32", "bfloat16", "disable")
+FP8 = ("fp8", "disable")
+
+# Fusion options: the plugin's name, and the values that it takes here (bool: true or false; int: a whole number).
+PLUGINS: dict[str, Any] = {
+    "gemm_plugin": (*TYPES, "fp8"),  # cuBLASLt's products; "disable", the default, leaves them to TensorRT
+    "gpt_attention_plugin": TYPES,  # attention and the KV cache's update in one kernel
+    "context_fmha": bool,  # the same for prefill, in one kernel
+    "use_paged_context_fmha": bool,  # prefill from a paged KV cache: chunks and reuse need it
+    "use_fused_mlp": bool,  # gate and up projections as one product
+    "multiple_profiles": bool,  # several ranges of shapes, with more kernels to choose from; a longer build
+    "remove_input_padding": bool,
+    "paged_kv_cache": bool,
+    "tokens_per_block": int,
+    "streamingllm": bool,
+    "manage_weights": bool,
+    "use_fp8_context_fmha": bool,
+    "gemm_swiglu_plugin": FP8,
+    "low_latency_gemm_plugin": FP8,
+    "low_latency_gemm_swiglu_plugin": FP8,
+    "fp8_rowwise_gemm_plugin": TYPES,
+}
+FP8_ONLY = [name for name in PLUGINS if name.startswith(("use_fp8", "gemm_swiglu", "low_latency", "fp8_"))]
+
+_GPUS = "it joins the work of several GPUs, and this course builds for one"
+_NVFP4 = "it needs the precision NVFP4, which Blackwell GPUs have and this course does not build"
+_QUANT = "TensorRT-LLM sets it by itself from the precision"
+_OTHER = "it is for another kind of model"
+REFUSED: dict[str, str] = {
+    "reduce_fusion": _GPUS,
+    "user_buffer": _GPUS,
+    "gemm_allreduce_plugin": _GPUS,
+    "nccl_plugin": _GPUS,
+    "pp_reduce_scatter": _GPUS,
+    "norm_quant_fusion": _NVFP4,
+    "fuse_fp4_quant": _NVFP4,
+    "weight_only_quant_matmul_plugin": _QUANT,
+    "weight_only_groupwise_quant_matmul_plugin": _QUANT,
+    "smooth_quant_gemm_plugin": _QUANT,
+    "smooth_quant_plugins": _QUANT,
+    "layernorm_quantization_plugin": _QUANT,
+    "rmsnorm_quantization_plugin": _QUANT,
+    "qserve_gemm_plugin": _QUANT,
+    "dtype": _QUANT,
+    "bert_attention_plugin": _OTHER,
+    "bert_context_fmha_fp32_acc": _OTHER,
+    "moe_plugin": _OTHER,
+    "mamba_conv1d_plugin": _OTHER,
+    "paged_state": _OTHER,
+    "lora_plugin": "the course uses no adapters",
+    "dora_plugin": "the course uses no adapters",
+    "identity_plugin": "it is for debugging TensorRT-LLM",
+}
+
+# Options that are no plugins, and their defaults.
+SETTINGS: dict[str, Any] = {
+    "max_num_tokens": 0,  # tokens that a step takes from all sequences together; 0: prompts of a whole batch, to 8192
+    "free_gpu_memory_fraction": 0.5,  # of the memory that is free once the weights are loaded; TensorRT-LLM says 0.9
+    "kv_cache_quant_algo": "",  # "FP8" or "INT8"; with precision fp8 it is FP8 anyway
+    "gather_generation_logits": False,  # lets engine.logits answer; costs memory and time
+    "calib_dataset": "",  # a folder or a Hub name; fp8 and int4 are calibrated with it
+    "calib_batches": 256,
+    "calib_max_seq_length": 256,
+}
+PYTORCH_SETTINGS: dict[str, Any] = {
+    "max_num_tokens": 0,
+    "free_gpu_memory_fraction": 0.5,
+    "cuda_graphs": True,
+}
+CALIBRATED = ("fp8", "int4")  # ModelOpt measures activations for FP8 and W4A16_AWQ
+
+
+def check(recipe: RecipeFields) -> None:
+    """RecipeError for whatever this recipe asks of TensorRT-LLM and cannot get. Looks at no machine."""
+    refuse_cpu(recipe, "TensorRT-LLM")
+    _check_common(recipe)
+    # 0, the default of max_num_tokens, is no number of tokens: settings() puts one in its place.
+    given = {name: value for name, value in recipe.options.items() if (name, value) != ("max_num_tokens", 0)}
+    if recipe.backend == "tensorrt_llm":
+        settings_kinds = {name: type(default) for name, default in SETTINGS.items()}
+        check_options("TensorRT-LLM 1.2.1", given, {**PLUGINS, **settings_kinds}, REFUSED)
+        _check_engine(recipe)
+    else:
+        kinds = {name: type(default) for name, default in PYTORCH_SETTINGS.items()}
+        check_options("TensorRT-LLM 1.2.1", given, kinds, REFUSED)
+    fraction = recipe.options.get("free_gpu_memory_fraction", 0.5)
+    if not 0 < fraction < 1:
+        raise _wrong("free_gpu_memory_fraction", fraction, "a number between 0 and 1")
+    tokens = recipe.options.get("max_num_tokens", 0)
+    if tokens and tokens < max(recipe.max_input_len, recipe.max_batch_size):
+        least = max(recipe.max_input_len, recipe.max_batch_size)
+        raise _wrong(
+            "max_num_tokens", tokens, f"{least} or more: a step must take the longest prompt and a whole batch"
+        )
+
+
+def settings(recipe: RecipeFields) -> dict[str, Any]:
+    """The options that are no plugins, with their defaults filled in."""
+    known = SETTINGS if recipe.backend == "tensorrt_llm" else PYTORCH_SETTINGS
+    found = {name: recipe.options.get(name, default) for name, default in known.items()}
+    found["max_num_tokens"] = found["max_num_tokens"] or _num_tokens(recipe)
+    return found
+
+
+def plugins(recipe: RecipeFields) -> dict[str, Any]:
+    """The fields of PluginConfig that this recipe sets. "disable" is TensorRT-LLM's own word for None."""
+    chosen = {name: recipe.options[name] for name in PLUGINS if name in recipe.options}
+    if not recipe.fusion.gate_up:
+        chosen["use_fused_mlp"] = False
+    return chosen
+
+
+def _num_tokens(recipe: RecipeFields) -> int:
+    batch = min(8192, recipe.max_batch_size * recipe.max_input_len)  # 8192 is TensorRT-LLM's default
+    return max(batch, recipe.max_input_len, recipe.max_batch_size)
+
+
+def _check_common(recipe: RecipeFields) -> None:
+    if not (recipe.fusion.kernels and recipe.fusion.qkv):
+        name = "kernels" if not recipe.fusion.kernels else "qkv"
+        raise RecipeError(
+            f"TensorRT-LLM has no switch for fusion.{name}.",
+            cause="TensorRT decides by itself what it merges, and TensorRT-LLM always joins query, key and value.",
+            fix="Leave it on. To see fusion's worth, switch options such as gemm_plugin, context_fmha, use_fused_mlp.",
+        )
+    if recipe.decode_batch_sizes:
+        raise RecipeError(
+            "TensorRT-LLM builds no graphs for single batch sizes, so decode_batch_sizes has nothing to choose.",
+            cause="Its engine takes any batch up to max_batch_size, and regroups sequences while it runs.",
+            fix="Leave it out; multiple_profiles=true makes TensorRT choose kernels for several ranges.",
+        )
+
+
+def _check_engine(recipe: RecipeFields) -> None:
+    options = recipe.options
+    if recipe.optimization_level not in (0, 3):
+        raise RecipeError(
+            f"Recipe field optimization_level is {recipe.optimization_level}; TensorRT-LLM has two ways to build.",
+            fix="Give 0 (fast_build: a quicker build, at times a slower engine) or 3 (the usual one).",
+        )
+    for name in FP8_ONLY:
+        if options.get(name, "disable") not in ("disable", False) and recipe.precision != "fp8":
+            raise RecipeError(
+                f"Option {name} works on FP8 numbers, and the recipe's precision is {recipe.precision!r}.",
+                fix="Use precision='fp8', or leave the option out.",
+            )
+    if options.get("gemm_plugin") == "fp8" and recipe.precision != "fp8":
+        raise _wrong("gemm_plugin", "fp8", "another type, or precision='fp8' in the recipe")
+    fused = plugins(recipe).get("use_fused_mlp", True)
+    if options.get("use_fused_mlp") is True and not recipe.fusion.gate_up:
+        raise RecipeError(
+            "The recipe contradicts itself: use_fused_mlp is true, and fusion.gate_up is false.",
+            cause="Both name the same thing: the two input projections of the MLP as one product.",
+            fix="Give one of them.",
+        )
+    if options.get("gemm_swiglu_plugin") == "fp8" and not fused:
+        raise RecipeError(
+            "Option gemm_swiglu_plugin needs use_fused_mlp.",
+            cause="It computes both input projections of the MLP and their product in one kernel.",
+            fix="Leave use_fused_mlp and fusion.gate_up on, or leave gemm_swiglu_plugin out.",
+        )
+    if (algo := options.get("kv_cache_quant_algo", "")) not in ("", "FP8", "INT8"):
+        raise _wrong("kv_cache_quant_algo", algo, "FP8 or INT8")
+
+
+def check_calibration(recipe: RecipeFields) -> None:
+    """Asked when a build begins: RecipeError if it would have to fetch a dataset that nobody asked for."""
+    dummy = recipe.model.startswith("dummy:")
+    if recipe.precision in CALIBRATED and not dummy and not recipe.options.get("calib_dataset"):
+        raise RecipeError(
+            f"Precision {recipe.precision!r} is calibrated with texts, and the recipe names none.",
+            cause="ModelOpt, which quantizes for TensorRT-LLM, would fetch the dataset cnn_dailymail from the Hub; "
+            "this course downloads nothing without being asked.",
+            fix="Set the option calib_dataset: a folder with a dataset, or 'cnn_dailymail' to fetch that one.",
+        )
+
+
+def _wrong(name: str, value: Any, allowed: str) -> RecipeError:
+    return not_allowed(f"Option {name} of TensorRT-LLM", value, allowed)

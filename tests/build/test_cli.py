@@ -1,0 +1,166 @@
+"""The command line and the two example scripts, on a small engine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import limits
+
+from helpers import BuildRecipe, store
+from helpers import recipe as recipes
+from helpers.cli import main
+from helpers.engine import locate
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--max-batch-size", "1", "--max-input-len", "16", "--max-seq-len", "48", "--device", "cpu"]
+
+
+@pytest.fixture
+def engine(own_engines) -> str:
+    """The name of the only engine there is."""
+    return own_engines.name
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+
+
+def test_build_takes_a_recipe_file_or_options_and_prints_the_engines_name(engine, tiny_llama, tmp_path, capsys):
+    """Both say what the tiny engine was built from, so nothing is compiled."""
+    recipe = BuildRecipe(model=str(tiny_llama), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48))
+    assert main(["build", str(recipes.write(recipe, tmp_path / "r.toml"))]) == 0
+    assert capsys.readouterr().out.strip() == engine
+    assert main(["build", "--model", str(tiny_llama), *SMALL]) == 0
+    assert capsys.readouterr().out.strip() == engine
+
+
+def test_options_overrule_the_recipe_file(tmp_path, capsys):
+    path = recipes.write(BuildRecipe(**limits()), tmp_path / "r.toml")
+    assert main(["build", str(path), "--precision", "fp64"]) == 1
+    assert "precision is 'fp64'" in capsys.readouterr().err
+
+
+def test_list_shows_each_engine_with_its_size(engine, capsys):
+    assert main(["list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(engine)]
+    assert f"{store.size(locate(engine)) / 1e6:.1f}" in line
+
+
+def test_list_shows_a_damaged_engine_as_damaged(engine, capsys):
+    (locate(engine) / "manifest.json").write_text("{")
+    assert main(["list"]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_list_of_nothing_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    assert main(["list"]) == 0
+    assert "helpers build" in capsys.readouterr().out
+
+
+def test_inspect_shows_every_graph_and_file(engine, capsys):
+    assert main(["inspect", engine[:8]]) == 0
+    shown = capsys.readouterr().out
+    for word in ("prefill", "decode_b1", "operations", "weights.safetensors", "decode_b1.pt2"):
+        assert word in shown
+
+
+def test_generate_prints_prompt_and_answer_and_streams_the_same(engine, capsys):
+    options = ["--max-tokens", "8", "--seed", "3"]
+    assert main(["generate", engine, "Once upon", *options]) == 0
+    plain = capsys.readouterr().out
+    assert plain.startswith("Once upon") and "[8 tokens, length; TTFT" in plain
+    assert main(["generate", engine, "Once upon", *options, "--stream"]) == 0
+    assert capsys.readouterr().out.strip() == plain.rsplit("\n  [", 1)[0].strip()
+
+
+def test_remove_deletes_what_it_names(engine, capsys):
+    assert main(["remove", engine]) == 0
+    assert capsys.readouterr().out == f"removed {engine}\n"
+    assert store.list_engines() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["build", "nowhere.toml"], "no recipe file 'nowhere.toml'"),
+        (["build", "--model", "nothing"], "no model 'nothing'"),
+        (["build", "--max-batch-size", "0"], "max_batch_size is 0"),
+        (["build", "--backend", "pytorch"], "nothing to build"),
+        (["inspect", "nothing"], "no engine 'nothing'"),
+        (["generate", "nothing", "x"], "no engine 'nothing'"),
+        (["generate", "tiny", ""], "empty"),
+        (["generate", "tiny", "x", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "tiny", "x", "--max-tokens", "48"], "max_seq_len=48"),
+        (["generate", "tiny", "x", "y"], "max_batch_size=1"),
+        (["remove", "nothing"], "no engine 'nothing'"),
+        (["remove", ""], "no engine ''"),
+    ],
+    ids=" ".join,
+)
+def test_an_error_is_told_in_our_words_with_a_fix_and_exit_status_1(engine, arguments, words, capsys):
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert words in said and "Fix:" in said and "Traceback" not in said
+
+
+def test_an_unknown_command_is_refused_by_the_parser(capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["bake"])
+    assert refused.value.code == 2
+
+
+def test_interrupting_says_that_nothing_is_left(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "list_engines", interrupt)
+    assert main(["list"]) == 130
+    assert "nothing half-built" in capsys.readouterr().err
+
+
+def test_importing_helpers_loads_neither_torch_nor_a_compiler_nor_numpy():
+    heavy = "torch transformers numpy tokenizers safetensors IPython matplotlib"
+    code = f"import sys, helpers, helpers.cli; print([m for m in {heavy.split()} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_name_of_the_face_is_there():
+    import helpers
+
+    assert all(callable(getattr(helpers, name)) for name in helpers.__all__)
+    assert set(helpers.__all__) <= set(dir(helpers))
+    with pytest.raises(AttributeError, match="nothing"):
+        helpers.nothing  # noqa: B018
+
+
+def test_the_example_scripts_build_and_then_generate(engine, tiny_llama):
+    options = ["--model", str(tiny_llama), "--max-batch-size", "1", "--max-input-len", "16", "--max-seq-len", "48"]
+    built = run_module("helpers.build_engine", *options)
+    assert built.returncode == 0, built.stderr
+    assert built.stdout.startswith("Engine: tiny-llama-aot-fp32-b1-")
+    answered = run_module("helpers.basic", "--max-tokens", "8", "--engine", engine, "Once upon a time", "One day")
+    assert answered.returncode == 0, answered.stderr
+    lines = answered.stdout.strip().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["Prompt: 'Once upon a time'", "Prompt: 'One day'"]
+    assert all("Generated text: " in line for line in lines)
+
+
+def test_the_example_scripts_fail_in_our_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    for arguments, words in (
+        (["helpers.basic"], "no engine"),
+        (["helpers.build_engine", "--precision", "x"], "precision"),
+    ):
+        done = run_module(*arguments)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_example_scripts_are_short_enough_to_read():
+    for name in ("basic", "build_engine"):
+        assert len((ROOT / "helpers" / f"{name}.py").read_text().splitlines()) < 60

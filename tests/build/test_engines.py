@@ -1,0 +1,311 @@
+"""Every backend beside transformers: the same tokens, whatever the batch, the phase or the way of asking."""
+
+import pytest
+import torch
+from conftest import GREEDY, PROMPTS, STORIES, limits
+
+from helpers import BuildRecipe, SamplingParams, load
+from helpers.errors import EngineMismatch, InputError, LimitError
+from helpers.model.checkpoint import BUNDLED
+
+
+@pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
+def engine(request):
+    """Each backend that runs in this process, on the bundled model in fp32."""
+    if request.param == "aot":
+        yield request.getfixturevalue("aot")
+    else:
+        with load(BuildRecipe(backend=request.param, **limits())) as engine:
+            yield engine
+
+
+def batches(engine) -> tuple[int, ...]:
+    """Batch sizes to try; torch_compile compiles anew for each, half a minute a time."""
+    return (2,) if engine.recipe.backend == "torch_compile" else (2, 3, 4)
+
+
+# ---- the same tokens --------------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_transformers_own_for_twenty_prompts(engine, stories_reference):
+    model, tokenizer = stories_reference
+    for prompt in PROMPTS if engine.recipe.backend != "torch_compile" else PROMPTS[::5]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            expected = model.generate(ids, do_sample=False, min_new_tokens=24, max_new_tokens=24)[0, ids.shape[1] :]
+        (answer,) = engine.generate(prompt, GREEDY)
+        assert answer.prompt_token_ids == ids[0].tolist()
+        if 2 not in answer.token_ids:  # min_new_tokens forbids the end token, ignore_eos goes on after it
+            assert answer.token_ids == expected.tolist(), prompt
+            assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_logits_are_transformers_own(engine, stories_reference):
+    model, tokenizer = stories_reference
+    for prompt in PROMPTS[::7]:
+        with torch.inference_mode():
+            expected = model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
+        assert ((engine.logits(prompt) - expected).abs().max() / expected.abs().max()).item() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SamplingParams(temperature=0.9, top_p=0.9, repetition_penalty=1.1, seed=11, max_tokens=24)],
+    ids=["greedy", "sampled"],
+)
+def test_a_batch_of_different_lengths_gives_what_each_prompt_gives_alone(engine, sampling):
+    for size in batches(engine):
+        prompts = [PROMPTS[0], PROMPTS[15], PROMPTS[3], PROMPTS[8]][:size]
+        together = engine.generate(prompts, sampling)
+        alone = [engine.generate([prompt], sampling)[0] for prompt in prompts]
+        assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+        assert [a.finish_reason for a in together] == [a.finish_reason for a in alone]
+
+
+def test_backends_sample_the_same_tokens_from_the_same_seed(engine, aot):
+    sampling = SamplingParams(temperature=0.8, top_k=50, seed=4, max_tokens=16)
+    prompts = PROMPTS[: batches(engine)[-1]]
+    answers = [e.generate(prompts, sampling) for e in (engine, aot)]
+    assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
+
+
+def test_an_engine_answers_the_same_however_often_and_whatever_it_did_before(aot):
+    """Three of four rows in use, 400 steps in all: more than the cache is long."""
+    prompts = PROMPTS[:3]
+    long = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    first = [a.token_ids for a in aot.generate(prompts, long)]
+    for _ in range(3):
+        assert [a.token_ids for a in aot.generate(prompts, long)] == first
+    assert aot.generate(prompts[0], long)[0].token_ids == first[0]
+
+
+def test_two_engines_at_once_do_not_disturb_each_other(aot, stories_fp32):
+    with load(stories_fp32) as other:
+        mixed = zip(aot.stream(PROMPTS[1], GREEDY), other.stream(PROMPTS[2], GREEDY), strict=True)
+        first, second = ([token.token_id for token in tokens] for tokens in zip(*mixed, strict=True))
+    assert first == aot.generate(PROMPTS[1], GREEDY)[0].token_ids
+    assert second == aot.generate(PROMPTS[2], GREEDY)[0].token_ids
+
+
+# ---- prompts ----------------------------------------------------------------------------------------------
+
+
+def test_the_shortest_and_the_longest_prompt_are_answered(engine, stories_reference):
+    model, tokenizer = stories_reference
+    story = tokenizer(STORIES[0].text).input_ids
+    for ids in (story[:1], story[:2], story[:64]):
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        assert engine.generate(ids, SamplingParams(temperature=0, max_tokens=1))[0].token_ids == [expected]
+
+
+def test_the_cache_can_be_filled_to_its_last_entry(aot):
+    ids = aot.tokenize(PROMPTS[0])
+    full = SamplingParams(temperature=0, max_tokens=256 - len(ids), ignore_eos=True)
+    (answer,) = aot.generate(ids, full)
+    assert len(answer.token_ids) == 256 - len(ids)
+    assert aot.generate(ids, GREEDY)[0].token_ids == answer.token_ids[:24]
+
+
+def test_text_and_its_token_ids_are_the_same_prompt(engine):
+    text = "Once upon a time"
+    by_text, by_ids = engine.generate(text, GREEDY), engine.generate(engine.tokenize(text), GREEDY)
+    assert len(by_text) == len(by_ids) == 1
+    assert by_text[0].token_ids == by_ids[0].token_ids
+    mixed = engine.generate([text, engine.tokenize(text)], GREEDY)
+    assert mixed[0].token_ids == mixed[1].token_ids == by_text[0].token_ids
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "héllo 你好 \N{PARTY POPPER}",
+        "\n\n\tx",
+        "<|bos|>",
+        "a" * 40,
+    ],
+)
+def test_any_text_is_answered(aot, prompt):
+    (answer,) = aot.generate(prompt, GREEDY)
+    assert len(answer.token_ids) == 24
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ([], "no prompts"),
+        ([[]], "no tokens"),
+        (["fine", ""], "empty"),
+        ([2048], "vocabulary of 2048"),
+        ([[1, 2], [-1]], "vocabulary of 2048"),
+        ([1.5], "token ids"),
+        ([True], "token ids"),
+        (["fine", None], "token ids"),
+        (None, "token ids"),
+        (7, "token ids"),
+    ],
+)
+def test_a_bad_prompt_is_refused(engine, prompts, words):
+    with pytest.raises(InputError, match=words):
+        engine.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "words"),
+    [
+        ([[1] * 65], GREEDY, r"65 tokens.*max_input_len=64"),
+        ([[1] * 64], SamplingParams(max_tokens=193), r"257 tokens.*max_seq_len=256"),
+        ([[1]] * 5, GREEDY, r"5 prompts.*max_batch_size=4"),
+    ],
+)
+def test_more_than_the_engine_was_built_for_is_refused(engine, prompts, sampling, words):
+    with pytest.raises(LimitError, match=words) as refused:
+        engine.generate(prompts, sampling)
+    assert refused.value.cause and refused.value.fix
+
+
+def test_limits_hold_for_streams_before_the_first_token_is_asked_for(engine):
+    with pytest.raises(LimitError):
+        engine.stream([1] * 65, GREEDY)
+    with pytest.raises(InputError):
+        engine.stream("", GREEDY)
+    with pytest.raises(LimitError):
+        engine.logits([1] * 65)
+
+
+# ---- stopping and streaming -------------------------------------------------------------------------------
+
+
+def test_each_sequence_stops_at_its_own_end_token_or_goes_on_if_told(engine):
+    """The end of a story is an end token; another prompt of the batch goes on."""
+    ending = engine.tokenize(STORIES[0].text)[-12:]
+    stop = SamplingParams(temperature=0, max_tokens=60)
+    ended, other = engine.generate([[1, *ending], PROMPTS[4]], stop)
+    assert ended.finish_reason == "stop" and 2 not in ended.token_ids and len(ended.token_ids) < 60
+    assert other.finish_reason == "length" and len(other.token_ids) == 60
+    (on,) = engine.generate([[1, *ending]], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
+    assert on.finish_reason == "length" and len(on.token_ids) == 60
+    assert on.token_ids[: len(ended.token_ids) + 1] == [*ended.token_ids, 2]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=3, max_tokens=200)], ids=["greedy", "to the end"])
+def test_a_stream_gives_the_tokens_and_the_text_of_generate(engine, sampling):
+    tokens = list(engine.stream(PROMPTS[2], sampling))
+    (answer,) = engine.generate(PROMPTS[2], sampling)
+    assert [token.token_id for token in tokens] == answer.token_ids
+    assert "".join(token.text for token in tokens) == answer.text
+    elapsed = [token.elapsed_s for token in tokens]
+    assert elapsed == sorted(elapsed) and elapsed[0] > 0
+
+
+class Scripted:
+    """A backend whose next tokens are given, to see what the loop around it makes of them."""
+
+    def __new__(cls, script, end_ids=(2,)):
+        from helpers.backends.base import Engine
+        from helpers.model.tokenizer import load_tokenizer
+
+        class Engine_(Engine):
+            def _prefill(self, prompts):
+                self.at = [0] * len(prompts)
+                return self._decode(None)
+
+            def _decode(self, tokens):
+                wanted = torch.tensor([script[min(at, len(script) - 1)] for at in self.at])
+                self.at = [at + 1 for at in self.at]
+                return torch.nn.functional.one_hot(wanted, 2048) * 100.0
+
+        return Engine_(BuildRecipe(**limits()), load_tokenizer(BUNDLED), end_ids, 2048)
+
+
+def test_a_streamed_character_of_several_tokens_comes_whole():
+    engine = Scripted([])
+    script = [i for i in engine.tokenize("naïve 你好 \N{PARTY POPPER}!") if i > 2]
+    engine = Scripted(script)
+    tokens = list(engine.stream("x", SamplingParams(temperature=0, max_tokens=len(script))))
+    assert len(tokens) > len({token.text for token in tokens}), "no character of this text spans tokens"
+    assert "".join(token.text for token in tokens).strip() == "naïve 你好 \N{PARTY POPPER}!"
+    assert not any("\ufffd" in token.text for token in tokens)
+
+
+def test_a_stream_cut_within_a_character_still_gives_the_text_of_generate():
+    script = [i for i in Scripted([]).tokenize("好") if i > 2][:-1]
+    cut = SamplingParams(temperature=0, max_tokens=len(script))
+    assert script
+    streamed = "".join(token.text for token in Scripted(script).stream("x", cut))
+    assert streamed == Scripted(script).generate("x", cut)[0].text
+
+
+def test_an_end_token_at_once_is_an_empty_answer():
+    engine = Scripted([2])
+    (answer,) = engine.generate("x", SamplingParams(temperature=0, max_tokens=5))
+    assert (answer.text, answer.token_ids, answer.finish_reason) == ("", [], "stop")
+    assert list(engine.stream("x", SamplingParams(temperature=0))) == []
+
+
+def test_any_of_several_end_tokens_stops():
+    engine = Scripted([50, 60, 7, 7], end_ids=(9, 60))
+    (answer,) = engine.generate("x", SamplingParams(temperature=0, max_tokens=5))
+    assert (answer.token_ids, answer.finish_reason) == ([50], "stop")
+
+
+def test_a_stream_that_was_overtaken_is_refused_instead_of_mixing_two_texts(engine):
+    stream = engine.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    engine.generate(PROMPTS[1], GREEDY)
+    with pytest.raises(InputError, match="answers another prompt"):
+        next(stream)
+
+
+def test_metrics_obey_their_definitions(engine):
+    for answer in engine.generate(PROMPTS[:2], GREEDY):
+        m = answer.metrics
+        assert 0 < m.ttft_s < m.e2e_s
+        assert m.tpot_s == pytest.approx((m.e2e_s - m.ttft_s) / 23)
+    assert engine.generate(PROMPTS[0], SamplingParams(max_tokens=1))[0].metrics.tpot_s == 0
+
+
+# ---- opening and closing ----------------------------------------------------------------------------------
+
+
+def test_a_closed_engine_is_refused_and_closing_twice_is_fine(tiny_engine):
+    engine = load(tiny_engine)
+    stream = engine.stream([5, 6], SamplingParams(max_tokens=9, ignore_eos=True))
+    next(stream)
+    engine.close()
+    engine.close()
+    for use in (
+        lambda: engine.generate([5]),
+        lambda: engine.logits([5]),
+        lambda: engine.stream([5]),
+        lambda: next(stream),
+    ):
+        with pytest.raises(InputError, match="closed"):
+            use()
+    assert "closed" in repr(engine)
+
+
+def test_an_engine_loads_by_folder_name_start_and_recipe(tiny_engine, tiny_llama):
+    recipe = BuildRecipe(model=str(tiny_llama), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48))
+    for given in (tiny_engine, str(tiny_engine), tiny_engine.name, tiny_engine.name[:-3], recipe):
+        with load(given) as engine:
+            assert len(engine.generate([5, 6], GREEDY)[0].token_ids) == 24
+
+
+def test_another_tokenizer_is_refused_and_its_own_is_not(tiny_engine, tiny_llama, checkpoint, tmp_path):
+    load(tiny_engine, tokenizer=tiny_llama).close()
+    load(tiny_engine, tokenizer="stories").close()  # the same file elsewhere
+    with pytest.raises(EngineMismatch, match="tokenizer"):
+        load(tiny_engine, tokenizer=checkpoint("llama"))
+
+
+def test_a_model_without_tokenizer_takes_ids_only(checkpoint):
+    with load(
+        BuildRecipe(model=str(checkpoint("llama")), backend="pytorch", max_input_len=8, max_seq_len=16)
+    ) as engine:
+        (answer,) = engine.generate([5, 6], SamplingParams(max_tokens=3, ignore_eos=True))
+        assert len(answer.token_ids) == 3 and answer.text == ""
+        with pytest.raises(InputError, match=r"tokenizer\.json"):
+            engine.generate("text")

@@ -1,0 +1,447 @@
+"""engines/: published whole or not at all, found again or explained, and never loaded when damaged."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import limits, whole
+
+from helpers import BuildRecipe, SamplingParams, backends, build, load, store
+from helpers.engine import inspect, locate
+from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineMismatch, EngineNotFound
+from helpers.machine import hardware
+from helpers.paths import engines_folder
+
+RECIPE = BuildRecipe(**limits())
+ROOT = Path(__file__).parents[2]
+
+
+class FakeBackend:
+    """Builds in no time; `work` says what happens in the middle."""
+
+    def __init__(self, work=lambda folder: None, size=1000):
+        self.work, self.size, self.builds = work, size, 0
+
+    def estimate(self, recipe, config, device):
+        return 1.0, self.size
+
+    def build(self, recipe, checkpoint, folder, progress):
+        self.builds += 1
+        with progress.phase("compile"):
+            (folder / "graph.pt2").write_bytes(b"half")
+            self.work(folder)
+            (folder / "graph.pt2").write_bytes(b"whole")
+        return {"note": "fake"}
+
+
+@pytest.fixture
+def engines(tmp_path, monkeypatch) -> Path:
+    """An empty engines folder of this test's own."""
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
+    return engines_folder()
+
+
+@pytest.fixture
+def fake(engines, monkeypatch):
+    def use(*arguments, **settings):
+        backend = FakeBackend(*arguments, **settings)
+        monkeypatch.setattr(backends, "module", lambda name: backend)
+        return backend
+
+    return use
+
+
+def leftovers(engines: Path) -> list[str]:
+    return sorted(p.name for p in engines.iterdir() if p.name != ".locks")
+
+
+# ---- published whole or not at all ------------------------------------------------------------------------
+
+
+def test_a_build_publishes_files_and_a_manifest_that_describes_them(fake, engines):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    assert leftovers(engines) == [folder.name]
+    manifest = whole(folder)
+    assert manifest["files"].keys() == {p.name for p in folder.iterdir()} - {"manifest.json"}
+    assert manifest["files"]["graph.pt2"]["bytes"] == 5
+    assert manifest["identity"]["versions"]["torch"] and manifest["identity"]["architecture"]
+    assert len(manifest["identity"]["checkpoint"]) == len(manifest["identity"]["tokenizer"]) == 64
+    assert manifest["compiler"] and manifest["hardware"]["name"]
+    assert manifest["seconds"].keys() >= {"compile"}
+    assert manifest["details"] == {"note": "fake"}
+
+
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), RuntimeError("broken"), SystemExit(1), MemoryError()], ids=repr
+)
+def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(fake, engines, failure):
+    def fail(folder):
+        raise failure
+
+    fake(fail)
+    with pytest.raises(type(failure)):
+        build(RECIPE, quiet=True)
+    assert leftovers(engines) == []
+    fake()
+    assert whole(build(RECIPE, quiet=True))
+
+
+# A process of its own, whose build waits until the file "go" is there, after it wrote the file "started".
+BUILDER = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_store import RECIPE, FakeBackend
+    from helpers import backends, build
+    side = Path(sys.argv[1])
+
+    def work(folder):
+        with (side / "started").open("a") as log:
+            log.write("x")
+        while not (side / "go").exists():
+            time.sleep(0.02)
+
+    fake = FakeBackend(work)
+    backends.module = lambda name: fake
+    print(build(RECIPE, quiet=True).name)
+"""
+
+
+@pytest.fixture
+def start_build(engines, tmp_path):
+    side = tmp_path / "side"
+    side.mkdir()
+    started = []
+
+    def start() -> subprocess.Popen:
+        script = textwrap.dedent(BUILDER.format(tests=str(ROOT / "tests")))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", script, str(side)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    start.side = side
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(3000):
+        if path.exists() and path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path.name} did not appear")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a signal")
+def test_a_killed_build_leaves_no_engine_and_the_next_one_cleans_up(start_build, engines, fake):
+    process = start_build()
+    wait_for(start_build.side / "started")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(leftovers(engines)) == 1 and store.list_engines() == []
+    with pytest.raises(EngineNotFound):
+        locate(RECIPE)
+    fake()
+    other = build(RECIPE.replace(precision="bf16"), quiet=True)  # another engine's build sweeps too
+    assert leftovers(engines) == [other.name]
+    folder = build(RECIPE, quiet=True)
+    assert leftovers(engines) == sorted([folder.name, other.name])
+
+
+def test_two_processes_that_want_the_same_engine_build_it_once(start_build, engines):
+    first = start_build()
+    wait_for(start_build.side / "started")
+    second = start_build()
+    time.sleep(0.5)
+    (start_build.side / "go").touch()
+    names = {process.communicate(timeout=60)[0].strip() for process in (first, second)}
+    assert first.returncode == second.returncode == 0
+    assert [p.name for p in store.list_engines()] == list(names)
+    assert (start_build.side / "started").read_text() == "x"
+
+
+def test_another_build_leaves_one_that_is_going_on_alone(start_build, engines, fake):
+    process = start_build()
+    wait_for(start_build.side / "started")
+    fake()
+    build(RECIPE.replace(precision="bf16"), quiet=True)
+    (start_build.side / "go").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(store.list_engines()) == 2
+
+
+def test_two_threads_build_side_by_side(fake, engines):
+    both = threading.Barrier(2, timeout=60)
+    fake(lambda folder: both.wait())
+    threads = [
+        threading.Thread(target=build, args=(RECIPE.replace(precision=p),), kwargs={"quiet": True})
+        for p in ("fp32", "bf16")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store.list_engines()) == 2 and all(whole(p) for p in store.list_engines())
+
+
+def test_a_torn_folder_without_manifest_gives_way_to_a_build(fake, engines):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(EngineNotFound):
+        locate(RECIPE)
+    assert whole(build(RECIPE, quiet=True))
+
+
+def test_force_builds_again_and_a_failing_one_keeps_the_old_engine(fake, engines):
+    backend = fake()
+    folder = build(RECIPE, quiet=True)
+    assert build(RECIPE, quiet=True, force=True) == folder and backend.builds == 2
+    backend.work = lambda folder: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        build(RECIPE, quiet=True, force=True)
+    assert whole(folder) and leftovers(engines) == [folder.name]
+
+
+# ---- a full disk, no compiler -----------------------------------------------------------------------------
+
+
+def test_too_little_disk_is_refused_before_the_build(fake, engines, monkeypatch):
+    backend = fake(size=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=10**9))
+    with pytest.raises(BuildError, match="1000 MB free; this build needs about 1550 MB") as refused:
+        build(RECIPE, quiet=True)
+    assert backend.builds == 0 and refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["from Python", "from safetensors"],
+)
+def test_a_disk_that_fills_up_during_the_build_is_said_plainly(fake, engines, error):
+    def fill(folder):
+        raise error
+
+    fake(fill)
+    with pytest.raises(BuildError, match="disk is full"):
+        build(RECIPE, quiet=True)
+    assert leftovers(engines) == []
+
+
+def test_without_a_cpp_compiler_nothing_is_built(engines, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler") as refused:
+        build(RECIPE, quiet=True)
+    assert "g++" in refused.value.fix and leftovers(engines) == []
+
+
+def test_without_a_cpp_compiler_an_engine_still_loads(tiny_engine, tiny_llama, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    recipe = BuildRecipe(model=str(tiny_llama), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48))
+    with load(recipe) as engine:
+        assert engine.generate([5, 6], SamplingParams(max_tokens=4))
+
+
+# ---- found again, or explained ----------------------------------------------------------------------------
+
+
+def test_a_second_build_is_a_hit_that_says_so(fake, engines, capsys):
+    backend = fake()
+    folder = build(RECIPE)
+    assert "No aot engine has been built yet" in capsys.readouterr().err
+    assert build(RECIPE) == folder and backend.builds == 1
+    assert f"Cache hit: {folder.name}" in capsys.readouterr().err
+
+
+def test_equal_recipes_are_one_engine_however_they_are_written(fake, engines, tmp_path, monkeypatch):
+    from helpers.model.checkpoint import BUNDLED
+
+    backend = fake()
+    folder = build(RECIPE, quiet=True)
+    for same in ({"batch_sizes": [4, 1]}, {"device": "cpu"}, {"fusion": {"qkv": True}}):
+        assert build(RECIPE.replace(**same), quiet=True) == folder
+    monkeypatch.chdir(BUNDLED.parents[1])  # where a folder "stories" lies, which is not the model of that name
+    assert build(RECIPE, quiet=True) == folder
+    assert backend.builds == 1
+    copies = [shutil.copytree(BUNDLED, tmp_path / place / "mine") for place in ("here", "there")]
+    first, second = (build(RECIPE.replace(model=str(copy)), quiet=True) for copy in copies)
+    assert first == second != folder and backend.builds == 2  # the content counts, not where it lies
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"precision": "bf16"}, "precision: fp32 -> bf16"),
+        ({"max_seq_len": 128}, "max_seq_len: 256 -> 128"),
+        ({"max_batch_size": 2}, "max_batch_size: 4 -> 2"),
+        ({"optimization_level": 0}, "optimization_level: 3 -> 0"),
+        ({"fusion": {"gate_up": False}}, "fusion.gate_up: True -> False"),
+        ({"num_threads": 2}, "num_threads: 0 -> 2"),
+        ({"options": {"x": 1}}, "options.x: None -> 1"),
+    ],
+)
+def test_a_miss_names_the_field_that_differs_from_the_nearest_engine(fake, engines, capsys, change, words):
+    fake()
+    nearest = build(RECIPE, quiet=True)
+    build(RECIPE.replace(optimization_level=1, max_input_len=32, max_seq_len=200), quiet=True)  # farther away
+    assert build(RECIPE.replace(**change)) != nearest
+    said = capsys.readouterr().err
+    assert nearest.name in said and words in said
+
+
+def test_a_change_of_weights_tokenizer_or_torch_is_a_miss_that_says_so(fake, engines, tmp_path, capsys, monkeypatch):
+    from helpers.model.checkpoint import BUNDLED
+
+    fake()
+    model = shutil.copytree(BUNDLED, tmp_path / "mine")
+    recipe = RECIPE.replace(model=str(model))
+    build(recipe, quiet=True)
+    tokenizer = model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    build(recipe)
+    assert "differs in tokenizer:" in capsys.readouterr().err
+    config = model / "config.json"
+    config.write_text(config.read_text() + " ")
+    build(recipe)
+    assert "differs in checkpoint:" in capsys.readouterr().err
+    monkeypatch.setattr(hardware, "versions", lambda: {"torch": "1.0"})
+    build(recipe)
+    assert "versions.torch:" in capsys.readouterr().err
+
+
+def test_a_damaged_engine_does_not_keep_another_from_being_built(fake, engines):
+    fake()
+    damaged = build(RECIPE, quiet=True)
+    (damaged / "manifest.json").write_text("{")
+    assert whole(build(RECIPE.replace(precision="bf16"), quiet=True))
+
+
+def test_a_name_or_its_start_finds_one_engine(fake, engines):
+    fake()
+    fp32, bf16 = (build(RECIPE.replace(precision=p), quiet=True) for p in ("fp32", "bf16"))
+    assert locate(fp32.name) == locate(str(fp32)) == locate(fp32) == locate(RECIPE) == fp32
+    assert locate("stories-aot-b") == bf16
+    with pytest.raises(EngineNotFound, match="Several engines begin with 'stories'") as refused:
+        locate("stories")
+    assert fp32.name in refused.value.fix and bf16.name in refused.value.fix
+    shutil.copytree(fp32, fp32.with_name(fp32.name + "-copy"))
+    assert locate(fp32.name) == fp32  # a whole name wins over a start
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "/", ".", "..", "elsewhere/stories", ".locks"])
+def test_no_engine_is_found_by_a_name_that_is_none(fake, engines, name):
+    fake()
+    built = build(RECIPE, quiet=True)
+    with pytest.raises(EngineNotFound) as refused:
+        store.remove(name)
+    assert built.name in refused.value.fix and built.exists()
+
+
+def test_removing_deletes_one_engine_and_only_within_the_engines_folder(fake, engines, tmp_path):
+    fake()
+    fp32, bf16 = (build(RECIPE.replace(precision=p), quiet=True) for p in ("fp32", "bf16"))
+    outside = shutil.copytree(fp32, tmp_path / "outside")
+    with pytest.raises(EngineNotFound, match="left alone"):
+        store.remove(outside)
+    assert store.remove(fp32.name) == fp32
+    assert leftovers(engines) == [bf16.name] and outside.exists()
+    with pytest.raises(EngineNotFound, match="precision: bf16 -> fp32|No engine has been built"):
+        load(RECIPE)
+
+
+# ---- never loaded when damaged, or from elsewhere ---------------------------------------------------------
+
+
+def edit_manifest(folder: Path, change) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "name", ["decode_b1.pt2", "weights.safetensors", "tokenizer.json", "config.json", "report.json"]
+)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])),
+    ],
+    ids=["missing", "cut", "empty", "one bit"],
+)
+def test_a_damaged_file_is_refused_by_name(own_engines, name, damage):
+    damage(own_engines / name)
+    with pytest.raises(EngineCorrupt, match=name) as refused:
+        load(own_engines.name)
+    assert f"remove {own_engines.name}" in refused.value.fix
+    if name == "report.json":
+        with pytest.raises(EngineCorrupt, match=name):
+            inspect(own_engines)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"identity": 1}', '{"identity": {"schema": 1}}'])
+def test_a_manifest_that_is_none_is_refused(own_engines, content):
+    (own_engines / "manifest.json").write_text(content)
+    with pytest.raises(EngineCorrupt, match="manifest"):
+        load(own_engines)
+    store.remove(own_engines.name)
+    assert store.list_engines() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda m: m["identity"].update(schema=99), EngineCorrupt, "schema 99"),
+        (lambda m: m["identity"].update(architecture="aarch64 SVE"), EngineMismatch, "architecture aarch64 SVE"),
+        (lambda m: m["identity"]["versions"].update(torch="1.0"), EngineMismatch, r"torch 1\.0"),
+        (lambda m: m["identity"]["versions"].update(cuda="99.9"), EngineMismatch, r"cuda 99\.9"),
+        (lambda m: m["identity"].update(instructions="avx2 avx9000"), EngineMismatch, "avx9000"),
+    ],
+    ids=["schema", "architecture", "torch", "cuda", "instructions"],
+)
+def test_an_engine_from_another_machine_or_version_is_refused(own_engines, change, error, words):
+    edit_manifest(own_engines, change)
+    with pytest.raises(error, match=words) as refused:
+        load(own_engines)
+    assert refused.value.cause and refused.value.fix
+
+
+def test_an_engine_for_a_gpu_is_refused_without_one(own_engines):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    edit_manifest(own_engines, lambda m: m["identity"]["recipe"].update(device="cuda"))
+    with pytest.raises(BackendUnavailable, match="no NVIDIA GPU"):
+        load(own_engines)
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "torch_compile"])
+def test_a_backend_that_compiles_nothing_ahead_has_nothing_to_build(engines, backend):
+    with pytest.raises(BuildError, match="nothing to build") as refused:
+        build(RECIPE.replace(backend=backend))
+    assert "load(recipe)" in refused.value.fix

@@ -1,0 +1,380 @@
+"""The TensorRT builder on a machine of any kind: what went in, what came out, and how it refuses."""
+
+import importlib.metadata
+import json
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this platform")
+
+from torch import nn
+
+from helpers import (
+    inspect,
+    store,
+)
+from helpers.backends.tensorrt import builder as tensorrt_builder
+from helpers.backends.tensorrt import onnx_export
+from helpers.course.recorded import recorded
+from helpers.engine import build_module, build_onnx, load_plan
+from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineNotFound, RecipeError, WorkerError
+from helpers.maintain.recordings import BLOCK
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
+
+
+class Block(nn.Module):
+    """The seed's example: LayerNorm, Linear, GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear, self.gelu = nn.LayerNorm(256), nn.Linear(256, 1024), nn.GELU()
+
+    def forward(self, x):
+        x = self.norm(x)
+        x = self.linear(x)
+        return self.gelu(x)
+
+
+@pytest.fixture(scope="module")
+def block():
+    torch.manual_seed(0)
+    return Block()
+
+
+@pytest.fixture(scope="module")
+def build(block):
+    built = {}
+
+    def once(precision, **options):
+        key = json.dumps([precision, options])
+        if key not in built:
+            inputs = (torch.randn(8, 256, generator=torch.Generator().manual_seed(0)),)
+            built[key] = build_module(block, inputs, precision, quiet=True, **options)
+        return built[key]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def driverless():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has an NVIDIA driver")
+
+
+# What a build shows.
+
+
+def test_the_block_becomes_two_kernels(build):
+    report = inspect(build("fp16"))
+    assert (len(report.operations), len(report.kernels)) == (11, 2)
+    norm, rest = report.kernels
+    assert (norm.kind, rest.kind) == ("kgen", "runtime_fusion")
+    assert "Mean" in norm.details["steps"] and "Sqrt" in norm.details["steps"]
+    assert norm.details["nodes"] == ["node_layer_norm"]
+    assert rest.details["steps"][0] == "Fc" and "Erf" in rest.details["steps"]
+    assert sorted(rest.details["nodes"]) == ["node_gelu", "node_linear"]
+
+
+def test_operations_lead_back_to_the_module(build):
+    report = inspect(build("fp16"))
+    lines = {o.node: o.source for o in report.operations if o.node}
+    start = Block.forward.__code__.co_firstlineno
+    assert lines == {
+        "node_layer_norm": f"test_tensorrt.py:{start + 1}",
+        "node_linear": f"test_tensorrt.py:{start + 2}",
+        "node_gelu": f"test_tensorrt.py:{start + 3}",
+    }
+
+
+def test_the_weight_is_laid_out_anew(build):
+    weight = inspect(build("fp16")).kernels[1].details["constants"][0]
+    assert weight["shape"] == [256, 1024] and "Transposed" in weight["format"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_builds_and_shows(build, precision):
+    report = inspect(build(precision))
+    assert len(report.kernels) < len(report.operations)
+    narrow = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn", "fp32": "float32", "bf16": "bfloat16"}
+    constants = {t["dtype"] for kernel in report.kernels for t in kernel.details["constants"]}
+    assert narrow.get(precision, "float16") in constants
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_operation_is_in_one_kernel_or_removed(build, precision):
+    report = inspect(build(precision))
+    placed = [name for kernel in report.kernels for name in kernel.fused]
+    placed += [name.partition("/")[2] for name in report.removed]
+    assert sorted(placed) == sorted(o.name for o in report.operations)
+    nodes = [node for kernel in report.kernels for node in kernel.details["nodes"]]
+    assert sorted(nodes) == sorted({o.node for o in report.operations if o.node})
+
+
+def test_narrower_weights_make_smaller_plans(build):
+    size = {p: inspect(build(p)).sizes["module.plan"] for p in PRECISIONS}
+    assert size["int4"] < size["int8"] < size["fp16"] < size["fp32"]
+    assert size["fp8"] < size["fp16"]
+
+
+def test_marked_outputs_hinder_fusion(build):
+    whole, hindered = inspect(build("fp16")), inspect(build("fp16", mark_outputs="all"))
+    assert len(hindered.kernels) > len(whole.kernels)
+    assert len(hindered.operations) == len(whole.operations)
+
+
+def test_a_varying_size_is_open_in_the_report(build):
+    report = inspect(build("fp16", profiles=[{"x": [[1, 256], [8, 256], [64, 256]]}]))
+    assert report.operations[-1].shape == ("?", 1024)
+
+
+def test_equal_modules_hit_the_store_and_others_do_not(build, block):
+    inputs = (torch.randn(8, 256),)
+    assert build_module(block, inputs, "fp16", quiet=True) == build("fp16")
+    other = Block()
+    assert build_module(other, inputs, "fp16", quiet=True) != build("fp16")
+
+
+def test_an_equal_module_of_torchs_own_parts_is_found_without_an_export(monkeypatch):
+    inputs = (torch.randn(4, 256),)
+
+    def module(seed=0):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 64), nn.GELU())
+
+    folder = build_module(module(), inputs, "fp16", quiet=True)
+
+    def refuse(*_, **__):
+        raise AssertionError("exported")
+
+    monkeypatch.setattr(onnx_export, "export", refuse)
+    assert build_module(module(), (torch.randn(4, 256),), "fp16", quiet=True) == folder
+    with_hook = module()
+    with_hook[1].register_forward_hook(lambda *_: None)
+    changed_setting = module()
+    changed_setting[0].eps = 1.0
+    for other in (module(seed=1), with_hook, changed_setting):
+        with pytest.raises(AssertionError, match="exported"):
+            build_module(other, inputs, "fp16", quiet=True)
+    with pytest.raises(AssertionError, match="exported"):
+        build_module(module(), (torch.randn(5, 256),), "fp16", quiet=True)
+
+
+def test_a_class_of_ones_own_is_only_known_by_its_export(block):
+    assert tensorrt_builder.content_of(block, (torch.randn(8, 256),), "fp16") == ""
+    assert tensorrt_builder.content_of(block.norm, (torch.randn(8, 256),), "fp16")
+
+
+def test_the_module_itself_is_left_alone(build, block):
+    build("fp16")
+    assert all(p.dtype == torch.float32 for p in block.parameters()) and block.training
+
+
+def test_the_manifest_says_who_built_it_and_where_it_runs(build):
+    details = store.read_manifest(build("fp16"))["details"]
+    assert (details["provider"], details["runs_on"][:2]) == ("tensorrt_rtx", ["8.0", "8.6"])
+    assert details["version"] == tensorrt_builder.provider_version("tensorrt_rtx")
+    targeted = store.read_manifest(build("fp16", compute_capabilities=["8.9"]))["details"]
+    assert targeted["runs_on"] == ["8.9"]
+
+
+def test_an_onnx_file_is_built_in_its_own_and_in_another_precision(block, tmp_path):
+    file = tmp_path / "block.onnx"
+    onnx_export.export(block, (torch.randn(8, 256),), file)
+    sizes = [inspect(build_onnx(file, p, quiet=True)).sizes["module.plan"] for p in ("", "fp16", "int8")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_export_says_nothing(block, tmp_path, capfd, recwarn):
+    onnx_export.export(block, (torch.randn(8, 256),), tmp_path / "block.onnx")
+    build_module(block, (torch.randn(8, 256),), quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+# Quantized graphs compute what they should.
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("int8", 0.02), ("int4", 0.15), ("fp8", 0.08)])
+def test_the_graph_computes_the_module(block, tmp_path, precision, tolerance):
+    from onnx.reference import ReferenceEvaluator
+
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
+    file = tmp_path / "block.onnx"
+    onnx_export.export(block, (x,), file)  # fp32, so that only the quantization differs
+    model = onnx_export.read(file)
+    if precision != "fp32":
+        largest = onnx_export.calibrate(model, {"x": x.numpy()})
+        assert onnx_export.quantize(model, precision, largest) == ["linear.weight"]
+    got = ReferenceEvaluator(model).run(None, {"x": x.numpy()})[0]
+    expected = block(x).detach()
+    assert (torch.from_numpy(got) - expected).norm() / expected.norm() < tolerance
+
+
+def test_int8_rounds_to_the_nearest_of_255_values(block, tmp_path):
+    onnx_export.export(block, (torch.randn(8, 256),), tmp_path / "b.onnx")
+    model = onnx_export.read(tmp_path / "b.onnx")
+    onnx_export.quantize(model, "int8")
+    import onnx
+
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    wide = tensors["linear.weight_int8"] * tensors["linear.weight_int8_scale"][:, None]
+    step = tensors["linear.weight_int8_scale"][:, None]
+    assert ((wide - block.linear.weight).abs() <= step * 0.5001).all()
+    assert math.isclose(tensors["linear.weight_int8"].abs().max(), 127)
+
+
+def test_int4_needs_whole_blocks(tmp_path):
+    with pytest.raises(BuildError, match="multiple of 64"):
+        build_module(nn.Linear(100, 8), (torch.randn(2, 100),), "int4", quiet=True)
+
+
+# Refusals.
+
+
+def test_without_a_driver_loading_is_refused_in_tensorrts_words(build, driverless):
+    with pytest.raises(BackendUnavailable, match=f"{build('fp16').name}.*cudaError 35") as caught:
+        load_plan(build("fp16"))
+    assert "driver" in caught.value.cause and "aot" in caught.value.fix
+
+
+def test_fp8_is_refused_for_a_target_without_it(build):
+    with pytest.raises(BuildError, match="sm86.*fp8_e4m3") as caught:
+        build("fp8", compute_capabilities=["8.6"])
+    assert "8.9" in caught.value.fix
+    assert build("fp8", compute_capabilities=["8.9"]).exists()
+
+
+def test_a_target_that_the_provider_does_not_know(build):
+    with pytest.raises(BuildError, match="9.0"):
+        build("fp16", compute_capabilities=["9.0"])
+
+
+def test_a_cut_plan(build, tmp_path):
+    plan = tmp_path / "cut.plan"
+    plan.write_bytes((build("fp16") / "module.plan").read_bytes()[:1000])
+    with pytest.raises(EngineCorrupt, match="Serialization"):
+        load_plan(plan)
+    plan.write_bytes(b"no plan at all" * 100)
+    with pytest.raises(EngineCorrupt, match="magicTag"):
+        load_plan(plan)
+
+
+def test_a_changed_plan_never_reaches_native_code(build, tmp_path, block):
+    folder = build_module(block, (torch.randn(4, 256),), quiet=True)
+    with (folder / "module.plan").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"changed")
+    with pytest.raises(EngineCorrupt, match="module.plan"):
+        load_plan(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world, not onnx", b"\x00" * 100])
+def test_a_file_that_is_not_onnx(tmp_path, content):
+    (tmp_path / "wrong.onnx").write_bytes(content)
+    with pytest.raises(BuildError, match="not an ONNX file"):
+        build_onnx(tmp_path / "wrong.onnx", quiet=True)
+
+
+def test_an_operator_that_tensorrt_lacks():
+    class Determinant(nn.Module):
+        def forward(self, x):
+            return torch.linalg.det(x + 1)
+
+    line = Determinant.forward.__code__.co_firstlineno + 1
+    with pytest.raises(BuildError, match="operator: Det") as caught:
+        build_module(Determinant(), (torch.randn(4, 4),), quiet=True)
+    assert f"test_tensorrt.py:{line}" in caught.value.cause
+
+
+def test_an_operator_that_onnx_lacks():
+    class Bessel(nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(BuildError, match="bessel_j0"):
+        build_module(Bessel(), (torch.randn(4, 4),), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"timing_cache": "cache"}, BuildError),
+        ({"hardware_compatibility": "ampere_plus"}, BuildError),
+        ({"optimization_level": 9}, RecipeError),
+        ({"compute_capabilities": ["sm86"]}, RecipeError),
+        ({"mark_outputs": "some"}, RecipeError),
+        ({"profiles": [{"x": [[8, 256], [1, 256], [64, 256]]}]}, RecipeError),
+        ({"profiles": [{"y": [[1, 256], [8, 256], [64, 256]]}]}, BuildError),
+        ({"provider": "onnxruntime"}, RecipeError),
+        ({"precision_flags": ["FP16"]}, BuildError),
+        ({"provider": "tensorrt", "precision_flags": ["FP64"]}, RecipeError),
+        ({"no_such_option": 1}, RecipeError),
+    ],
+)
+def test_options_are_refused_with_a_way_out(build, options, error):
+    with pytest.raises(error) as caught:
+        build("fp16", **options)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("option", ["refit", "strip_weights"])
+def test_refit_needs_a_driver(build, option, driverless):
+    with pytest.raises(BuildError, match="CUDA_SUCCESS") as caught:
+        build("fp16", **{option: True})
+    assert "driver" in caught.value.cause
+
+
+def test_weight_streaming_is_accepted(build):
+    assert len(inspect(build("fp16", weight_streaming=True)).kernels) == 2
+
+
+def test_a_missing_provider_is_one_clear_line(build):
+    tensorrt_builder.provider_version.cache_clear()
+    with pytest.raises(BackendUnavailable, match="not installed"):
+        build("fp16", provider="tensorrt")
+
+
+def test_a_crash_of_the_builder_leaves_this_process_alone(build):
+    with tensorrt_builder.start_worker() as worker, pytest.raises(WorkerError, match="ended unexpectedly"):
+        worker.call("crash")
+    assert build("fp16").exists()
+
+
+# Recorded engines, for machines without TensorRT.
+
+
+@pytest.mark.parametrize("kind", BLOCK)
+def test_a_record_shows_what_a_build_shows_here(build, kind):
+    options = dict(BLOCK[kind])
+    record, live = inspect(recorded("block", kind, quiet=True)), inspect(build(options.pop("precision"), **options))
+    assert record.backend == "tensorrt, recorded"
+    assert (len(record.operations), len(record.kernels)) == (len(live.operations), len(live.kernels))
+    assert record.sizes["module.plan"] == pytest.approx(live.sizes["module.plan"], rel=0.02)
+
+
+def test_a_record_says_that_it_is_one_and_is_not_loaded(capsys):
+    folder = recorded("block", "fp16")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "tensorrt_rtx 1.7.1" in line and "without a GPU, 20" in line and "not built on this machine" in line
+    with pytest.raises(BackendUnavailable, match="record"):
+        load_plan(folder)
+    with pytest.raises(EngineNotFound, match="no-such") as caught:
+        recorded("block", "no-such")
+    assert "block-int8" in caught.value.fix
+
+
+def test_without_the_package_one_line_says_so(monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    tensorrt_builder.provider_version.cache_clear()
+    try:
+        assert "not installed" in tensorrt_builder.missing()
+        monkeypatch.setattr(tensorrt_builder.sys, "platform", "darwin")
+        assert "macOS" in tensorrt_builder.missing() and "\n" not in tensorrt_builder.missing()
+    finally:
+        tensorrt_builder.provider_version.cache_clear()

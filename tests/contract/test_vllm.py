@@ -1,0 +1,102 @@
+"""The vLLM backend against a stand-in with vLLM 0.25.1's signatures (tests/contract). vLLM itself runs on a GPU only:
+its figures are in the reference records."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import BuildRecipe, SamplingParams, load
+from helpers.bench import run as benchmark
+from helpers.bench.records import Workload
+from helpers.errors import BackendUnavailable, LimitError, ModelError, WorkerError
+
+LIMITS = {"backend": "vllm", "precision": "bf16", "max_batch_size": 4, "max_input_len": 32, "max_seq_len": 64}
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A Python that finds the stand-in where vLLM's own would find vLLM. Returns the file with LLM's arguments."""
+    python = tmp_path / "python"
+    folder = Path(__file__).parent / "standins"
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{folder}:$PYTHONPATH"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(python))
+    monkeypatch.setenv("STANDIN_LOG", str(tmp_path / "settings.json"))
+    return tmp_path / "settings.json"
+
+
+def test_generate_stream_and_logits(stand_in):
+    with load(BuildRecipe(**LIMITS)) as engine:
+        sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+        answers = engine.generate(["Once", "Once upon a time"], sampling)
+        assert [a.token_ids for a in answers] == [[3, 4, 5, 6, 7]] * 2
+        assert all(a.finish_reason == "length" and len(a.metrics.gaps_s) == 4 for a in answers)
+        assert [t.token_id for t in engine.stream("Once", sampling)] == [3, 4, 5, 6, 7]
+        assert engine.logits("Once").tolist() == [-float(i) for i in range(2048)]
+        assert engine.memory()["host"] > 10e6 and engine.versions["vllm"] == "0.25.1"
+        with pytest.raises(LimitError):
+            engine.generate(["Once"] * 5)
+
+
+def test_the_end_token_stops_an_answer_and_is_not_part_of_it(stand_in, monkeypatch):
+    monkeypatch.setenv("STANDIN_ENDS_AFTER", "3")
+    with load(BuildRecipe(**LIMITS)) as engine:
+        (answer,) = engine.generate("Once", SamplingParams(temperature=0, max_tokens=9))
+        assert (answer.token_ids, answer.finish_reason) == ([3, 4], "stop")
+        (answer,) = engine.generate("Once", SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))
+        assert len(answer.token_ids) == 9
+
+
+def test_a_stream_left_early_does_not_disturb_the_next_request(stand_in):
+    with load(BuildRecipe(**LIMITS)) as engine:
+        stream = engine.stream("Once", SamplingParams(max_tokens=20))
+        next(stream)
+        stream.close()
+        assert engine.generate("Once", SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids == [3, 4, 5]
+
+
+def test_settings_are_fair_and_follow_the_recipe(stand_in):
+    """Same limits, same type, same room for keys and values as an engine of these limits, no prefix cache."""
+    load(BuildRecipe(**LIMITS)).close()
+    settings = json.loads(stand_in.read_text())
+    assert settings["dtype"] == "bfloat16" and settings["load_format"] == "safetensors"
+    assert settings["max_model_len"] == 64 and settings["max_num_seqs"] == 4
+    assert not settings["enable_prefix_caching"]
+    from helpers.model.checkpoint import find_checkpoint
+
+    needed = find_checkpoint("stories").config.kv_cache_bytes(4, 64, 2)
+    assert needed < settings["kv_cache_memory_bytes"] < 2 * needed
+    load(BuildRecipe(**{**LIMITS, "model": "dummy:tinyllama-1.1b", "precision": "fp8"})).close()
+    settings = json.loads(stand_in.read_text())
+    assert settings["load_format"] == "dummy" and settings["quantization"] == "fp8"
+
+
+def test_what_cannot_run_says_why(stand_in, monkeypatch, tmp_path):
+    with pytest.raises(ModelError, match="exceeds"):
+        load(BuildRecipe(**{**LIMITS, "max_seq_len": 100_000}))
+    broken = tmp_path / "fails"
+    broken.mkdir()
+    (broken / "config.json").write_text((Path(benchmark.BUNDLED) / "config.json").read_text())
+    with pytest.raises(WorkerError, match="Engine core initialization failed"):
+        load(BuildRecipe(**{**LIMITS, "model": f"dummy:{broken}"}))
+    monkeypatch.setenv("STANDIN_GPU", "0")
+    with pytest.raises(BackendUnavailable, match="NVIDIA"):
+        load(BuildRecipe(**LIMITS))
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", str(tmp_path / "nowhere"))
+    with pytest.raises(BackendUnavailable, match="not installed"):
+        load(BuildRecipe(**LIMITS))
+    monkeypatch.delenv("COURSE_VLLM_PYTHON")
+    monkeypatch.setattr("helpers.backends.vllm.python_of", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="not installed"):
+        load(BuildRecipe(**LIMITS))
+
+
+def test_the_benchmark_measures_it_in_turn_with_the_others(stand_in):
+    workload = Workload(input_len=8, output_len=8, repeats=2, warmup=1, start_together=True)
+    record = benchmark.run(workload, ["vllm:bf16", "pytorch"], [1, 2], quiet=True)
+    assert [row.status for row in record.rows] == ["ok"] * 4
+    row = record.row("vllm bf16")
+    assert row.versions["vllm"] == "0.25.1" and len(row.ttft_s) == 2 and len(row.itl_s) == 14
+    assert row.agrees is False and row.tokens_equal < 8  # the stand-in has seen no model

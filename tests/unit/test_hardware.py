@@ -1,0 +1,85 @@
+"""What the machine is said to be, beside what the operating system says."""
+
+import os
+import platform
+import sys
+
+import psutil
+import pytest
+import torch
+
+from helpers.errors import BackendUnavailable
+from helpers.machine import hardware
+
+
+def test_the_processor_is_described_as_the_system_describes_it():
+    cpu = hardware.describe("cpu")
+    assert cpu.device == "cpu" and cpu.name and cpu.driver == ""
+    assert cpu.architecture.split()[0] == platform.machine()
+    assert cpu.memory_bytes == psutil.virtual_memory().total
+    assert 1 <= cpu.cores <= os.cpu_count()
+    assert cpu.name in str(cpu)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
+def test_vector_instructions_are_those_that_torch_found_too():
+    names = hardware.describe("cpu").instructions
+    known = {"AVX512": "avx512f", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability())
+    assert known is None or known in names
+    assert list(names) == sorted(set(names))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_auto_is_the_cpu_and_asking_for_cuda_is_refused():
+    assert hardware.resolve_device("auto") == hardware.resolve_device("cpu") == "cpu"
+    with pytest.raises(BackendUnavailable) as refused:
+        hardware.describe("cuda")
+    assert refused.value.cause and refused.value.fix
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described_as_torch_describes_it():
+    gpu, properties = hardware.describe("auto"), torch.cuda.get_device_properties(0)
+    assert (gpu.device, gpu.name) == ("cuda", properties.name)
+    assert gpu.architecture == f"sm_{properties.major}{properties.minor}"
+    assert gpu.driver[0].isdigit()
+
+
+def test_free_cores_obey_the_affinity_mask():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinity masks")
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert hardware.free_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_small_models_get_one_thread_and_large_ones_all_free_cores():
+    assert hardware.default_threads(20_000_000) == 1
+    assert hardware.default_threads(2_000_000_000) == hardware.free_cores()
+
+
+def test_measuring_bandwidth_leaves_the_thread_count_alone():
+    before = torch.get_num_threads()
+    gigabytes = hardware.measure_bandwidth("cpu", threads=1) / 1e9
+    assert 0.1 < gigabytes < 10_000  # bytes per second, not per millisecond
+    assert torch.get_num_threads() == before
+
+
+def test_the_compiler_is_the_one_that_cxx_names_else_one_on_the_path(tmp_path, monkeypatch):
+    for name in ("mine", "g++", "clang++"):
+        (tmp_path / name).write_text("#!/bin/sh\necho made up 1.0\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "mine")
+    assert hardware.compiler() == "mine"
+    monkeypatch.setenv("CXX", "ccache g++")  # not a program's name
+    assert hardware.compiler() == "g++"
+    (tmp_path / "g++").unlink()
+    assert hardware.compiler() == "clang++"
+    (tmp_path / "clang++").unlink()
+    with pytest.raises(BackendUnavailable, match="compiler"):
+        hardware.compiler()
+    assert hardware.compiler_version() == "none"

@@ -1,0 +1,171 @@
+"""The notebook runner: a cell either runs or is listed as skipped; nothing passes by silence."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
+
+from helpers.errors import InputError
+from helpers.maintain import notebooks
+from helpers.paths import PROJECT
+
+
+def write(folder: Path, *cells: str, name: str = "00_made", **tagged: dict) -> Path:
+    """A notebook of these code cells; `cell_2={...}` is the metadata of the second."""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    for key, metadata in tagged.items():
+        nb.cells[int(key.removeprefix("cell_")) - 1].metadata.update(metadata)
+    folder.mkdir(exist_ok=True)
+    nbformat.write(nb, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+def run(tmp_path: Path, *cells: str, timeout: int = 60, **tagged: dict):
+    return notebooks.run_notebook(write(tmp_path / "notebooks", *cells, **tagged), timeout=timeout)
+
+
+def text(nb) -> str:
+    return str([out for cell in nb.cells for out in cell.get("outputs", [])])
+
+
+def test_every_cell_runs_in_one_fresh_kernel_in_its_own_folder(tmp_path):
+    nb, result = run(tmp_path, "x = 20", "import os", "print(x + 1, os.path.basename(os.getcwd()))", "  ")
+    assert (result.cells_run, result.skipped, result.problems) == (3, [], [])  # the empty cell does not count
+    assert "21 notebooks" in text(nb)
+
+
+def test_a_cell_that_cannot_work_here_is_listed_with_its_reason(tmp_path):
+    _, result = run(tmp_path, "from helpers.course.skip import skip\nskip('needs an NVIDIA GPU')", "1")
+    assert (result.cells_run, result.skipped, result.ok) == (1, [(1, "needs an NVIDIA GPU")], True)
+
+
+def test_a_tagged_cell_needs_a_reason(tmp_path):
+    tag = {"tags": ["skip-execution"]}
+    nb, result = run(tmp_path, "1", "1/0", "1/0", cell_2=tag | {"skip_reason": "takes an hour"}, cell_3=tag)
+    assert result.skipped == [(2, "takes an hour")]
+    assert result.problems == ["cell 3 has the tag skip-execution but no skip_reason in its metadata"]
+
+
+def test_a_failing_cell_is_named_with_its_error_and_the_rest_is_not_passed_over(tmp_path, capsys):
+    _, result = run(tmp_path, "1", "raise ValueError('seven')", "1")
+    assert result.problems == ["cell 2 failed: ValueError: seven", "neither run nor listed as skipped: cell 3"]
+    table = notebooks.report([result])
+    assert "00_made: cell 2 failed: ValueError: seven" in table
+    assert re.search(r"00_made +0\.\d +1 +0 +FAILED", table)
+
+
+def test_a_dead_kernel_is_an_error(tmp_path):
+    _, result = run(tmp_path, "1", "import os; os._exit(1)", "1")
+    assert result.problems[0].startswith("broke off in cell 2: DeadKernelError")
+    assert re.fullmatch(r"neither run nor listed as skipped: cell (2, )?3", result.problems[1])  # 2 may not get to say
+
+
+def test_a_cell_that_never_ends_is_an_error(tmp_path):
+    _, result = run(tmp_path, "while True: pass", "1", timeout=2)
+    assert result.problems[0].startswith("broke off in cell 1: CellTimeoutError")
+
+
+def test_a_failure_shown_on_purpose_has_to_fail(tmp_path):
+    tag = {"tags": ["raises-exception"]}
+    _, result = run(tmp_path, "raise OSError", "1", cell_1=tag, cell_2=tag)
+    assert result.cells_run == 1
+    assert result.problems == ["cell 2 has the tag raises-exception but raised nothing"]
+
+
+def test_the_count_of_an_earlier_run_does_not_pass_for_this_one(tmp_path):
+    source = write(tmp_path / "notebooks", "1/0", "1")
+    nb = nbformat.read(source, as_version=4)
+    for cell in nb.cells:
+        cell.execution_count = 9
+    nbformat.write(nb, source)
+    _, result = notebooks.run_notebook(source)
+    assert "neither run nor listed as skipped: cell 2" in result.problems
+
+
+def test_outputs_do_not_name_this_machine(tmp_path):
+    nb, _ = run(
+        tmp_path,
+        f"print({str(PROJECT)!r}, {str(PROJECT / 'helpers')!r}, {str(Path.home() / 'x')!r})",
+        "import warnings; warnings.warn('here')",
+        "import sys, tempfile; print(sys.executable, tempfile.gettempdir() + '/x')",
+    )
+    written = nbformat.writes(nb)
+    first = nb.cells[0].outputs[0].text
+    assert first == " helpers ~/x\n"
+    assert "<cell>:1: UserWarning: here" in text(nb)
+    for folder in {str(PROJECT), str(Path.home()), str(tmp_path)}:
+        assert folder not in written.replace(nb.cells[0].source, "")
+    assert nb.metadata.language_info == {"name": "python"}
+
+
+def test_only_whole_folder_names_are_replaced():
+    home = str(Path.home())
+    assert notebooks.scrub(f"{home}-folder {home}/a") == f"{home}-folder ~/a"
+    assert notebooks.scrub({"image/png": home, "text/plain": [home]}) == {"image/png": home, "text/plain": ["~/"]}
+
+
+def test_widgets_leave_something_to_see(tmp_path):
+    nb, result = run(
+        tmp_path,
+        "import ipywidgets; ipywidgets.IntSlider(3)",
+        "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)): pass",
+    )
+    assert result.ok
+    assert "(A widget: run this cell in JupyterLab to use it.)" in text(nb)
+    assert nb.cells[1].outputs == []  # a progress bar is nothing to keep
+    assert "widget-view" not in text(nb) and "widgets" not in nb.metadata
+
+
+def test_run_all_writes_notebooks_and_pages_and_updates_only_what_passed(tmp_path, capsys):
+    folder = tmp_path / "notebooks"
+    good = write(folder, "print('fine')", name="01_good")
+    bad = write(folder, "1/0", name="02_bad")
+    before = bad.read_text()
+    results = notebooks.run_all(tmp_path / "build", folder=folder, update=True)
+    assert [(result.name, result.ok) for result in results] == [("01_good", True), ("02_bad", False)]
+    assert "fine" in good.read_text() and bad.read_text() == before
+    assert (tmp_path / "build/02_bad.ipynb").is_file()
+    page = (tmp_path / "build/01_good.html").read_text()
+    assert "fine" in page and not re.search(r'<(?:img|link)[^>]+(?:src|href)="https?:', page)
+    assert "cell   1 of 1" in capsys.readouterr().out
+
+
+def test_a_picture_keeps_its_text_on_the_page(tmp_path):
+    data = {"image/png": "iVBORw0KGgo=", "text/plain": "a picture"}
+    output = nbformat.v4.new_output("display_data", data=data, metadata={"image/png": {"alt": "Bars: 1 & 2"}})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
+    notebooks.write_html(nb, tmp_path / "page.html")
+    assert 'alt="Bars: 1 &amp; 2"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_solution_stays_hidden_until_it_is_asked_for(tmp_path):
+    cell = nbformat.v4.new_markdown_cell("<details>\n<summary>Solutions</summary>\n\nforty-two\n\n</details>")
+    notebooks.write_html(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "forty-two" in page[page.index("<details>") : page.index("</details>")]
+
+
+def test_the_exit_status_tells(tmp_path, monkeypatch, capsys):
+    result = notebooks.NotebookResult("00_made", cells_run=1)
+    monkeypatch.setattr(notebooks, "run_all", lambda *_, **__: [result])
+    assert notebooks.main(out=tmp_path) == 0
+    result.problems.append("cell 1 failed: ValueError: seven")
+    assert notebooks.main(out=tmp_path) == 1
+    monkeypatch.setattr(notebooks, "run_all", lambda *_, **__: [])
+    assert notebooks.main(out=tmp_path) == 1  # nothing ran
+    assert "cell 1 failed" in capsys.readouterr().out
+
+
+def test_notebooks_are_named_by_their_beginning(tmp_path):
+    first, second = (write(tmp_path, "1", name=name) for name in ("01_a", "02_b"))
+    assert notebooks.select(tmp_path, None) == [first, second]
+    assert notebooks.select(tmp_path, ["02"]) == [second]
+    with pytest.raises(InputError, match="no notebook named 'x'"):
+        notebooks.select(tmp_path, ["x"])
+
+
+def test_the_report_groups_reasons():
+    result = notebooks.NotebookResult("04", 60.0, 5, [(2, "no GPU"), (7, "no GPU"), (8, "slow")])
+    assert "no GPU (cells 2, 7); slow (cell 8)" in notebooks.report([result])

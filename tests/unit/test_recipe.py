@@ -1,0 +1,138 @@
+"""Recipes: what is refused, and that writing and reading give the same recipe back."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers import BuildRecipe
+from helpers import recipe as recipes
+from helpers.engine import recipe_of
+from helpers.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "engines" / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("backend", "onnx", "aot"),
+        ("backend", ["aot"], "str"),
+        ("precision", "fp64", "bf16"),
+        ("precision", "int4", "int8"),  # another backend has it
+        ("device", "tpu", "cuda"),
+        ("optimization_level", 4, "0, 1, 2, 3"),
+        ("optimization_level", -1, "0, 1, 2, 3"),
+        ("optimization_level", True, "int"),
+        ("model", "", "folder"),
+        ("model", "   ", "folder"),
+        ("model", "dummy:", "folder"),
+        ("model", None, "str"),
+        ("max_batch_size", 0, "1 to 1024"),
+        ("max_batch_size", 1025, "1 to 1024"),
+        ("max_batch_size", 1.0, "int"),
+        ("max_batch_size", "4", "int"),
+        ("max_input_len", 0, "from 1"),
+        ("max_input_len", float("nan"), "int"),
+        ("max_seq_len", 0, "from 3"),
+        ("max_seq_len", 128, r"more than max_input_len \(128\)"),  # contradicts the default prompt length
+        ("num_threads", -1, "from 0"),
+        ("decode_batch_sizes", [2], r"max_batch_size \(1\)"),  # contradicts the default batch size
+        ("decode_batch_sizes", [0], "1 to"),
+        ("decode_batch_sizes", ["1"], "whole numbers"),
+        ("decode_batch_sizes", 1, "tuple"),
+        ("fusion", "all", "Fusion"),
+        ("fusion.qkv", "yes", "true or false"),
+        ("options", ["fast"], "dict"),
+        ("options.path", Path("x"), "text"),
+        ("options.ratio", float("inf"), "number"),
+    ],
+)
+def test_a_wrong_value_is_refused_naming_field_value_and_what_is_allowed(field, value, allowed):
+    table, _, name = field.partition(".")
+    with pytest.raises(RecipeError, match=allowed) as refused:
+        BuildRecipe(**{table: {name: value} if name else value})
+    assert f"field {field} is" in refused.value.what
+    assert repr(value[0] if field == "decode_batch_sizes" and isinstance(value, list) else value) in refused.value.what
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("make", [lambda: BuildRecipe().replace(max_batchsize=2), lambda: recipes.from_dict({"x": 1})])
+def test_an_unknown_field_is_refused_with_the_list_of_fields(make):
+    with pytest.raises(RecipeError, match="no field") as refused:
+        make()
+    assert "max_batch_size" in refused.value.fix
+
+
+def test_an_unknown_fusion_switch_is_refused_with_its_full_name():
+    with pytest.raises(RecipeError, match=r"fusion\.mlp") as refused:
+        BuildRecipe(fusion={"mlp": True})
+    assert "fusion.gate_up" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        BuildRecipe(),
+        BuildRecipe(
+            model="dummy:some/model", precision="int8", max_batch_size=8, decode_batch_sizes=[2, 4], num_threads=2
+        ),
+        BuildRecipe(backend="tensorrt_llm", precision="int4", device="cuda", optimization_level=0),
+        BuildRecipe(fusion={"kernels": False, "qkv": False, "gate_up": False}),
+        BuildRecipe(backend="tensorrt", options={"compute_capabilities": ["8.6", "8.9"], "refit": True}),
+        BuildRecipe(backend="tensorrt_llm", precision="bf16", options={"free_gpu_memory_fraction": 0.5}),
+        BuildRecipe(model='C:\\models\\"quoted" \N{PARTY POPPER}é\x7f\n'),
+    ],
+)
+def test_reading_what_was_written_gives_the_same_recipe(recipe, tmp_path):
+    assert recipes.read(recipes.write(recipe, tmp_path / "recipe.toml")) == recipe
+    assert recipes.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_file_reads_and_begins_with_a_comment(path):
+    recipe = recipes.read(path)
+    backend = "" if recipe.backend == "aot" else f"{recipe.backend}-"
+    assert path.stem == f"{recipe.short_name.split('-')[0].lower()}-{backend}{recipe.precision}"
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_recipe_files_of_the_notebooks_are_there():
+    names = {path.stem for path in RECIPES.glob("*.toml")}
+    assert names >= {"stories-fp32", "stories-int8", "stories-bf16", "tinyllama-bf16"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"model = stories", "not valid TOML"), (b"\xff\xfe", "not valid TOML"), (b"[model]\nname = 1", "field model")],
+)
+def test_a_bad_recipe_file_is_refused(content, words, tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=words):
+        recipes.read(path)
+
+
+def test_a_missing_recipe_file_is_refused_with_the_names_that_are_there():
+    with pytest.raises(RecipeError, match="fp23") as refused:
+        recipes.read(RECIPES / "stories-fp23.toml")
+    assert "stories-fp32.toml" in refused.value.fix
+    with pytest.raises(RecipeError, match="cannot be read"):
+        recipes.read(RECIPES)
+
+
+def test_decode_graphs_are_for_one_for_the_most_and_for_what_was_asked():
+    assert BuildRecipe().all_decode_batch_sizes == (1,)
+    assert BuildRecipe(max_batch_size=8).all_decode_batch_sizes == (1, 8)
+    assert BuildRecipe(max_batch_size=8, decode_batch_sizes=(4, 2, 4)).all_decode_batch_sizes == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("model", ["stories", "owner/name", "dummy:owner/name", "../a b", ".", "/", "C:\\x", "模型"])
+def test_the_engines_name_is_one_visible_folder(model):
+    name = BuildRecipe(model=model).short_name
+    assert Path(name).name == name and not name.startswith(".") and not set(name) & set('/\\: "')
+
+
+def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
+
+    recipe = recipe_of(tiny_engine)
+    assert recipe.device == "cpu" and recipe.model == str(tiny_llama) and recipe.max_seq_len == 48
