@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.set-up
 QUIET  := $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
+.PHONY: help setup run test test-quick test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -21,14 +21,20 @@ setup: $(STAMP) ## install the course into .venv (the targets below do it when n
 run: $(STAMP) ## run every notebook from top to bottom; results in build/
 	$(PY) -m helpers run
 
+# Tests run side by side, at most four at a time: each process may hold an engine and a compiler.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4
+
 test: $(STAMP) ## all tests: style, types, helpers, notebooks
-	$(PY) -m pytest --nbmake --nbmake-timeout=600 tests notebooks
+	$(PYTEST) --nbmake --nbmake-timeout=600 notebooks tests
+
+test-quick: $(STAMP) ## the tests that take seconds: nothing is compiled, no notebook runs
+	$(PYTEST) tests/unit
 
 test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests
 
 test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported versions (Python 3.10 to 3.12)
-	$(OLDEST)/bin/python -m pytest tests
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 tests
 
 gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course there; report in build/gpu-check/
 	$(PY) -m helpers gpu-check $(if $(ONLY),--only '$(ONLY)')
@@ -39,10 +45,11 @@ doctor: $(STAMP) ## is this machine ready? each check with the step that mends i
 lab: $(STAMP) ## open the course in JupyterLab
 	$(PY) -m jupyterlab notebooks/00_start_here.ipynb
 
-lint: $(STAMP) ## ruff and mypy only
+lint: $(STAMP) ## style, types, and the architecture: ruff, mypy, import-linter
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 
 format: $(STAMP) ## let ruff mend what it can
 	$(PY) -m ruff check --fix

@@ -1,7 +1,7 @@
 """Which tests can run on this machine (what cannot is skipped, and the report lists it with the reason), the engines
 and prompts that tests share, and small random checkpoints.
 
-Every engine of the tests lies in a temporary folder. To keep them between runs while working on something else:
+Every engine of the tests lies in one temporary folder. To keep them between runs while working on something else:
 COURSE_TEST_ENGINES=/some/folder pytest ...
 """
 
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -53,20 +54,15 @@ def _one_thread():
 # ---- engines ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def engines_folder(tmp_path_factory) -> Path:
-    """One folder for all processes of a run, so that an engine is built once."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return Path(os.environ.get("COURSE_TEST_ENGINES") or shared / "engines")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _only_the_tests_engines(engines_folder):
-    """No test, and no fixture, sees or changes the engines of the person who runs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COURSE_ENGINES", str(engines_folder))
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder of engines for the whole run: for all its processes, and for the notebooks too. So an engine is built
+    once, and the engines of the person who runs the tests are neither seen nor changed."""
+    if hasattr(config, "workerinput"):
+        return  # a process of pytest-xdist inherits the variable
+    kept = os.environ.get("COURSE_TEST_ENGINES")
+    os.environ["COURSE_ENGINES"] = kept or tempfile.mkdtemp(prefix="course-engines-")
+    if not kept:
+        config.add_cleanup(lambda: shutil.rmtree(os.environ["COURSE_ENGINES"], ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
