@@ -1,0 +1,77 @@
+"""sha256 of files. The digest of a large file is remembered, since reading 16 GB again takes many seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from helpers.paths import engines_folder
+
+MEMORY = ".digests.json"  # in the engines' folder: path -> [what the file was like, its digest]
+LARGE = 1 << 24  # bytes; a smaller file is read faster than remembered
+SETTLED_S = 2.0  # a file that was written later than this may change again within one tick of the clock
+
+
+def file_digest(path: Path, *, reread: bool = False) -> str:
+    """The sha256 of a file, in hexadecimal digits.
+
+    A large file that has the size, the inode and the times of an earlier call is not read again. `reread` reads it all
+    the same: use it on request, and before a file is refused for its digest, because the memory could be wrong.
+    """
+    path = path.resolve()
+    before = _stamp(path)
+    if before[0] < LARGE:
+        return _sha256(path)
+    if not reread and (entry := _memory().get(str(path))) and entry[0] == before:
+        return entry[1]
+    digest = _sha256(path)
+    if _stamp(path) == before and time.time() - path.stat().st_mtime > SETTLED_S:
+        _remember(str(path), [before, digest])
+    return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when the file does. The last time is set by the system alone, so no tool can put it back."""
+    s = path.stat()
+    return [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _memory() -> dict[str, Any]:
+    """All that is remembered; nothing where the memory is missing or damaged, for then files are read again."""
+    try:
+        entries = json.loads((engines_folder() / MEMORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {path: entry for path, entry in entries.items() if _valid(entry)} if isinstance(entries, dict) else {}
+
+
+def _valid(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) and len(entry[1]) == 64
+
+
+def _remember(path: str, entry: list[Any]) -> None:
+    """Another process may write at the same time: then one entry is lost, and its file is read once more."""
+    entries = {p: e for p, e in _memory().items() if Path(p).exists()} | {path: entry}
+    with contextlib.suppress(OSError):  # a folder that cannot be written to: the digest is right all the same
+        descriptor, temporary = tempfile.mkstemp(dir=engines_folder(), prefix=MEMORY)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(entries, file)
+            Path(temporary).replace(engines_folder() / MEMORY)
+        except OSError:
+            Path(temporary).unlink()
+            raise
