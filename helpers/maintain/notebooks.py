@@ -9,6 +9,7 @@ A cell with the tag `raises-exception` must raise: a failure that is shown on pu
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.display import Table
 from helpers.errors import InputError
 from helpers.paths import PROJECT
 
@@ -46,6 +48,36 @@ class NotebookResult:
         return not self.problems
 
 
+def read(path: Path) -> NotebookNode:
+    """A notebook from its file. Raises InputError for whatever is no notebook."""
+    import nbformat
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if content["nbformat"] != 4 or not isinstance(content["nbformat_minor"], int):
+            raise ValueError(f"its format is {content['nbformat']}.{content['nbformat_minor']}, not 4")
+        nbformat.validate(content)  # nbformat.reads only logs what is wrong, and fails later in all kinds of ways
+        nb = nbformat.reads(text, as_version=4)
+        nbformat.writes(nb).encode()  # half of a surrogate pair can be read, but not written
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, nbformat.ValidationError) as error:
+        raise InputError(
+            f"{path.name} is not a notebook ({type(error).__name__}: {str(error).partition(chr(10))[0]:.200}).",
+            cause="It was cut, or edited as text.",
+            fix=f"Take it from git again: git checkout -- {path.name}",
+        ) from error
+    return nb
+
+
+def write(nb: NotebookNode, path: Path) -> None:
+    """The whole file or none of it."""
+    import nbformat
+
+    partial = path.with_name(f".{path.name}.partial")
+    nbformat.write(nb, partial)
+    partial.replace(path)
+
+
 # Judging: pure functions of a notebook, so that the tests also apply them to the committed files.
 
 
@@ -65,10 +97,10 @@ def judge(nb: NotebookNode, name: str) -> NotebookResult:
     untouched = []
     for number, cell in code_cells(nb):
         errors = [out for out in cell.outputs if out.output_type == "error"]
-        reasons = [out.metadata["skipped"] for out in cell.outputs if "skipped" in out.get("metadata", {})]
+        reasons = [str(out.metadata["skipped"]) for out in cell.outputs if "skipped" in out.get("metadata", {})]
         expected = "raises-exception" in tags(cell)
         if "skip-execution" in tags(cell):
-            reason = cell.metadata.get("skip_reason", "").strip()
+            reason = str(cell.metadata.get("skip_reason", "")).strip()
             if reason:
                 result.skipped.append((number, reason))
             else:
@@ -99,7 +131,32 @@ def tidy(nb: NotebookNode) -> None:
     nb.metadata["language_info"] = {"name": "python"}
     for _, cell in code_cells(nb):
         cell.metadata.pop("execution", None)
-        cell.outputs = [scrub(out) for out in map(static, cell.outputs) if out is not None]
+        cell.outputs = [scrub(out) for out in map(static, merged(cell.outputs)) if out is not None]
+
+
+def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """A cell's outputs with each stream's text in one piece, as a terminal would show it.
+
+    nbclient's own coalesce_streams takes hours for a line of a megabyte: its pattern is quadratic.
+    """
+    result: list[NotebookNode] = []
+    parts: dict[str, list[str]] = {}
+    for output in outputs:
+        if output.output_type != "stream":
+            result.append(output)
+        elif output.name in parts:
+            parts[output.name].append(output.text)
+        else:
+            parts[output.name] = [output.text]
+            result.append(output)
+    streams = [output for output in result if output.output_type == "stream"]
+    for output in streams:
+        lines = "".join(parts[output.name]).split("\n")
+        output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)  # "\r" begins a line anew
+    first = result.index(streams[0]) if len(streams) == 2 else 0
+    if streams and result[first : first + 2] == streams and streams[0].name == "stderr":
+        result[first : first + 2] = reversed(streams)  # they arrive in any order
+    return result
 
 
 def static(output: NotebookNode) -> NotebookNode | None:
@@ -109,7 +166,7 @@ def static(output: NotebookNode) -> NotebookNode | None:
         return output
     if set(data) <= {"text/plain"}:
         text = data.get("text/plain", "")
-        if re.search(r"\d+%\||\d+it \[", text):  # tqdm's bar, stopped at its first state
+        if re.search(r"\d%\||\dit \[", text):  # tqdm's bar, stopped at its first state
             return None
         data["text/plain"] = "(A widget: run this cell in JupyterLab to use it.)"
     return output
@@ -132,35 +189,40 @@ def scrub(value: Any) -> Any:
 def _folders() -> list[tuple[re.Pattern[str], str]]:
     """The folders of this machine that outputs may name, the innermost first, and what stands for each."""
     temp = Path(tempfile.gettempdir())
-    named = {
-        str(PROJECT): "",  # paths inside the course become relative to it
-        sys.prefix: "<python>/",
-        sysconfig.get_paths()["stdlib"]: "<python>/lib/",
-        str(temp): "<tmp>/",
-        str(Path.home()): "~/",
+    replacements = {
+        PROJECT: "",  # paths inside the course become relative to it
+        Path(sys.prefix): "<python>/",
+        Path(sysconfig.get_paths()["stdlib"]): "<python>/lib/",
+        temp: "<tmp>/",
+        Path(os.path.expanduser("~")): "~/",  # noqa: PTH111  (Path.home() fails where there is none)
     }
-    patterns = [(re.compile(re.escape(str(temp)) + r"/ipykernel_\d+/\d+\.py"), "<cell>")]
-    for folder in sorted(named, key=len, reverse=True):
-        end = r"(?:/|(?![\w.-]))"  # /home/ann, but not /home/anna
-        patterns.append((re.compile(r"(?<![\w.-])" + re.escape(folder) + end), named[folder]))
+    patterns = [(re.compile(re.escape(str(temp / "ipykernel_")) + r"\d+/\d+\.py"), "<cell>")]
+    for folder in sorted(replacements, key=lambda path: len(str(path)), reverse=True):
+        # HOME and TMPDIR may be anything. "/", "/x" or a relative path stand in texts that are no paths.
+        if folder.is_absolute() and len(folder.name) > 1:
+            end = r"(?:/|(?![\w.-]))"  # /home/ann, but not /home/anna
+            patterns.append((re.compile(r"(?<![\w.-])" + re.escape(str(folder)) + end), replacements[folder]))
     return patterns
 
 
 # Running
 
 
-def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[NotebookNode, NotebookResult]:
-    """Execute one notebook in a fresh kernel, in its own folder, and judge it."""
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    nb = nbformat.read(source, as_version=4)
+def clear(nb: NotebookNode) -> None:
+    """Take out what an earlier run left: it must not pass for this one's."""
     for _, cell in code_cells(nb):
-        cell.execution_count = None  # what an earlier run left must not pass for this one
+        cell.execution_count = None
         if "skip-execution" not in tags(cell):
             cell.outputs = []
 
+
+def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[NotebookNode, NotebookResult]:
+    """Execute one notebook in a fresh kernel, in its own folder, and judge it."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    nb = read(source)
+    clear(nb)
     started = time.perf_counter()
     broken = ""
     progress = _Progress(nb)
@@ -172,7 +234,6 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
         extra_arguments=["--log-level=ERROR"],  # a fresh kernel's warnings are about the kernel, not the course
         resources={"metadata": {"path": str(source.parent)}},
         record_timing=False,
-        coalesce_streams=True,
         on_notebook_start=_interruptible,
         on_cell_execute=progress.start,
         on_cell_executed=progress.end,
@@ -262,17 +323,19 @@ def run_all(
     timeout: int = CELL_TIMEOUT_S,
 ) -> list[NotebookResult]:
     """Run the notebooks; write each, executed, with its page to `out`, and back to `folder` if asked to."""
-    import nbformat
-
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for source in select(folder, only):
         print(source.stem, flush=True)
-        nb, result = run_notebook(source, timeout=timeout)
-        nbformat.write(nb, out / source.name)
-        write_html(nb, out / f"{source.stem}.html")
-        if update and result.ok:
-            nbformat.write(nb, source)
+        try:
+            nb, result = run_notebook(source, timeout=timeout)
+            write(nb, out / source.name)
+            write_html(nb, out / f"{source.stem}.html")
+            if update and result.ok:
+                write(nb, source)
+        except Exception as error:  # whatever is wrong with this notebook, the next one runs
+            words = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            result = NotebookResult(source.stem, problems=[words])
         results.append(result)
     return results
 
@@ -280,40 +343,23 @@ def run_all(
 # Reporting
 
 
-def report(results: list[NotebookResult]) -> str:
-    """Every problem in full, then the table."""
-    problems = [f"{result.name}: {problem}" for result in results for problem in result.problems]
-    rows = [("notebook", "minutes", "run", "skipped", "status", "why skipped")]
-    rows += [
-        (
-            result.name,
-            f"{result.seconds / 60:.1f}",
-            str(result.cells_run),
-            str(len(result.skipped)),
-            "ok" if result.ok else "FAILED",
-            "; ".join(grouped(result.skipped)),
-        )
-        for result in results
+def table(results: list[NotebookResult]) -> Table:
+    """A row for each notebook, and one for all."""
+    rows = [
+        (r.name, f"{r.seconds / 60:.1f}", r.cells_run, len(r.skipped), _status([r]), "; ".join(grouped(r.skipped)))
+        for r in results
     ]
+    minutes = f"{sum(r.seconds for r in results) / 60:.1f}"
     rows.append(
-        (
-            "all",
-            f"{sum(result.seconds for result in results) / 60:.1f}",
-            str(sum(result.cells_run for result in results)),
-            str(sum(len(result.skipped) for result in results)),
-            "ok" if results and all(result.ok for result in results) else "FAILED",
-            "",
-        )
+        ("all", minutes, sum(r.cells_run for r in results), sum(len(r.skipped) for r in results), _status(results), "")
     )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.rjust(width) if column in (1, 2, 3) else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*problems, "", *lines] if problems else lines)
+    return Table(
+        "Code cells of the notebooks", ("notebook", "minutes", "run", "skipped", "status", "why skipped"), rows
+    )
+
+
+def _status(results: list[NotebookResult]) -> str:
+    return "ok" if results and all(result.ok for result in results) else "FAILED"
 
 
 def grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
@@ -327,5 +373,8 @@ def main(only: list[str] | None = None, out: Path = BUILD, *, update: bool = Fal
     """`helpers run`: the exit status is 0 if every cell ran or was listed as skipped."""
     results = run_all(out, only, update=update)
     print(f"\nThe executed notebooks and their pages are in {os.path.relpath(out)}{os.sep}\n")
-    print(report(results))
-    return 0 if results and all(result.ok for result in results) else 1
+    for result in results:
+        for problem in result.problems:
+            print(f"{result.name}: {problem}\n")
+    print(table(results))
+    return 0 if _status(results) == "ok" else 1

@@ -19,7 +19,7 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in
 ROOT = Path(__file__).resolve().parents[2]
 CELL = """
 from helpers import BuildRecipe, load
-from helpers.widgets import sampling_explorer
+from helpers.course.widgets import sampling_explorer
 
 engine = load(BuildRecipe(backend="pytorch", max_input_len=64, max_seq_len=256))
 sampling_explorer(engine, max_tokens=12)
@@ -29,10 +29,10 @@ sampling_explorer(engine, max_tokens=12)
 def a_browser(playwright):
     """Playwright's own chromium, or the system's."""
     own = Path(playwright.chromium.executable_path)
-    found = str(own) if own.exists() else shutil.which("chromium") or shutil.which("google-chrome")
-    if not found:
+    chromium = str(own) if own.exists() else shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
         pytest.skip("there is no chromium: playwright install chromium")
-    return playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+    return playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """The notebook runner: a cell either runs or is listed as skipped; nothing passes by silence."""
 
 import re
+import sys
+import tempfile
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -51,9 +54,7 @@ def test_a_tagged_cell_needs_a_reason(tmp_path):
 def test_a_failing_cell_is_named_with_its_error_and_the_rest_is_not_passed_over(tmp_path, capsys):
     _, result = run(tmp_path, "1", "raise ValueError('seven')", "1")
     assert result.problems == ["cell 2 failed: ValueError: seven", "neither run nor listed as skipped: cell 3"]
-    table = notebooks.report([result])
-    assert "00_made: cell 2 failed: ValueError: seven" in table
-    assert re.search(r"00_made +0\.\d +1 +0 +FAILED", table)
+    assert re.search(r"00_made +0\.\d +1 +0 +FAILED", str(notebooks.table([result])))
 
 
 def test_a_dead_kernel_is_an_error(tmp_path):
@@ -106,6 +107,37 @@ def test_only_whole_folder_names_are_replaced():
     assert notebooks.scrub({"image/png": home, "text/plain": [home]}) == {"image/png": home, "text/plain": ["~/"]}
 
 
+@pytest.mark.parametrize("folder", ["/", "//", "/x", ".", "", "home", "~"])
+def test_a_folder_that_may_stand_in_any_text_replaces_nothing(monkeypatch, folder):
+    monkeypatch.setenv("HOME", folder)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    monkeypatch.setattr(sys, "prefix", folder)
+    text = "home / x ~ . 3 / 4 and/or /x /x/y https://home/x //"
+    assert notebooks.scrub(text) == text
+
+
+@pytest.mark.timeout(60)  # the pattern that nbclient would search here takes an hour
+def test_one_long_line_is_no_trouble(tmp_path):
+    nb, result = run(tmp_path, "print('7' * 10**6)")
+    assert result.ok and nb.cells[0].outputs[0].text == "7" * 10**6 + "\n"
+
+
+def test_the_pieces_of_a_stream_are_one_text_as_a_terminal_shows_it():
+    pieces = [
+        ("stderr", "w1\n"),
+        ("stdout", "1 %\r2"),
+        ("stderr", "w2\n"),
+        ("stdout", " %\r3 %\r\n"),
+        ("stdout", "end"),
+    ]
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in pieces]
+    picture = nbformat.v4.new_output("display_data", data={"text/plain": "p"})
+    shown = [(out.name, out.text) for out in notebooks.merged(outputs)]
+    assert shown == [("stdout", "3 %\nend"), ("stderr", "w1\nw2\n")]
+    assert notebooks.merged([picture, outputs[0], picture]) == [picture, outputs[0], picture]
+    assert notebooks.merged([]) == []
+
+
 def test_widgets_leave_something_to_see(tmp_path):
     nb, result = run(
         tmp_path,
@@ -130,6 +162,61 @@ def test_run_all_writes_notebooks_and_pages_and_updates_only_what_passed(tmp_pat
     page = (tmp_path / "build/01_good.html").read_text()
     assert "fine" in page and not re.search(r'<(?:img|link)[^>]+(?:src|href)="https?:', page)
     assert "cell   1 of 1" in capsys.readouterr().out
+
+
+BROKEN = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda _: "",
+    "a list": lambda _: "[]",
+    "deep": lambda _: "[" * 100_000,
+    "no cells": lambda text: text.replace('"cells"', '"cell"'),
+    "an older format": lambda text: text.replace('"nbformat": 4', '"nbformat": 3'),
+    "a version as text": lambda text: text.replace('"nbformat_minor": 5', '"nbformat_minor": "5"'),
+    "a source that is a number": lambda text: text.replace('"print(1)"', "1"),
+    "half of a surrogate pair": lambda text: text.replace("print(1)", "\\ud800"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_what_is_no_notebook_is_one_failed_row_and_the_next_one_runs(tmp_path, how):
+    folder = tmp_path / "notebooks"
+    broken = write(folder, "print(1)", name="01_broken")
+    damaged = BROKEN[how](broken.read_text())
+    assert damaged != broken.read_text()
+    broken.write_text(damaged)
+    write(folder, "print('fine')", name="02_good")
+    first, second = notebooks.run_all(tmp_path / "build", folder=folder, update=True)
+    assert "01_broken.ipynb is not a notebook" in first.problems[0] and "Fix:" in first.problems[0]
+    assert second.ok and second.cells_run == 1
+    assert broken.read_text() == damaged
+
+
+def test_bytes_that_were_changed_anywhere_are_refused_or_read_whole(tmp_path):
+    source = next(iter(sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))))
+    content, random, path = source.read_bytes(), Random(0), tmp_path / "n.ipynb"
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(content)
+        for _ in range(4):
+            changed[random.randrange(len(changed))] ^= 1 << random.randrange(8)
+        path.write_bytes(changed)
+        try:
+            nb = notebooks.read(path)
+        except InputError:
+            refused += 1
+        else:
+            notebooks.tidy(nb)
+            notebooks.judge(nb, "n")
+            notebooks.write(nb, path)
+    assert refused
+    assert [p.name for p in tmp_path.iterdir()] == ["n.ipynb"]
+
+
+def test_a_page_that_cannot_be_made_is_a_failed_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "write_html", lambda *_: [][0])
+    write(tmp_path / "notebooks", "1")
+    (result,) = notebooks.run_all(tmp_path / "build", folder=tmp_path / "notebooks")
+    assert result.problems == ["IndexError: list index out of range"]
 
 
 def test_a_picture_keeps_its_text_on_the_page(tmp_path):
@@ -166,6 +253,6 @@ def test_notebooks_are_named_by_their_beginning(tmp_path):
         notebooks.select(tmp_path, ["x"])
 
 
-def test_the_report_groups_reasons():
+def test_the_table_groups_reasons():
     result = notebooks.NotebookResult("04", 60.0, 5, [(2, "no GPU"), (7, "no GPU"), (8, "slow")])
-    assert "no GPU (cells 2, 7); slow (cell 8)" in notebooks.report([result])
+    assert "no GPU (cells 2, 7); slow (cell 8)" in str(notebooks.table([result]))

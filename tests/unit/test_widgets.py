@@ -25,7 +25,7 @@ def explorer(engine):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.5])
-def test_walk_gives_the_text_of_stream(engine, temperature):
+def test_stream_choices_gives_the_text_of_stream(engine, temperature):
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=24)
     streamed = "".join(token.text for token in engine.stream(widgets.START, params))
     steps = list(widgets.stream_choices(engine, widgets.START, params))
@@ -36,12 +36,12 @@ def test_walk_gives_the_text_of_stream(engine, temperature):
         assert sum(probability for _, probability in step.candidates) <= 1.0001
 
 
-def test_walk_stops_at_the_end_token(engine):
+def test_stream_choices_stops_at_the_end_token(engine):
     params = SamplingParams(temperature=0, max_tokens=230)
     assert 100 < len(list(widgets.stream_choices(engine, "Once upon a time", params))) < 230
 
 
-def test_walk_refuses_what_the_engine_cannot_serve_before_any_work(engine):
+def test_stream_choices_refuses_what_the_engine_cannot_serve_before_any_work(engine):
     with pytest.raises(LimitError):
         next(widgets.stream_choices(engine, "word " * 80, SamplingParams()))
 
@@ -92,7 +92,7 @@ def test_errors_are_shown_and_go_away(explorer):
 
 
 def test_a_fault_of_ours_is_shown_too(explorer, monkeypatch):
-    monkeypatch.setattr(widgets, "walk", lambda *_: 1 / 0)
+    monkeypatch.setattr(widgets, "stream_choices", lambda *_: 1 / 0)
     explorer.button.click()
     assert "ZeroDivisionError" in explorer.messages.outputs[0]["text"]
 
