@@ -7,13 +7,17 @@ One request at a time goes out as a line of JSON, its answers come back as lines
                       {"result": ...} or {"error": {"type", "what", "cause", "fix"}}
 
 A worker serves one module, whose dictionary CALLS names the functions that may be called. Whatever native code
-prints goes to the worker's standard error, which is kept for the message after a crash. When the parent ends,
-however it ends, the worker's standard input closes and the worker ends too.
+prints goes to the worker's standard error, which is kept for the message after a crash.
+
+A worker leads a session of its own, so the Stop button of a notebook and Ctrl-C of a terminal reach this process only;
+it then ends the one worker that it waits for. When the parent ends, however it ends, the worker's standard input closes
+and the worker ends too, with all processes of its session.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import inspect
 import json
@@ -25,15 +29,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import IO, Any
 
 from helpers import errors
-from helpers.errors import CourseError, WorkerError
+from helpers.errors import BackendUnavailable, CourseError, WorkerError
 from helpers.paths import PROJECT
 
 START_LIMIT = 120.0  # seconds until a new worker must have answered: another environment's imports can be slow
+END_LIMIT = 2.0  # seconds that a worker without an output, or a killed one, may take to end
 TAIL = 2000  # characters of standard error that a crash message shows
+LONGEST = 2**28  # bytes of one answer
+AHEAD = 1000  # answers that are read before somebody asks for them; after that the worker waits
+
+POSIX = os.name == "posix"
 
 
 class Worker:
@@ -44,26 +55,50 @@ class Worker:
     """
 
     def __init__(self, module: str, *, python: str = "", start_limit: float = START_LIMIT):
-        self.module = module
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the worker is)
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        course = str(PROJECT)
-        paths = [course, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [python or sys.executable, "-u", "-m", "helpers.machine.worker", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        threading.Thread(target=self._read, daemon=True).start()
+        self.name = f"The worker for {module}{f' under {python}' if python else ''}"
+        self._reason = ""  # why this side ended the worker; "" while it runs, and when it ended by itself
+        self._last_words = ""  # the end of its standard error, once it has ended
+        self._oom_kills = _oom_kills()
+        self._ending = threading.RLock()
+        self._start(module, python or sys.executable)
+        self._forgotten = weakref.finalize(self, _kill_all, self._process, os.getpid())  # alive until the worker ended
+        self._lines: queue.Queue[bytes | None] = queue.Queue(AHEAD)  # None: its output has ended
+        self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True)
+        self._reader.start()
         try:
-            self._answer(time.monotonic() + start_limit, start_limit)  # "ready", or the error of importing the module
+            kind, answer = self._answer(time.monotonic() + start_limit, start_limit)
+            if kind == "error":  # of importing the module
+                raise _as_error(answer)
         except BaseException:
-            self.kill()
+            self.kill("it did not start")
             raise
+
+    def _start(self, module: str, python: str) -> None:
+        search_path = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the worker is)
+            self._process = subprocess.Popen(
+                [python, "-u", "-m", "helpers.machine.worker", module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
+                start_new_session=POSIX,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
+            )
+        except OSError as error:
+            if error.filename == python or error.errno == errno.ENOEXEC:  # not there, not executable, no program
+                raise BackendUnavailable(
+                    f"{python} cannot be started as a Python: {error.strerror}.",
+                    cause="A variable COURSE_..._PYTHON names it, or its environment was moved or removed.",
+                    fix="Let the variable name the Python of an environment that works, or unset it; "
+                    "`helpers doctor` shows which Pythons are used.",
+                ) from error
+            raise WorkerError(
+                f"{self.name} could not be started: {error}.",
+                cause="The system has no room for another process, file or temporary file.",
+                fix="Close other programs; `helpers doctor` looks at memory, disk and the temporary folder.",
+            ) from error
 
     @property
     def pid(self) -> int:
@@ -71,55 +106,66 @@ class Worker:
 
     def call(self, function: str, *, time_limit: float = 600.0, **arguments: Any) -> Any:
         """The result of one function; what it yields on the way is dropped. See `stream`."""
-        running = self.stream(function, time_limit=time_limit, **arguments)
+        events = self.stream(function, time_limit=time_limit, **arguments)
         while True:
             try:
-                next(running)
-            except StopIteration as done:
-                return done.value
+                next(events)
+            except StopIteration as end:
+                return end.value
 
-    def stream(self, function: str, *, time_limit: float = 600.0, **arguments: Any) -> Iterator[Any]:
+    def stream(self, function: str, *, time_limit: float = 600.0, **arguments: Any) -> Generator[Any, None, Any]:
         """What the function yields, as it comes; its result is the generator's return value.
 
-        time_limit: seconds for the whole call; after that the worker is killed. Raises the function's own
-        CourseError, or WorkerError if the worker died, hung or answered nonsense.
+        time_limit: seconds for the whole call, without those that the caller takes between two events. After that the
+        worker is killed. Raises the function's own CourseError, or WorkerError if the worker ended, hung or answered
+        nonsense. An interrupt, and a generator that is closed before its end, kill the worker too: nobody would read
+        the rest of the answer.
         """
+        request = json.dumps({"call": function, "arguments": arguments}) + "\n"
+        if not self._forgotten.alive:
+            raise self._ended()
+        assert self._process.stdin is not None
+        # In a thread, since a worker that does not read blocks it. One that has ended is noticed by its output.
+        pipe = os.dup(self._process.stdin.fileno())
+        threading.Thread(target=_write, args=(pipe, request.encode()), daemon=True).start()
         deadline = time.monotonic() + time_limit
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"call": function, "arguments": arguments}) + "\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError):  # a broken pipe, or closed by us
-            raise self._dead() from None
-        finished = False
+        complete, reason = False, "a call to it was given up"
         try:
             while True:
-                answer = self._answer(deadline, time_limit)
-                if "result" in answer:
-                    finished = True
-                    return answer["result"]
-                yield answer["event"]
-        except CourseError as error:
-            finished = not isinstance(error, WorkerError)
+                kind, answer = self._answer(deadline, time_limit)
+                if kind == "result":
+                    complete = True
+                    return answer
+                if kind == "error":
+                    error = _as_error(answer)
+                    complete, reason = not isinstance(error, WorkerError), "a call to it failed in an unknown way"
+                    raise error
+                paused = time.monotonic()
+                yield answer
+                deadline += time.monotonic() - paused
+        except KeyboardInterrupt:
+            reason = "a call to it was interrupted"
             raise
         finally:
-            if not finished:  # dead, or left in the middle of an answer that nobody will read
-                self.kill()
+            if not complete:
+                self.kill(reason)
 
     def close(self, patience: float = 5.0) -> None:
         """Ask the worker to end by closing its input, and kill it if it does not."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            with contextlib.suppress(OSError):  # it died with something unsent
+        try:
+            if self._forgotten.alive and self._process.stdin is not None:
                 self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
-        self.kill()
+                self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.kill("it was closed")
 
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            _kill_children(self._process.pid)
-            self._process.kill()
-        self._process.wait()
+    def kill(self, reason: str = "it was stopped") -> None:
+        """End the worker and every process that it has started. reason: what a later call is told."""
+        if self._forgotten.alive:
+            self._reason = self._reason or reason
+        self._end()
 
     def __enter__(self) -> Worker:
         return self
@@ -127,64 +173,171 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
+    def _end(self) -> None:
+        """Kill whatever is left of the worker, and free what it takes here: the reading thread, pipes, the log."""
+        with self._ending:
+            if not self._forgotten.alive:
+                return
+            _kill_all(self._process, os.getpid())
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can hold a killed process for long
+                self._process.wait(END_LIMIT)
+            deadline = time.monotonic() + END_LIMIT
+            while self._reader.is_alive() and time.monotonic() < deadline:
+                with contextlib.suppress(queue.Empty):
+                    self._lines.get(timeout=0.01)  # the reader may wait for room
+            with contextlib.suppress(queue.Full):
+                self._lines.put_nowait(None)  # for another thread that waits for an answer
+            for pipe in (self._process.stdin, None if self._reader.is_alive() else self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 4 * TAIL))
+            self._last_words = self._log.read().decode("utf-8", "replace").strip()[-TAIL:]
+            self._log.close()
+            self._forgotten.detach()
 
-    def _answer(self, deadline: float, limit: float) -> dict[str, Any]:
+    def _answer(self, deadline: float, limit: float) -> tuple[str, Any]:
+        """The next answer's kind ("event", "result" or "error") and what it holds."""
         try:
-            line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if left <= 0:  # there may be answers without end
+                raise queue.Empty
+            line = self._lines.get(timeout=left)
         except queue.Empty:
-            self.kill()
+            self.kill(f"it did not finish within {limit:g} s")
             raise WorkerError(
-                f"The worker for {self.module} gave no answer within {limit:.0f} s; it was ended.",
+                f"{self.name} did not finish within {limit:g} s; it was ended.",
                 cause="The native code hangs, or this machine needs longer.",
                 fix="Try again with a larger time_limit; nothing half-built was left behind.",
             ) from None
         if line is None:
-            raise self._dead()
+            raise self._ended(min(END_LIMIT, left))
         try:
-            answer = json.loads(line)
-        except ValueError:
-            self.kill()
-            raise WorkerError(f"The worker for {self.module} answered {line!r:.200}, which is not JSON.") from None
-        if "error" in answer:
-            raise _as_error(answer["error"])
-        return answer
+            return _parse(line)
+        except (ValueError, RecursionError):
+            self.kill("it answered nonsense")
+            raise WorkerError(
+                f"{self.name} answered {line!r:.200}, which is not the protocol; it was ended.",
+                cause="A library writes to the worker's output, or the two sides are of different versions.",
+                fix="Make the environment anew, or name the right Python.",
+            ) from None
 
-    def _dead(self) -> WorkerError:
-        code = self._process.wait()
-        self._log.seek(0)
-        said = self._log.read().decode("utf-8", "replace").strip()[-TAIL:]
-        return WorkerError(
-            f"The worker for {self.module} ended unexpectedly ({_exit_words(code)}).",
-            cause=("It was ended from outside; the system does that when memory runs out." if code == -9 else "")
-            or (f"A fault in native code. Its last words: {said}" if said else "A fault in native code."),
-            fix="This notebook is unharmed: run the cell again. If it happens again, build something smaller.",
-        )
+    def _ended(self, patience: float = END_LIMIT) -> WorkerError:
+        """The error for a worker that is no more: what its end means. patience: seconds that it may take to end."""
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill("it closed its output, or wrote a line without an end")
+        self._end()
+        if self._reason:
+            return WorkerError(
+                f"{self.name} is gone: {self._reason}.",
+                cause="Whatever it held, an engine for example, is gone with it.",
+                fix="Start again: load the engine, or run the build.",
+            )
+        what, cause, fix = _explain_end(self._process.returncode, self._last_words, _oom_kills() > self._oom_kills)
+        return WorkerError(f"{self.name} ended unexpectedly ({what}).", cause=cause, fix=fix)
 
 
-def _exit_words(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+# What the parent does beside the class: nothing here holds the Worker, so that one that is forgotten can end.
+
+
+def _read(output: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
+    with contextlib.suppress(ValueError, OSError):  # closed meanwhile
+        while (line := output.readline(LONGEST)).endswith(b"\n"):
+            lines.put(line)
+    lines.put(None)
+
+
+def _write(pipe: int, request: bytes) -> None:
+    with contextlib.suppress(OSError), os.fdopen(pipe, "wb", buffering=0) as file:
+        view = memoryview(request)
+        while view:
+            view = view[file.write(view) :]
+
+
+def _parse(line: bytes) -> tuple[str, Any]:
+    """ValueError (or RecursionError) for whatever is not the protocol."""
+    answer = json.loads(line.decode("utf-8"))
+    if isinstance(answer, dict) and len(answer) == 1:
+        kind, value = next(iter(answer.items()))
+        if kind in ("event", "result"):
+            return kind, value
+        texts = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+        if kind == "error" and texts and set(value) == {"type", "what", "cause", "fix"}:
+            return kind, value
+    raise ValueError("not an answer")
 
 
 def _as_error(fields: dict[str, str]) -> CourseError:
-    kind = getattr(errors, fields["type"], CourseError)
+    """The error that the worker raised; one of a type that this side does not know is a WorkerError."""
+    kind = getattr(errors, fields["type"], None)
+    if not (isinstance(kind, type) and issubclass(kind, CourseError)):
+        kind = WorkerError
     return kind(fields["what"], cause=fields["cause"], fix=fields["fix"])
 
 
+def _explain_end(code: int, last_words: str, out_of_memory: bool) -> tuple[str, str, str]:
+    """What happened, the likely cause and the fix, for a worker that this side did not end.
+
+    code: as subprocess gives it, so a signal is negative.
+    out_of_memory: whether the system has killed a process for want of memory while the worker ran.
+    """
+    again = "This notebook is unharmed: run the cell again. If it happens again, build something smaller."
+    if code >= 0:
+        return f"exit code {code}", f"Something in it ended the process. Its last words: {last_words or 'none'}", again
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if name == "SIGKILL" and out_of_memory:
+        return name, "The system ran out of memory and ended it.", "Close other programs, or build something smaller."
+    if name == "SIGKILL":
+        return name, "It was killed from outside; lack of memory is one cause.", again
+    if name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
+        return name, "Somebody or the system ended it from outside.", "Run the cell again."
+    return name, f"A crash in native code. Its last words: {last_words or 'none'}", again
+
+
+def _oom_kills() -> int:
+    """How often Linux has killed a process for want of memory: in this container if it counts that, else at all."""
+    for file in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat"):
+        with contextlib.suppress(OSError):
+            counts = dict(line.split()[:2] for line in Path(file).read_text().splitlines())
+            if "oom_kill" in counts:
+                return int(counts["oom_kill"])
+    return 0
+
+
+def _kill_all(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Kill a worker and what it has started: its group and, where psutil is there, what left the group.
+
+    owner: the process that started it; a fork of that shares the Worker and must not end it.
+    """
+    if os.getpid() != owner:
+        return
+    descendants: list[Any] = []
+    try:
+        if process.poll() is None:
+            descendants = _descendants(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, of a group of zombies
+            if POSIX:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+        _kill_each(descendants)
+
+
+# The worker's side
+
+
 def serve(module: str) -> None:
-    """The worker's side: answer requests until the input closes."""
+    """Answer requests until the input closes."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints to standard output from here on, native code included, lands on standard error
     sys.stdout = sys.stderr
+    incoming = os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a library that asks a question gets no answer, and no request
 
     def send(**answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -198,7 +351,7 @@ def serve(module: str) -> None:
             send(error={"type": "WorkerError", "what": what, "cause": "", "fix": ""})
 
     requests: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    threading.Thread(target=_listen, args=(incoming, requests), daemon=True).start()
     try:
         calls = importlib.import_module(module).CALLS
     except Exception as error:  # the boundary of the process: the parent shall hear of it, whatever it is
@@ -216,30 +369,45 @@ def serve(module: str) -> None:
             send_error(error)
 
 
-def _drain(steps: Any, send: Any) -> Any:
+def _drain(steps: Any, send: Callable[..., None]) -> Any:
     while True:
         try:
             send(event=next(steps))
-        except StopIteration as done:
-            return done.value
+        except StopIteration as end:
+            return end.value
 
 
-def _listen(requests: queue.Queue[str]) -> None:
+def _listen(incoming: IO[str], requests: queue.Queue[str]) -> None:
     """Pass on the lines of standard input. Its end means that the parent closed us or is gone: end at once."""
-    for line in sys.stdin:
-        requests.put(line)
-    _kill_children(os.getpid())
-    os._exit(0)
+    try:
+        for line in incoming:
+            requests.put(line)
+    finally:
+        _kill_each(_descendants(os.getpid()))
+        if POSIX and os.getpgrp() == os.getpid():  # the group is ours
+            os.killpg(0, signal.SIGKILL)
+        os._exit(0)
 
 
-def _kill_children(pid: int) -> None:
-    """vLLM and MPI start processes of their own, which would live on and hold the GPU's memory."""
-    import psutil
+def _descendants(pid: int) -> list[Any]:
+    """The processes that vLLM, MPI or a compiler have started: they would live on and hold the GPU's memory. Without
+    psutil, which another environment need not have, only the process group is known."""
+    try:
+        import psutil
+    except ImportError:
+        return []
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
 
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+
+def _kill_each(processes: list[Any]) -> None:
+    for process in processes:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):  # it has ended, or is not ours
+            process.kill()
 
 
 if __name__ == "__main__":

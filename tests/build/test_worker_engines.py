@@ -177,7 +177,7 @@ def test_an_engine_whose_parent_dies_in_the_middle_of_an_answer_ends_too(served,
     import os
     from dataclasses import asdict
     from helpers import BuildRecipe
-    from helpers.backends.worker import Worker
+    from helpers.machine.worker import Worker
     recipe = BuildRecipe(model={str(tiny_llama)!r}, backend="pytorch", device="cpu", max_batch_size=1,
                          max_input_len=16, max_seq_len=48)
     worker = Worker("served")
