@@ -25,39 +25,55 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a caption: plain text in a terminal, an HTML table in a notebook."""
+    """Rows under a caption: plain text in a terminal, an HTML table in a notebook, Markdown in a report.
+
+    Columns of numbers stand to the right. A cell is one line of printable text, whatever it came from.
+    """
 
     caption: str
-    columns: Sequence[str]
+    columns: Sequence[Any]
     rows: Sequence[Sequence[Any]]
 
     def __str__(self) -> str:
-        cells = [[str(c) for c in self.columns], *([str(c) for c in row] for row in self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = ["  ".join(self._pad(i, text, widths[i]) for i, text in enumerate(row)).rstrip() for row in cells]
-        return "\n".join([self.caption, *lines])
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        right = self._numeric()
+        lines = [
+            "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(row, widths, right, strict=True)).rstrip()
+            for row in cells
+        ]
+        return "\n".join([_line(self.caption), *lines] if self.caption else lines)
 
     __repr__ = __str__
 
+    def markdown(self) -> str:
+        cells = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in self._cells()]
+        head, *rows = (f"| {' | '.join(row)} |" for row in cells)
+        rule = f"|{'|'.join('---:' if right else '---' for right in self._numeric())}|"
+        return "\n".join([*([f"**{_line(self.caption)}**", ""] if self.caption else []), head, rule, *rows])
+
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col" style="{self._align(i)}">{_html(c)}</th>' for i, c in enumerate(self.columns))
-        body = []
-        for row in self.rows:
-            first, *rest = (_html(c) for c in row)
-            cells = "".join(f'<td style="{self._align(i)}">{c}</td>' for i, c in enumerate(rest, start=1))
-            body.append(f'<tr><th scope="row" style="{self._align(0)}">{first}</th>{cells}</tr>')
-        caption = f'<caption style="text-align: left; caption-side: top">{_html(self.caption)}</caption>'
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        styles = [f"text-align: {'right' if right else 'left'}" for right in self._numeric()]
+        head, *rows = [[_html(text) for text in row] for row in self._cells()]
+        titles = "".join(f'<th scope="col" style="{s}">{t}</th>' for t, s in zip(head, styles, strict=True))
+        body = ""
+        for first, *rest in rows:
+            cells = "".join(f'<td style="{s}">{t}</td>' for t, s in zip(rest, styles[1:], strict=True))
+            body += f'<tr><th scope="row" style="{styles[0]}">{first}</th>{cells}</tr>'
+        caption = f'<caption style="text-align: left; caption-side: top">{_html(_line(self.caption))}</caption>'
+        return f"<table>{caption}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
-    def _numeric(self, column: int) -> bool:
-        number = r"^[-+~]?[\d,. ]+(?:x|%|[ ]?[a-zA-Z/]{1,8})?$|^(?:-|not measured|)$"
-        return all(re.match(number, str(row[column])) for row in self.rows)
+    def _cells(self) -> list[list[str]]:
+        return [[_line(cell) for cell in row] for row in (self.columns, *self.rows)]
 
-    def _align(self, column: int) -> str:
-        return "text-align: right" if self._numeric(column) else "text-align: left"
+    def _numeric(self) -> list[bool]:
+        number = re.compile(r"[-+~]?[\d,. ]+(?:x|%|[ ]?[a-zA-Z/]{1,8})?|(?:-|not measured|)")
+        return [all(number.fullmatch(text) for text in texts) for _, *texts in zip(*self._cells(), strict=True)]
 
-    def _pad(self, column: int, text: str, width: int) -> str:
-        return text.rjust(width) if self._numeric(column) else text.ljust(width)
+
+def _line(cell: Any) -> str:
+    """One line without control characters: a model's text, or a file's, must not steer the terminal."""
+    return "".join(" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in str(cell))
 
 
 @dataclass(frozen=True)
@@ -90,8 +106,8 @@ def new_figure(width: float = 7.5, height: float = 3.0) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _html(value: Any) -> str:
-    text = html.escape(str(value))
+def _html(text: str) -> str:
+    text = html.escape(text)
     if not text.startswith("https://"):
         return text
     return f'<a href="{text}" style="overflow-wrap: anywhere">{text}</a>'
