@@ -1,7 +1,8 @@
 """engines/: one folder an engine, published whole or not at all, and checked before its native code is loaded.
 
 The store is handed facts and knows no backend. The identity of an engine is a dictionary of all that it depends on;
-the folder's name ends with its hash.
+the folder's name ends with its hash. The manifest holds the hash of every file, and one of itself. Hashes guard against
+damage and mix-ups, not against a person who can write the folder: load only engines that were built here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,21 +22,34 @@ from typing import Any
 
 import filelock
 
-from helpers.errors import BuildError, EngineCorrupt, EngineNotFound
+from helpers.digests import file_digest
+from helpers.errors import BuildError, CourseError, EngineCorrupt, EngineNotFound, OutOfMemory, StoreError, shown
 from helpers.paths import engines_folder
+from helpers.progress import Progress
 
 MANIFEST = "manifest.json"
-MANIFEST_FIELDS = {"identity", "recipe", "built", "hardware", "compiler", "seconds", "details", "files"}
-SCHEMA = 2
+SCHEMA = 3
+FIELDS: dict[str, type] = {  # of a manifest
+    "identity": dict,
+    "recipe": dict,
+    "built": str,
+    "hardware": dict,
+    "compiler": str,
+    "seconds": dict,
+    "details": dict,
+    "files": dict,
+}
 SHOWN = 8  # engines that an error names
+# What courses before schema 3 have left. This one builds in .building-NAME and buries in .locks/.
+OLD_LEFTOVERS = re.compile(r"\.removed-\d+-\d+|\.onnx-[a-z0-9_]{8}")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Manifest = dict[str, Any]
 
 
 def name_of(short_name: str, identity: dict[str, Any]) -> str:
     """The folder's name of an engine, such as stories-aot-int8-b4-1f0c2a9e."""
-    digest = hashlib.sha256(json.dumps([SCHEMA, identity], sort_keys=True).encode()).hexdigest()
-    return f"{short_name}-{digest[:8]}"
+    return f"{short_name}-{_hash([SCHEMA, identity])[:8]}"
 
 
 def explain_miss(identity: dict[str, Any]) -> str:
@@ -45,8 +60,8 @@ def explain_miss(identity: dict[str, Any]) -> str:
     for folder in list_engines():
         try:
             stored = _flat(read_manifest(folder)["identity"])
-        except EngineCorrupt:
-            continue  # a damaged engine must not keep others from being built
+        except CourseError:
+            continue  # damaged, or removed meanwhile: that must not keep others from being built
         if stored.get("recipe.backend") != backend or stored.get("kind") != identity.get("kind"):
             continue
         differing = [k for k in sorted(needed.keys() | stored.keys()) if needed.get(k) != stored.get(k)]
@@ -59,7 +74,7 @@ def explain_miss(identity: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def building(name: str) -> Iterator[Path]:
+def building(name: str, *, quiet: bool = False) -> Iterator[Path]:
     """A private folder to build into. It becomes engines/NAME when the block ends well, and vanishes otherwise;
     an engine or a torn folder of that name gives way.
 
@@ -67,28 +82,18 @@ def building(name: str) -> Iterator[Path]:
     it finds the entry when it gets the lock, and must look before it builds.
     """
     root = engines_folder()
-    locks = root / ".locks"
-    locks.mkdir(exist_ok=True)
-    _sweep(locks)
-    with filelock.FileLock(locks / f"{name}.lock"):
-        work = root / f".building-{name}"
-        shutil.rmtree(work, ignore_errors=True)
+    work = root / f".building-{name}"
+    with _refusals_explained(), _locked(name, quiet):
+        _delete(work)
+        _sweep(root)
         work.mkdir(mode=0o700)
         try:
             yield work
             if (work / MANIFEST).exists():
                 _discard(root / name)
                 work.replace(root / name)
-        except Exception as error:
-            if not _disk_full(error):
-                raise
-            raise BuildError(
-                "The disk is full; nothing was published.",
-                cause=f"{shutil.disk_usage(root).free / 1e6:.0f} MB were left when it failed.",
-                fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
-            ) from error
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            _delete(work)
 
 
 def write_manifest(
@@ -106,7 +111,6 @@ def write_manifest(
     recipe: as it was given; in the identity, the content of a local checkpoint stands for its path.
     details: what the backend needs to load the engine.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {
         "schema": SCHEMA,
         "identity": identity,
@@ -116,62 +120,114 @@ def write_manifest(
         "compiler": compiler,
         "seconds": {phase: round(duration, 3) for phase, duration in seconds.items()},
         "details": details,
-        "files": {path.relative_to(folder).as_posix(): entry_of(path) for path in paths},
+        "files": {path.relative_to(folder).as_posix(): entry_of(path) for path in sorted(_files(folder))},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    save_manifest(folder, manifest)
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest, with the hash over all that it says."""
+    fields = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    text = json.dumps({**fields, "sha256": _hash(fields)}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def entry_of(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an engine's folder; EngineCorrupt if it cannot be read or is of another schema."""
+    """The manifest of an engine's folder. Raises EngineNotFound if there is none, and EngineCorrupt if it says
+    anything else than a build of this schema wrote."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        schema = manifest.get("schema", 1)
-        if schema == SCHEMA and (missing := MANIFEST_FIELDS - manifest.keys()):
-            raise KeyError(*sorted(missing))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        own_hash = manifest.pop("sha256", "") if isinstance(manifest, dict) else ""
+        hash_now = _hash(manifest)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _gone(folder) from None
+    except PermissionError as error:
+        raise StoreError(
+            f"You may not read engine {folder.name!r}.", fix="Ask its owner, or build your own."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise _corrupt(folder, f"its manifest cannot be read ({error})") from error
-    if schema != SCHEMA:
-        raise _corrupt(folder, f"its manifest has schema {schema}, this course {SCHEMA}")
+    if not isinstance(manifest, dict):
+        raise _corrupt(folder, f"its manifest cannot be read (it holds no fields, but {shown(manifest)})")
+    if manifest.get("schema") != SCHEMA:
+        raise _corrupt(folder, f"its manifest has schema {shown(manifest.get('schema'))}, this course {SCHEMA}")
+    if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
+        raise _corrupt(folder, f"its manifest cannot be read (it has no {wrong[0]})")
+    if own_hash != hash_now:
+        raise _corrupt(folder, "its manifest is not the one that was written")
+    in_store = folder.absolute().parent == engines_folder()
+    if in_store and folder.name != name_of(folder.name.rpartition("-")[0], manifest["identity"]):
+        raise _corrupt(folder, "its name is not that of the engine that it holds")
+    if outside := [name for name in manifest["files"] if not _is_inside(name)]:
+        raise _corrupt(folder, f"its manifest names a file outside, {outside[0]!r}")
     return manifest
 
 
-def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = ()) -> None:
-    """EngineCorrupt unless the files (all, or those in `only`) are what the build wrote.
+def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = (), *, thorough: bool = False) -> None:
+    """EngineCorrupt unless the files (all, or those in `only`) are what the build wrote, and no other is there.
 
-    A hash guards against damage and mix-ups, not against a person who can write the folder: load only engines
-    that were built here.
+    A large file whose size, inode and times are those of an earlier look is not read again (digests.py); what changes a
+    file through the system changes its times. `thorough` reads all: it finds what a failing disk changes by itself.
     """
-    for name, entry in manifest["files"].items():
-        if only and name not in only:
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise _corrupt(folder, f"{name} is missing")
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            raise _corrupt(folder, f"{name} is not the file that was built")
+    with reading(folder):
+        for name, entry in manifest["files"].items():
+            if only and name not in only:
+                continue
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                raise _corrupt(folder, f"{name} is {'only a link' if path.is_symlink() else 'missing'}")
+            same = path.stat().st_size == entry["bytes"] and file_digest(path, reread=thorough) == entry["sha256"]
+            if not same and (thorough or file_digest(path, reread=True) != entry["sha256"]):
+                raise _corrupt(folder, f"{name} is not the file that was built")
+        names = () if only else (path.relative_to(folder).as_posix() for path in _files(folder))
+        if unlisted := [name for name in names if name != MANIFEST and name not in manifest["files"]]:
+            raise _corrupt(
+                folder, f"no build wrote {unlisted[0]!r}, which lies in its folder", f"Delete {unlisted[0]!r}."
+            )
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Whatever fails while an engine is read: if it was removed meanwhile, that is the reason."""
+    try:
+        yield
+    except Exception as error:
+        if not _has_manifest(folder):
+            raise _gone(folder) from error
+        if isinstance(error, PermissionError):
+            raise StoreError(f"Engine {folder.name!r} cannot be read: {error}.", fix="Ask its owner.") from error
+        raise
 
 
 def list_engines() -> list[Path]:
-    """Folders of the engines here, oldest first."""
-    folders = [p.parent for p in engines_folder().glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")]
-    return sorted(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+    """Folders of the engines here that you may read, oldest first."""
+    engines = []
+    with _refusals_explained():
+        for folder in engines_folder().iterdir():
+            with contextlib.suppress(OSError):  # no engine, removed meanwhile, or another person's
+                if not folder.name.startswith("."):
+                    engines.append(((folder / MANIFEST).stat().st_mtime, folder))
+    return [folder for _, folder in sorted(engines)]
 
 
 def is_built(name: str) -> bool:
-    return (engines_folder() / name / MANIFEST).exists()
+    return _has_manifest(engines_folder() / name)
 
 
 def find(engine: Path | str) -> Path:
     """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
-    given = Path(engine)
-    if given.name and (given / MANIFEST).exists():
-        return given
-    in_store = given.name and (given.name == str(engine) or given.parent.resolve() == engines_folder().resolve())
+    try:
+        given = Path(engine)
+        if given.name and _has_manifest(given):
+            return given
+        in_store = given.name and (given.name == str(engine) or given.parent.resolve() == engines_folder().resolve())
+    except (TypeError, ValueError, OSError, RuntimeError):  # nothing that a file system knows
+        given, in_store = Path(), False
     matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []
     exact = [folder for folder in matches if folder.name == given.name]
     if len(exact or matches) == 1:
@@ -182,55 +238,131 @@ def find(engine: Path | str) -> Path:
     names = [folder.name for folder in reversed(list_engines())]
     more = f" and {len(names) - SHOWN} more (helpers list)" if len(names) > SHOWN else ""
     raise EngineNotFound(
-        f"There is no engine {str(engine)!r}.",
+        f"There is no engine {shown(str(engine) if isinstance(engine, Path) else engine)}.",
         cause="It has not been built on this machine, or its name is misspelt.",
         fix=f"Engines here: {', '.join(names[:SHOWN]) or 'none; build one with build(recipe)'}{more}.",
     )
 
 
 def remove(engine: Path | str) -> Path:
-    """Delete one engine; returns the folder that is gone."""
+    """Delete one engine; returns the folder that is gone. Of an engine that is a link, only the link goes."""
     folder = find(engine)
-    if folder.parent.resolve() != engines_folder().resolve():
+    if folder.absolute().parent.resolve() != engines_folder().resolve():
         raise EngineNotFound(f"{folder.name!r} is not in this course's engines folder; it is left alone.")
-    _discard(folder)
+    with _refusals_explained():
+        _discard(folder)
     return folder
 
 
 def size(folder: Path) -> int:
     """Bytes of all files of an engine."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    total = 0
+    for path in _files(folder):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            total += path.lstat().st_size
+    return total
+
+
+def _has_manifest(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # such as another person's folder
+        return (folder / MANIFEST).is_file()
+    return False
+
+
+def _locks() -> Path:
+    folder = engines_folder() / ".locks"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(name: str, quiet: bool) -> Iterator[None]:
+    lock = filelock.FileLock(_locks() / f"{name}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except filelock.Timeout:
+        title = f"Another process builds {name}. This one waits for it; interrupt it if you do not want to."
+        with Progress(title, quiet=quiet) as progress, progress.phase("wait"):
+            lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """What the operating system refuses while engines are written, in our words. Other errors pass."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory("The host's memory ran out; nothing was published.", fix="Close what else runs.") from error
+    except CourseError:
+        raise
+    except Exception as error:
+        number, root = getattr(error, "errno", None), engines_folder()
+        # safetensors and torch, which write too, say it only in words.
+        if number in NO_ROOM or "no space left on device" in str(error).lower():
+            raise BuildError(
+                "The disk is full, or a limit on space is reached; nothing was published.",
+                cause=f"{shutil.disk_usage(root).free / 1e6:.0f} MB were left when it failed: {error}.",
+                fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        if Path(str(error.filename or "")).is_relative_to(root):
+            raise StoreError(
+                f"The folder of engines cannot be read or written: {error.strerror}.",
+                cause=f"It may belong to another user, or be read-only: {root}.",
+                fix="Set COURSE_ENGINES to a folder that you can write.",
+            ) from error
+        raise BuildError(f"The operating system refused: {error}; nothing was published.") from error
 
 
 def _discard(folder: Path) -> None:
-    """Delete a folder of engines/ if it is there: out of sight at once, even if deleting it is interrupted."""
-    grave = engines_folder() / f".removed-{os.getpid()}-{time.monotonic_ns()}"
+    """Delete an entry of engines/ if it is there: out of sight at once, even if deleting it is interrupted."""
+    grave = _locks() / f"removed-{os.getpid()}-{time.monotonic_ns()}"
     with contextlib.suppress(FileNotFoundError):
         folder.replace(grave)
-        shutil.rmtree(grave, ignore_errors=True)
+        _delete(grave)
 
 
-def _sweep(locks: Path) -> None:
-    """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays."""
-    for grave in engines_folder().glob(".removed-*"):
-        shutil.rmtree(grave, ignore_errors=True)
-    for folder in engines_folder().glob(".building-*"):
-        lock = filelock.FileLock(locks / f"{folder.name.removeprefix('.building-')}.lock")
-        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=0):
-            shutil.rmtree(folder, ignore_errors=True)
+def _delete(path: Path) -> None:
+    """A folder with all that is in it, a file, or a link: never what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _disk_full(error: BaseException) -> bool:
-    """OSError says it by number; safetensors and torch, which write too, only in words."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "no space left on device" in str(error).lower()
+def _sweep(root: Path) -> None:
+    """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays; what
+    has no lock is not ours."""
+    for grave in _locks().glob("removed-*"):
+        _delete(grave)
+    for path in root.glob(".*-*"):
+        lock = _locks() / f"{path.name.removeprefix('.building-')}.lock"
+        if OLD_LEFTOVERS.fullmatch(path.name):
+            _delete(path)
+        elif path.name.startswith(".building-") and lock.exists():
+            with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):
+                _delete(path)
 
 
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            total.update(block)
-    return total.hexdigest()
+def _files(folder: Path) -> Iterator[Path]:
+    """The files and links in a folder and its folders."""
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in files)
+        yield from (link for name in folders if (link := Path(parent, name)).is_symlink())
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name in a manifest stays within the engine's folder, on any system."""
+    return not re.search(r"[\\:\0]", name) and all(part.strip(".") for part in name.split("/"))
+
+
+def _hash(fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -249,9 +381,17 @@ def _change(stored: Any, needed: Any) -> str:
     return " -> ".join(str(v)[:10] if len(str(v)) == 64 else str(v) or "none" for v in (stored, needed))
 
 
-def _corrupt(folder: Path, what: str) -> EngineCorrupt:
+def _gone(folder: Path) -> EngineNotFound:
+    return EngineNotFound(
+        f"Engine {folder.name!r} is not there any more.",
+        cause="It was removed, or it never was one.",
+        fix="Build it.",
+    )
+
+
+def _corrupt(folder: Path, what: str, fix: str = "") -> EngineCorrupt:
     return EngineCorrupt(
         f"Engine {folder.name!r} is not loaded: {what}.",
         cause="Its files were changed, cut or mixed up after the build, or a newer course reads an older engine.",
-        fix=f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+        fix=fix or f"Remove it (python -m helpers remove {folder.name}) and build it again.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -32,7 +31,7 @@ def record(engine: Path, name: str) -> Path:
     manifest = store.read_manifest(engine)
     write_report(replace(inspect(engine), backend="tensorrt, recorded", sizes={}), folder)
     manifest["files"][REPORT_FILE] = store.entry_of(folder / REPORT_FILE)
-    (folder / store.MANIFEST).write_text(json.dumps({"recorded": True, **manifest}, indent=1) + "\n", encoding="utf-8")
+    store.save_manifest(folder, {"recorded": True, **manifest})
     return folder
 
 

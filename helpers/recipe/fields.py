@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from helpers.errors import RecipeError
+from helpers.errors import RecipeError, shown
 
 BACKENDS = ("aot", "pytorch", "torch_compile", "tensorrt", "tensorrt_llm", "tensorrt_llm_pytorch", "vllm")
 COMPILED = ("aot", "tensorrt", "tensorrt_llm")  # these leave an engine on disk; the others only hold a recipe
@@ -46,7 +46,7 @@ class RecipeFields:
     device: str = "auto"
     decode_batch_sizes: tuple[int, ...] = ()
     num_threads: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # a dict has no hash; the other fields do
 
     @property
     def all_decode_batch_sizes(self) -> tuple[int, ...]:
@@ -56,4 +56,10 @@ class RecipeFields:
 
 def not_allowed(what: str, value: Any, allowed: str) -> RecipeError:
     """The error for a value that something may not have."""
-    return RecipeError(f"{what} is {value!r}, which is not allowed.", fix=f"Give {allowed}.")
+    return RecipeError(f"{what} is {shown(value)}, which is not allowed.", fix=f"Give {allowed}.")
+
+
+def safe_name(name: str) -> str:
+    """A name as part of a folder's name: no separators, no dots at its ends, and short, since systems allow 255 bytes
+    for all of a file's name."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip(".")[:40] or "model"

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.errors import RecipeError
+from helpers.errors import RecipeError, shown
 from helpers.recipe.fields import RecipeFields, not_allowed
 
 # vLLM 0.25.1, vllm/engine/arg_utils.py. What loads code, such as trust_remote_code, is not on the list.
@@ -20,6 +20,17 @@ VLLM: dict[str, Any] = {
     "async_scheduling": bool,
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
     "max_num_batched_tokens": int,
+}
+# Recipe fields that a backend has no use for.
+_COMPILES_NOTHING_AHEAD = ("optimization_level", "fusion", "decode_batch_sizes", "num_threads")
+UNUSED: dict[str, tuple[str, ...]] = {
+    "aot": (),
+    "pytorch": _COMPILES_NOTHING_AHEAD,
+    "torch_compile": _COMPILES_NOTHING_AHEAD,
+    "tensorrt": ("fusion", "num_threads"),
+    "tensorrt_llm": ("decode_batch_sizes", "num_threads"),  # and parts of fusion: see tensorrt_llm.py
+    "tensorrt_llm_pytorch": _COMPILES_NOTHING_AHEAD,
+    "vllm": _COMPILES_NOTHING_AHEAD,
 }
 KIND_WORDS = {
     bool: "true or false",
@@ -36,6 +47,19 @@ def refuse_cpu(recipe: RecipeFields, library: str) -> None:
             f"Recipe field device is 'cpu'; this course uses {library} on NVIDIA GPUs only.",
             fix="Use device='cuda', or backend='aot'.",
         )
+
+
+def refuse_unused(recipe: RecipeFields) -> None:
+    """RecipeError for a field that was set, and that this backend would ignore."""
+    for name in UNUSED[recipe.backend]:
+        if (value := getattr(recipe, name)) != getattr(RecipeFields(), name):
+            raise RecipeError(
+                f"Backend {recipe.backend!r} has no use for the recipe field {name}, which is {shown(value)}.",
+                cause="That backend decides it by itself, so the value would do nothing.",
+                fix="Leave the field out, use backend='aot', or look at that backend's own options.",
+            )
+    if recipe.num_threads and recipe.device == "cuda":
+        raise RecipeError("num_threads is for CPUs, and the recipe's device is 'cuda'.", fix="Leave one of them out.")
 
 
 def check_options(

@@ -9,9 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from helpers.errors import RecipeError
+from helpers.errors import RecipeError, shown
 from helpers.recipe import options, tensorrt, tensorrt_llm
-from helpers.recipe.fields import BACKENDS, DEVICES, OPTIMIZATION_LEVELS, PRECISIONS, Fusion, RecipeFields, not_allowed
+from helpers.recipe.fields import (
+    BACKENDS,
+    DEVICES,
+    OPTIMIZATION_LEVELS,
+    PRECISIONS,
+    Fusion,
+    RecipeFields,
+    not_allowed,
+    safe_name,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -78,15 +87,16 @@ class BuildRecipe(RecipeFields):
     @property
     def short_name(self) -> str:
         """Readable part of the engine's folder name, for example stories-aot-int8-b4."""
-        model = self.model.removeprefix("dummy:").rstrip("/").rsplit("/", 1)[-1]
-        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in model).strip(".")[:60] or "model"
+        model = safe_name(self.model.removeprefix("dummy:").rstrip("/").rsplit("/", 1)[-1])
         dummy = "dummy-" if self.model.startswith("dummy:") else ""
-        return f"{dummy}{safe}-{self.backend}-{self.precision}-b{self.max_batch_size}"
+        return f"{dummy}{model}-{self.backend}-{self.precision}-b{self.max_batch_size}"
 
 
 def from_dict(fields: dict[str, Any]) -> BuildRecipe:
     """A recipe from plain values, as a TOML file or a manifest holds them. A section that is named after the backend
     holds its options."""
+    if not isinstance(fields, dict):
+        raise RecipeError(f"A recipe is made from names with values, not from {shown(fields)}.", fix="Give a dict.")
     sections = [name for name in fields if name in BACKENDS]
     for name in sections:
         if name != fields.get("backend", BuildRecipe.backend) or "options" in fields:
@@ -101,6 +111,8 @@ def from_dict(fields: dict[str, Any]) -> BuildRecipe:
 
 def read(path: str | Path) -> BuildRecipe:
     """A recipe from a TOML file, such as those under engines/recipes/."""
+    if not isinstance(path, (str, Path)):
+        raise RecipeError(f"A recipe is read from a file, not from {shown(path)}.", fix="Give the path of a TOML file.")
     path = Path(path)
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +124,7 @@ def read(path: str | Path) -> BuildRecipe:
         ) from None
     except OSError as error:
         raise RecipeError(f"{path.name} cannot be read: {error.strerror}.", fix="Give a TOML file.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(
             f"{path.name} is not valid TOML: {error}.", fix="Compare it with a file in engines/recipes/."
         ) from error
@@ -123,15 +135,21 @@ def write(recipe: BuildRecipe, path: str | Path) -> Path:
     """Write a recipe as TOML; `read` gives back an equal one."""
     import tomli_w
 
+    if not isinstance(recipe, BuildRecipe) or not isinstance(path, (str, Path)):
+        raise RecipeError(f"Nothing is written: {shown(recipe)} to {shown(path)}.", fix="Give a recipe and a path.")
     fields = recipe.to_dict()
     fields[recipe.backend] = fields.pop("options")
     fields = {name: value for name, value in fields.items() if value != {}}
-    Path(path).write_text(tomli_w.dumps(fields), encoding="utf-8")
+    try:
+        Path(path).write_bytes(tomli_w.dumps(fields).encode())
+    except (OSError, ValueError) as error:  # no such folder, no room, or a name that no text file can hold
+        raise RecipeError(f"The recipe cannot be written: {error}.", fix="Name another file.") from error
     return Path(path)
 
 
 def _check_options(recipe: BuildRecipe) -> None:
     """RecipeError for whatever this recipe asks of its backend and cannot get. Looks at no machine."""
+    options.refuse_unused(recipe)
     if recipe.backend.startswith("tensorrt_llm"):
         tensorrt_llm.check(recipe)
     elif recipe.backend == "tensorrt":
@@ -143,13 +161,15 @@ def _check_options(recipe: BuildRecipe) -> None:
         options.check_options(f"Backend {recipe.backend!r}", recipe.options, {})
 
 
-def _is_plain(value: Any) -> bool:
-    """True for what TOML and JSON can both hold."""
+def _is_plain(value: Any, depth: int = 9) -> bool:
+    """True for what TOML and JSON can both hold. depth: so many tables and lists may lie in each other."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+        return depth > 0 and all(isinstance(key, str) and _is_plain(item, depth - 1) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _from_fields(kind: type, fields: dict[str, Any], prefix: str = "") -> Any:
@@ -157,7 +177,7 @@ def _from_fields(kind: type, fields: dict[str, Any], prefix: str = "") -> Any:
     for name in fields:
         if name not in known:
             raise RecipeError(
-                f"A recipe has no field {prefix + name!r}.",
+                f"A recipe has no field {shown(f'{prefix}{name}')}.",
                 cause="A misspelt name, or a setting that belongs under options.",
                 fix=f"The fields are: {', '.join(prefix + k for k in known)}.",
             )

@@ -14,7 +14,8 @@ or as a recipe's options.
     strip_weights=True                the plan holds no weights; refitting brings them back. TensorRT for RTX compiles
                                       both kinds further on a GPU, so both need an NVIDIA driver to build
     version_compatible=True           TensorRT: runs with later versions; TensorRT for RTX lacks what it needs
-    hardware_compatibility="ampere_plus", timing_cache="name"      TensorRT only; TensorRT for RTX refuses them
+    hardware_compatibility="ampere_plus"      TensorRT only; TensorRT for RTX refuses it, and the next
+    timing_cache="name"               a file in the engines' folder: a kernel measured once is not measured again
     precision_flags=["FP16"]          TensorRT 10 only: weak typing. The graph keeps its types (fp32, say), and the
                                       builder may compute a layer in a flagged type where it finds that faster.
                                       Without it, and in TensorRT 11 and for RTX always, typing is strong: each layer
@@ -29,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.errors import BuildError, RecipeError
+from helpers.errors import BuildError, RecipeError, shown
 from helpers.recipe.fields import RecipeFields, not_allowed
 from helpers.recipe.options import check_options
 
@@ -71,11 +72,12 @@ class Options:
 
     def __post_init__(self) -> None:
         for target in self.compute_capabilities:
-            if not re.fullmatch(r"\d+\.\d", str(target)):
+            if not isinstance(target, str) or not re.fullmatch(r"\d{1,3}\.\d", target, re.ASCII):
                 raise _wrong("compute_capabilities", target, "texts such as '8.6'")
-        if isinstance(self.mark_outputs, str) and self.mark_outputs not in ("", "all"):
+        names = [] if self.mark_outputs in ("", "all") else self.mark_outputs
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise _wrong("mark_outputs", self.mark_outputs, "'all' or a list of tensor names")
-        if not re.fullmatch(r"[\w.-]*", self.timing_cache) or self.timing_cache.strip(".") != self.timing_cache:
+        if not re.fullmatch(r"([\w-][\w.-]{0,99})?", self.timing_cache, re.ASCII):
             raise _wrong("timing_cache", self.timing_cache, "a plain file name: it lies in the engines' folder")
         for flag in self.precision_flags:
             if flag not in PRECISION_FLAGS:
@@ -123,12 +125,6 @@ def check(recipe: RecipeFields) -> None:
                 f"Recipe option {name!r} is for single modules: a language model settles it itself.",
                 fix="Leave it out, or use build_module.",
             )
-    off = [name for name, on in vars(recipe.fusion).items() if not on]
-    if off:
-        raise RecipeError(
-            f"TensorRT has no switch for fusion.{off[0]}: it decides by itself what it merges.",
-            fix="Leave the fusion options on, or see mark_outputs of build_module.",
-        )
     from_recipe(recipe)
 
 
@@ -137,14 +133,16 @@ def from_recipe(recipe: RecipeFields) -> Options:
     return make_options({"optimization_level": recipe.optimization_level, **recipe.options})
 
 
-def _check_profile(name: str, shapes: Any) -> None:
+def _check_profile(name: Any, shapes: Any) -> None:
     try:
-        least, likely, greatest = (tuple(s) for s in shapes)
-        ordered = all(0 < a <= b <= c for a, b, c in zip(least, likely, greatest, strict=True))
+        ranges = [*zip(*map(tuple, shapes), strict=True)]  # of each axis: least, likely, greatest
+        fits = all(type(size) is int for axis in ranges for size in axis)
+        fits = fits and all(0 < least <= likely <= greatest < 2**31 for least, likely, greatest in ranges)
     except (TypeError, ValueError):
-        ordered = False
-    if not ordered:
-        raise _wrong(f"profile of {name}", shapes, "three shapes, each size of one at least that of the one before")
+        fits = False
+    if not fits or not isinstance(name, str):
+        allowed = "three shapes, each size of one at least that of the one before"
+        raise _wrong(f"profile of {shown(name)}", shapes, allowed)
 
 
 def _wrong(name: str, value: Any, allowed: str) -> RecipeError:

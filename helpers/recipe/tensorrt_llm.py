@@ -115,9 +115,9 @@ def check(recipe: RecipeFields) -> None:
 def settings(recipe: RecipeFields) -> dict[str, Any]:
     """The options that are no plugins, with their defaults filled in."""
     known = SETTINGS if recipe.backend == "tensorrt_llm" else PYTORCH_SETTINGS
-    found = {name: recipe.options.get(name, default) for name, default in known.items()}
-    found["max_num_tokens"] = found["max_num_tokens"] or _num_tokens(recipe)
-    return found
+    chosen = {name: recipe.options.get(name, default) for name, default in known.items()}
+    chosen["max_num_tokens"] = chosen["max_num_tokens"] or _num_tokens(recipe)
+    return chosen
 
 
 def plugins(recipe: RecipeFields) -> dict[str, Any]:
@@ -140,12 +140,6 @@ def _check_common(recipe: RecipeFields) -> None:
             f"TensorRT-LLM has no switch for fusion.{name}.",
             cause="TensorRT decides by itself what it merges, and TensorRT-LLM always joins query, key and value.",
             fix="Leave it on. To see fusion's worth, switch options such as gemm_plugin, context_fmha, use_fused_mlp.",
-        )
-    if recipe.decode_batch_sizes:
-        raise RecipeError(
-            "TensorRT-LLM builds no graphs for single batch sizes, so decode_batch_sizes has nothing to choose.",
-            cause="Its engine takes any batch up to max_batch_size, and regroups sequences while it runs.",
-            fix="Leave it out; multiple_profiles=true makes TensorRT choose kernels for several ranges.",
         )
 
 

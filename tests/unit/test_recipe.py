@@ -7,7 +7,8 @@ import pytest
 from helpers import BuildRecipe
 from helpers import recipe as recipes
 from helpers.engine import recipe_of
-from helpers.errors import RecipeError
+from helpers.errors import RecipeError, shown
+from helpers.recipe import tensorrt_llm
 
 RECIPES = Path(__file__).parents[2] / "engines" / "recipes"
 
@@ -45,6 +46,7 @@ RECIPES = Path(__file__).parents[2] / "engines" / "recipes"
         ("options", ["fast"], "dict"),
         ("options.path", Path("x"), "text"),
         ("options.ratio", float("inf"), "number"),
+        ("options.deep", [[[[[[[[[[[]]]]]]]]]]], "text"),
     ],
 )
 def test_a_wrong_value_is_refused_naming_field_value_and_what_is_allowed(field, value, allowed):
@@ -52,8 +54,59 @@ def test_a_wrong_value_is_refused_naming_field_value_and_what_is_allowed(field, 
     with pytest.raises(RecipeError, match=allowed) as refused:
         BuildRecipe(**{table: {name: value} if name else value})
     assert f"field {field} is" in refused.value.what
-    assert repr(value[0] if field == "decode_batch_sizes" and isinstance(value, list) else value) in refused.value.what
+    value = value[0] if field == "decode_batch_sizes" and isinstance(value, list) else value
+    assert shown(value) in refused.value.what
     assert refused.value.fix
+
+
+COMPILE_NOTHING = ("pytorch", "torch_compile", "tensorrt_llm_pytorch", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("backend", "field", "value"),
+    [
+        *[(backend, "num_threads", 2) for backend in (*COMPILE_NOTHING, "tensorrt", "tensorrt_llm")],
+        *[(backend, "decode_batch_sizes", (2,)) for backend in (*COMPILE_NOTHING, "tensorrt_llm")],
+        *[(backend, "optimization_level", 0) for backend in COMPILE_NOTHING],
+        *[(backend, "fusion", {"gate_up": False}) for backend in (*COMPILE_NOTHING, "tensorrt")],
+    ],
+)
+def test_a_field_that_a_backend_would_ignore_is_refused(backend, field, value):
+    recipe = BuildRecipe(backend=backend, precision="bf16", max_batch_size=4)
+    with pytest.raises(RecipeError, match=f"{backend}' has no use for the recipe field {field}"):
+        recipe.replace(**{field: value})
+    assert recipe.replace(**{field: getattr(BuildRecipe(), field)}) == recipe  # the default is no wish
+
+
+def test_threads_of_a_cpu_are_refused_for_a_gpu():
+    with pytest.raises(RecipeError, match="num_threads is for CPUs"):
+        BuildRecipe(device="cuda", num_threads=2)
+
+
+@pytest.mark.parametrize("backend", ["aot", "pytorch", "torch_compile", "vllm", "tensorrt_llm", "tensorrt"])
+@pytest.mark.parametrize("option", ["trust_remote_code", "hf_overrides", "optimisation_level"])
+def test_an_option_that_is_not_on_a_backends_list_is_refused(backend, option):
+    with pytest.raises(RecipeError, match=option):
+        BuildRecipe(backend=backend, precision="bf16", options={option: True})
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".hidden", "..", "x" * 101, "a\\b", "a b", "\0"])
+def test_a_timing_cache_is_a_plain_file_name(name):
+    with pytest.raises(RecipeError, match="timing_cache"):
+        BuildRecipe(backend="tensorrt", options={"provider": "tensorrt", "timing_cache": name})
+    assert BuildRecipe(backend="tensorrt", options={"provider": "tensorrt", "timing_cache": "mine.cache"})
+
+
+def test_equal_recipes_have_equal_hashes():
+    first, second = (BuildRecipe(backend="tensorrt", options={"compute_capabilities": ["8.9"]}) for _ in range(2))
+    assert len({first, second, BuildRecipe()}) == 2
+
+
+def test_zero_tokens_a_step_is_tensorrt_llms_default_and_no_number_of_tokens():
+    recipe = BuildRecipe(backend="tensorrt_llm", precision="bf16", options={"max_num_tokens": 0})
+    assert tensorrt_llm.settings(recipe) == tensorrt_llm.settings(recipe.replace(options={}))
+    with pytest.raises(RecipeError, match="max_num_tokens"):
+        recipe.replace(options={"max_num_tokens": -1})
 
 
 @pytest.mark.parametrize("make", [lambda: BuildRecipe().replace(max_batchsize=2), lambda: recipes.from_dict({"x": 1})])
@@ -103,7 +156,13 @@ def test_the_recipe_files_of_the_notebooks_are_there():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"model = stories", "not valid TOML"), (b"\xff\xfe", "not valid TOML"), (b"[model]\nname = 1", "field model")],
+    [
+        (b"model = stories", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b"[model]\nname = 1", "field model"),
+        (b"x = " + b"[" * 50_000, "not valid TOML"),
+        (b"max_batch_size = " + b"9" * 5000, "not valid TOML"),
+    ],
 )
 def test_a_bad_recipe_file_is_refused(content, words, tmp_path):
     path = tmp_path / "bad.toml"
@@ -126,10 +185,16 @@ def test_decode_graphs_are_for_one_for_the_most_and_for_what_was_asked():
     assert BuildRecipe(max_batch_size=8, decode_batch_sizes=(4, 2, 4)).all_decode_batch_sizes == (1, 2, 4, 8)
 
 
-@pytest.mark.parametrize("model", ["stories", "owner/name", "dummy:owner/name", "../a b", ".", "/", "C:\\x", "模型"])
+LONG = ["x" * 240, "\N{CJK UNIFIED IDEOGRAPH-20000}" * 60]
+
+
+@pytest.mark.parametrize(
+    "model", ["stories", "owner/name", "dummy:owner/name", "../a b", ".", "/", "C:\\x", "模型", *LONG]
+)
 def test_the_engines_name_is_one_visible_folder(model):
-    name = BuildRecipe(model=model).short_name
+    name = BuildRecipe(model=model, backend="tensorrt_llm", max_batch_size=1024).short_name
     assert Path(name).name == name and not name.startswith(".") and not set(name) & set('/\\: "')
+    assert len(f".building-{name}-12345678".encode()) <= 255  # what file systems allow
 
 
 def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.backends.report import Kernel, Operation
 from helpers.backends.tensorrt import layers
 from helpers.backends.tensorrt.api import explain
-from helpers.errors import BackendUnavailable, BuildError
+from helpers.errors import BackendUnavailable, BuildError, EngineMismatch
 from helpers.machine.worker import Worker
 from helpers.progress import Progress
 from helpers.recipe.tensorrt import Options
@@ -29,7 +29,8 @@ RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1", "newer than 12.0")
 
 
 def check_plans(name: str, manifest: dict[str, Any]) -> None:
-    """BackendUnavailable for a record of an engine: its plan files stayed where it was built."""
+    """BackendUnavailable for a record of an engine, whose plan files stayed where it was built; EngineMismatch for an
+    engine of another backend."""
     if "recorded" in manifest:
         raise BackendUnavailable(
             f"Engine {name!r} is a record of one that was built elsewhere, without its plan file.",
@@ -37,9 +38,9 @@ def check_plans(name: str, manifest: dict[str, Any]) -> None:
             fix="Build it on a Linux or Windows machine: pip install tensorrt-rtx==1.7.1.116.",
         )
     if not plans(manifest):
-        raise BuildError(
-            f"Engine {name!r} holds no TensorRT plan.",
-            cause=f"It was built by backend {manifest['recipe']['backend']!r}.",
+        raise EngineMismatch(
+            f"Engine {name!r} holds no plan of the TensorRT builder.",
+            cause=f"It was built by backend {manifest['recipe'].get('backend')!r}.",
             fix="Load it: load(folder).",
         )
 
