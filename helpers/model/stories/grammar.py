@@ -4,7 +4,8 @@ The bundled model is trained on stories drawn here, so its loss has a known best
 lower mean loss than the entropy of the grammar. The grammar is unambiguous (one text has one derivation), so
 the probability of a story is the product of the probabilities of the choices that made it.
 
-How a template is written (RULES below; the words are in tables.py):
+How a template is written (rules.txt has one alternative a line: its weight within the rule, then its template; the
+words are in words.toml):
 
     {OPENING}             expand another rule
     {thing=THINGS}        draw a row of the table THINGS, call it `thing`, write it
@@ -25,108 +26,10 @@ from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.model.stories.tables import TABLES, Row
-
-# One alternative a line: its weight within the rule, then its template.
-RULES_TEXT = """
-STORY
-    88 {OPENING} {OWNED} {OUTING} {PLOT} {ENDING}
-    12 {MORNING} {PLOT} {ENDING}
-PLOT
-    7 {LOSS} {SEARCH} {MEETING} {FOUND}
-    3 {STRANGER} {MENDED}
-
-OPENING
-    40 Once upon a time, there was {trait=TRAITS:a} {hero=HEROES:kind} named {hero}. {LIVED}
-    20 Once upon a time, {trait=TRAITS:a} {hero=HEROES:kind} named {hero} lived in {HOME}.
-    10 Long ago, in {HOME}, there lived {trait=TRAITS:a} {hero=HEROES:kind} named {hero}.
-    6 There once was {hero=HEROES:a_kind} named {hero}, who was very {trait=TRAITS}. {LIVED}
-    12 Hello, my name is {hero=NARRATORS:name}. I am {age=AGES} years old, and I live in {HOME}.
-    4 Hello, my name is {hero=NARRATORS:name}, and this is my story. {LIVED}
-LIVED
-    1 {hero:He} lived in {HOME}.
-HOME
-    3 {home_look=HOME_LOOKS:a} {home=HOMES} {site=SITES}
-    2 {home=HOMES:a} {site=SITES}
-OWNED
-    4 {hero:He} had {OWN}, a gift from {hero:his} {family=FAMILY}.
-    3 {hero:His} {family=FAMILY} gave {hero:him} {OWN}.
-    2 What {hero} loved most was {OWN} from {hero:his} {family=FAMILY}.
-OWN
-    3 {color=COLORS:a} {thing=THINGS}
-    2 {look=LOOKS:a} {color=COLORS} {thing=THINGS}
-OUTING
-    5 One {time=TIMES}, {hero} {going=GOING} to the {place=PLACES} to {purpose=place.purposes}. {SKY}
-    2 One {weather=WEATHER} {time=TIMES}, {hero:he} took the {thing} to the {place=PLACES}.
-    2 {weather=WEATHER:now} that {time=TIMES} when {hero} {going=GOING} to the {place=PLACES}.
-SKY
-    2 It was {weather=WEATHER:a} {time}.
-    1 {weather=WEATHER:now}.
-MORNING
-    2 One {time=TIMES}, {trait=TRAITS:a} {hero=HEROES:kind} named {hero} left {HOME} with {OWN}. {ERRAND}
-    1 One {weather=WEATHER} {time=TIMES}, {hero=HEROES:a_kind} named {hero} came out of {HOME}. {ERRAND_WITH}
-ERRAND
-    1 {SKY} {hero:His} {family=FAMILY} had sent {hero:him} to the {place=PLACES} to {purpose=place.purposes}.
-ERRAND_WITH
-    1 {hero:He} had {OWN} from {hero:his} {family=FAMILY}, and {going=GOING} to the {place=PLACES}.
-
-LOSS
-    4 But then the {thing} {way=thing.ways}.
-    3 All of a sudden, the {color} {thing} {way=thing.ways}.
-    2 While {hero} was busy, the {thing} {way=thing.ways}.
-    1 Oh no! The {thing} {way=thing.ways}!
-SEARCH
-    4 {hero:He} looked {near=place.near} and {far=place.far}, but the {thing} was gone. {GRIEF}
-    2 It was not {near=place.near}. It was not {far=place.far}. {GRIEF}
-GRIEF
-    3 {hero} felt {sad=SAD}.
-    2 {hero:He} sat down and felt {sad=SAD}.
-MEETING
-    4 Just then {NEWCOMER} came by. "Hello, my name is {friend=FRIENDS}," {said=SAID} the {kind}. {ASKED}
-    3 Soon {hero:he} met {NEWCOMER} named {friend=FRIENDS}, who was {doing=DOINGS}. {ASKED}
-NEWCOMER
-    1 {friend_trait=FRIEND_TRAITS:a} {kind=ANIMALS}
-ASKED
-    3 "Why are you so {sad}?" "I lost my {color} {thing}," {hero} said. "{promise=PROMISES}," said {friend}.
-    2 {hero} told {friend:him} about the {thing}. "{promise=PROMISES}," {said=SAID} {friend} {manner=MANNERS}.
-FOUND
-    3 {friend} looked {found=place.found}, and there was the {color} {thing}! {JOY}
-    2 Together {hero:they} searched the {place}, and {friend} found the {thing} {found=place.found}. {JOY}
-    1 The {kind} ran off and came back with the {thing}. It had been {found=place.found}. {JOY}
-JOY
-    2 {hero} was {glad=GLAD}.
-    1 "Thank you, {friend}!" {hero} {said=SAID} {manner=MANNERS}.
-
-STRANGER
-    2 {place:Where}, {hero:he} met {NEWCOMER} named {friend=FRIENDS}. {friend} looked {sad=SAD}. {LAMENT}
-    1 There {found=place.found} sat {NEWCOMER} named {friend=FRIENDS}, all alone and {sad=SAD}. {LAMENT}
-LAMENT
-    2 "What is wrong?" {hero} asked {manner=MANNERS}. "I have {trouble=TROUBLES}," {said=SAID} the {kind}.
-    1 The {kind} had {trouble=TROUBLES}.
-MENDED
-    3 {hero} put down the {thing} and {trouble:mend}. "Thank you, {hero:name}!" {said=SAID} {friend}. {PLAY}
-    2 So {hero} {trouble:mend}, and the {kind} was {glad=GLAD} again. {PLAY}
-PLAY
-    1 Then {hero:he} let {friend} play with the {color} {thing}.
-
-ENDING
-    5 {SHARED} {LAST}
-    4 {HOMEWARD} {LAST}
-    2 {SHARED} {HOMEWARD}
-SHARED
-    3 {friend} and {hero} ate {food=FOODS} and {game=GAMES}.
-    2 That {time}, {hero:they} {game=GAMES} and shared {food=FOODS}.
-HOMEWARD
-    3 {hero:They} walked back to the {home} {weather:home}.
-    2 {hero:His} {family} was waiting at the {home} with {food=FOODS}.
-LAST
-    3 From that {time} on, {friend} and {hero} were best friends.
-    2 {hero} never forgot {friend} the {kind}.
-    2 And {hero:they} learned that {moral=MORALS}.
-    1 And {hero} never lost the {color} {thing} again.
-"""
 
 
 class ParseError(ValueError):
@@ -227,7 +130,7 @@ def _read_rules(text: str) -> dict[str, Options]:
 
 
 _TABLES = {name: _table_options(rows) for name, rows in TABLES.items()}
-_RULES = _read_rules(RULES_TEXT)
+_RULES = _read_rules((Path(__file__).parent / "rules.txt").read_text(encoding="utf-8"))
 # rows that have tables of their own -> the table of these rows
 _OWNERS = {"place": "PLACES", "thing": "THINGS"}
 
