@@ -1,40 +1,44 @@
 """One command that shows what the course does on a machine with a GPU, and one report that says so.
 
-It runs the doctor, the tests that need a GPU, every notebook through nbmake, and a short benchmark with every backend
-that is installed. Each step is a process of its own with a time limit; one that fails does not stop the others. The
-report (report.json, report.md) says what ran, on what, with which versions, how long, and what did not run and why.
+It runs the doctor, the tests that need a GPU, every notebook, and a short benchmark with every backend that is
+installed. Each is a process with a time limit. Among the tests and the notebooks, pytest ends what hangs and goes on
+with the next. The report (report.json, report.md) is written after each step: what ran, on what, with which versions,
+how long, and what did not run and why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from helpers.bench import records
-from helpers.errors import BackendUnavailable, InputError
+from helpers.bench import records, tables
+from helpers.display import Table
+from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.machine import doctor, environments, hardware
 from helpers.maintain import notebooks
 from helpers.paths import PROJECT
+from helpers.progress import Progress
 
-SCHEMA = 1
-KINDS = ("doctor", "tests", "notebooks", "bench")
-LIMITS = {"doctor": 60, "tests": 1200, "notebooks": 900, "bench": 900}  # seconds for one step of each kind
+SCHEMA = 2
+LIMITS = {"doctor": 120, "tests": 1800, "notebooks": 3600, "bench": 900}  # seconds of each step, in their order
+ITEM_LIMIT = 900  # seconds of one test or one notebook
 OUT = notebooks.BUILD / "gpu-check"
 # In fp32, as the notebooks have it, and in bf16, the precision of models as they are published. Not `tensorrt`: its
 # engines run on RTX cards only.
@@ -44,7 +48,7 @@ CONTENDERS = (
 )
 PACKAGES = (
     "torch triton transformers tokenizers safetensors numpy tensorrt tensorrt-rtx tensorrt-llm vllm onnx onnxscript "
-    "ipykernel nbclient nbmake pytest"
+    "ipykernel nbclient nbmake pytest pytest-xdist"
 ).split()
 LOG_LINES = 25  # of a failed step's output that the report keeps
 
@@ -53,7 +57,6 @@ LOG_LINES = 25  # of a failed step's output that the report keeps
 class Step:
     """One process. status: "passed", "failed", "timed out" or "not run"."""
 
-    kind: str
     name: str
     command: list[str]
     limit: float
@@ -62,115 +65,109 @@ class Step:
     counts: dict[str, int] = field(default_factory=dict)  # such as {"passed": 12, "skipped": 1}
     skipped: list[str] = field(default_factory=list)  # what did not run inside it, with the reason
     problems: list[str] = field(default_factory=list)
-    details: Any = None  # the doctor's checks, or the benchmark's rows
+    tables: list[Table] = field(default_factory=list)  # its results: the doctor's checks, the benchmark's rows
     log: str = ""  # the end of the output, of a step that did not pass
 
 
 # The steps
 
 
-def plan(kinds: Iterable[str], out: Path, folder: Path = notebooks.NOTEBOOKS) -> list[Step]:
+def plan(names: Iterable[str], out: Path, jobs: int = 1) -> list[Step]:
     """Every step in the order in which it runs. Writes nothing."""
     python = [sys.executable, "-m"]
-    pytest = [*python, "pytest", "-c", str(PROJECT / "pyproject.toml"), "-p", "no:cacheprovider", "-q"]
-    steps = []
-    for kind in KINDS:
-        if kind not in kinds:
-            continue
-        if kind == "doctor":
-            steps.append(Step(kind, "doctor", [*python, "helpers", "doctor", "--json"], LIMITS[kind]))
-        elif kind == "tests":
-            command = [*pytest, "-m", "gpu", "--junitxml", str(out / "tests.xml"), str(PROJECT / "tests")]
-            steps.append(Step(kind, "gpu tests", command, LIMITS[kind]))
-        elif kind == "notebooks":
-            for source in notebooks.select(folder, None):
-                copy = out / "notebooks" / source.name
-                command = [*pytest, "--nbmake", "--overwrite", f"--nbmake-timeout={LIMITS[kind]}", str(copy)]
-                steps.append(Step(kind, f"notebook {source.stem}", command, LIMITS[kind]))
-        elif kind == "bench":
-            command = [*python, "helpers", "bench", "--batch", "1,4", "--repeats", "3", "--start-together"]
-            command += ["--backends", CONTENDERS]
-            steps.append(Step(kind, "benchmark", [*command, "--out", str(out / "bench.json")], LIMITS[kind]))
-    return steps
+    # pytest-xdist also for one job: a test that hangs in native code can only be ended with its process ("thread").
+    pytest = [*python, "pytest", "-c", str(PROJECT / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "--color=no"]
+    pytest += ["-n", str(jobs), f"--timeout={ITEM_LIMIT}"]
+    nbmake = ["--nbmake", "--overwrite", f"--nbmake-timeout={notebooks.CELL_TIMEOUT_S}"]
+    bench = ["helpers", "bench", "--batch", "1,4", "--repeats", "3", "--start-together", "--backends", CONTENDERS]
+    commands = {
+        "doctor": [*python, "helpers", "doctor", "--json"],
+        "tests": [
+            *pytest,
+            "--timeout-method=thread",
+            "-m",
+            "gpu",
+            "--junitxml",
+            str(out / "tests.xml"),
+            str(PROJECT / "tests"),
+        ],
+        "notebooks": [*pytest, *nbmake, "--junitxml", str(out / "notebooks.xml"), str(out / "notebooks")],
+        "bench": [*python, *bench, "--out", str(out / "bench.json")],
+    }
+    return [Step(name, commands[name], limit) for name, limit in LIMITS.items() if name in names]
 
 
 def read_doctor(step: Step, out: Path, output: str) -> None:
-    step.details = json.loads(output[output.index("{") :])["checks"]
-    step.counts = _count(check["status"] for check in step.details)
-    step.problems = [
-        f"{check['name']}: {check['found']} Fix: {check['fix']}"
-        for check in step.details
-        if check["status"] == "failure"
-    ]
+    answer, _ = json.JSONDecoder().raw_decode(output, output.index("{"))
+    checks = [doctor.Check(**check) for check in answer["checks"]]
+    step.counts = dict(Counter(check.status for check in checks))
+    step.problems = [str(check) for check in checks if check.status == "failure"]
+    rows = [tuple(asdict(check).values()) for check in checks]
+    step.tables = [Table("Doctor", tuple(asdict(checks[0])), rows)]
+
+
+def test_cases(report: Path) -> Iterator[tuple[str, str, str, float]]:
+    """(name, "passed", "failed" or "skipped", why, seconds) of every test in pytest's JUnit report."""
+    words = {"skipped": "skipped", "failure": "failed", "error": "failed"}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        mark = next((child for child in case if child.tag in words), None)
+        reason = "" if mark is None else (mark.get("message") or "no reason given")
+        if mark is not None and reason == "collection skipped":  # a whole file: the reason ends a tuple, as text
+            reason = (mark.text or "").rpartition("Skipped: ")[2].rstrip("')\"")
+        seconds = float(case.get("time") or 0)
+        yield case.get("name") or "", "passed" if mark is None else words[mark.tag], reason, seconds
 
 
 def read_tests(step: Step, out: Path, output: str) -> None:
-    words = {"skipped": "skipped", "failure": "failed", "error": "failed"}
-    statuses = []
-    for case in ElementTree.parse(out / "tests.xml").getroot().iter("testcase"):
-        mark = next((child for child in case if child.tag in words), None)
-        statuses.append(words[mark.tag] if mark is not None else "passed")
-        if mark is not None:
-            reason = (mark.get("message") or "no reason given").splitlines()[0]
-            if reason == "collection skipped":  # a whole file: the reason is at the end of a tuple, as text
-                reason = (mark.text or "").rpartition("Skipped: ")[2].rstrip("')\"")
-            said = f"{case.get('name')}: {reason}"
-            (step.skipped if mark.tag == "skipped" else step.problems).append(said)
-    step.counts = _count(statuses)
-    if not step.counts.get("passed"):
-        step.problems.append("no test ran")
+    cases = list(test_cases(out / "tests.xml"))
+    step.counts = dict(Counter(status for _, status, _, _ in cases))
+    reasons = [(status, f"{name}: {reason.partition(chr(10))[0]}") for name, status, reason, _ in cases]
+    step.skipped = [reason for status, reason in reasons if status == "skipped"]
+    step.problems = [reason for status, reason in reasons if status == "failed"]
+    if "passed" not in step.counts:
+        step.problems.append("no test passed")
 
 
-def read_notebook(step: Step, out: Path, output: str) -> None:
-    import nbformat
-
-    executed = Path(step.command[-1])
-    nb = nbformat.read(executed, as_version=4)
-    result = notebooks.judge(nb, executed.stem)
-    step.counts = {"cells run": result.cells_run, "cells skipped": len(result.skipped)}
-    step.skipped = list(notebooks.grouped(result.skipped))
-    step.problems = result.problems
-    if all(cell.execution_count is None for _, cell in notebooks.code_cells(nb)):  # their list would hide the reason
-        lines = [line for line in output.splitlines() if line.strip()]
-        step.problems = [f"no cell ran: {lines[-1].strip() if lines else 'no output'}"]
+def read_notebooks(step: Step, out: Path, output: str) -> None:
+    results = []
+    cases = {case[0]: case[1:] for case in test_cases(out / "notebooks.xml")}
+    for copy in sorted((out / "notebooks").glob("*.ipynb")):
+        status, reason, seconds = cases.get(copy.name, ("failed", "it did not begin", 0.0))
+        try:
+            nb = notebooks.read(copy)
+            result = notebooks.judge(nb, copy.stem)
+            if all(cell.execution_count is None for _, cell in notebooks.code_cells(nb)):
+                result.problems = []  # a list of all its cells would hide the reason
+        except InputError:
+            result = notebooks.NotebookResult(copy.stem)
+        if status == "failed" and not result.problems:
+            result.problems.append(" ".join(reason.split()).partition(" File ")[0][:200])
+        result.seconds = seconds
+        results.append(result)
+    step.counts = {
+        "cells run": sum(result.cells_run for result in results),
+        "cells skipped": sum(len(result.skipped) for result in results),
+    }
+    step.skipped = [f"{r.name}: {reason}" for r in results for reason in notebooks.grouped(r.skipped)]
+    step.problems = [f"{r.name}: {problem}" for r in results for problem in r.problems]
+    step.tables = [notebooks.table(results)]
 
 
 def read_bench(step: Step, out: Path, output: str) -> None:
-    record = json.loads((out / "bench.json").read_text())
-    step.details = {name: record[name] for name in ("workload", "threads", "hardware", "date")}
-    step.details["rows"] = [_bench_row(row, record["workload"]["output_len"]) for row in record["rows"]]
-    step.counts = _count(row["status"] for row in record["rows"])
-    for row in record["rows"]:
-        said = f"{row['backend']} {row['precision']}, batch {row['batch_size']}: {row['reason'] or row['status']}"
-        if row["status"] not in ("ok", "absent"):
-            step.problems.append(said)
-        elif row["status"] == "absent":
-            step.skipped.append(said)
-
-
-def _bench_row(row: dict[str, Any], output_len: int) -> dict[str, Any]:
-    """Medians: TTFT and TPOT in ms, output tokens per second (batch x output tokens / E2E)."""
-    short: dict[str, Any] = {name: row[name] for name in ("backend", "precision", "batch_size", "status", "versions")}
-    if row["status"] == "ok":
-        short["ttft_ms"] = round(statistics.median(row["ttft_s"]) * 1e3, 3)
-        short["tpot_ms"] = round(statistics.median(row["tpot_s"]) * 1e3, 4)
-        short["tokens_per_s"] = round(row["batch_size"] * output_len / statistics.median(row["e2e_s"]), 1)
-    return short
+    record = records.read(out / "bench.json")
+    step.counts = dict(Counter(row.status for row in record.rows))
+    reasons = [(row.status, f"{row.name}, batch {row.batch_size}: {row.reason}") for row in record.rows]
+    step.skipped = [reason for status, reason in reasons if status == "absent"]
+    step.problems = [reason for status, reason in reasons if status == "failed"]
+    step.tables = [tables.overview(record)]
 
 
 READERS: dict[str, Callable[[Step, Path, str], None]] = {
     "doctor": read_doctor,
     "tests": read_tests,
-    "notebooks": read_notebook,
+    "notebooks": read_notebooks,
     "bench": read_bench,
 }
-
-
-def _count(words: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for word in words:
-        counts[word] = counts.get(word, 0) + 1
-    return counts
 
 
 # Running
@@ -178,74 +175,53 @@ def _count(words: Iterable[str]) -> dict[str, int]:
 
 def run_step(step: Step, out: Path, engines: Path, limit: float) -> None:
     """Run one step's process and read what it left. Never raises for what the step does."""
-    log = out / "logs" / f"{step.name.replace(' ', '_')}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")])),
-        "COURSE_ENGINES": str(engines),
-        "PYTHONUNBUFFERED": "1",
-    }
-    start = time.monotonic()
-    with log.open("w+", errors="replace") as file:
-        errors = subprocess.DEVNULL if step.kind == "doctor" else subprocess.STDOUT
-        process = subprocess.Popen(step.command, stdout=file, stderr=errors, env=environment, cwd=PROJECT)
+    paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COURSE_ENGINES": str(engines)}
+    start, late = time.monotonic(), False
+    with (out / f"{step.name}.log").open("w+", errors="replace") as log:
+        process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=PROJECT)
         try:
-            late = _wait(process, step, limit)
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            late = True
         finally:
-            _end(process)
-        file.seek(0)
-        output = re.sub(r"\x1b\[[0-9;]*m", "", file.read())  # the colours of a terminal
+            end(process)
+        log.seek(0)
+        output = log.read()
     step.seconds = round(time.monotonic() - start, 1)
     try:
-        READERS[step.kind](step, out, output)
-    except (OSError, ValueError, KeyError, ImportError, ElementTree.ParseError) as error:
-        if not late:
-            step.problems.append(f"it left no result that can be read ({type(error).__name__}: {error})")
+        READERS[step.name](step, out, output)
+    except (CourseError, OSError, ValueError, LookupError, TypeError, ElementTree.ParseError) as error:
+        step.problems.append(f"it left no result that can be read ({type(error).__name__}: {error})")
     if late:
-        step.status = "timed out"
         step.problems.insert(0, f"ended after {limit:.0f} s, its time limit")
-    else:
-        step.status = "failed" if process.returncode or step.problems else "passed"
-        if process.returncode and not step.problems:
-            step.problems.append(f"exit status {process.returncode}")
-    if step.status != "passed":
-        step.log = "\n".join(output.splitlines()[-LOG_LINES:])
+    elif process.returncode and not step.problems:
+        step.problems.append(f"exit status {process.returncode}")
+    step.status = "timed out" if late else "failed" if step.problems else "passed"
+    if step.problems:
+        step.log = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines()[-LOG_LINES:])
 
 
-def _wait(process: subprocess.Popen, step: Step, limit: float) -> bool:
-    """Wait with a sign of life every 15 s. True if the time limit came first."""
-    start = said = time.monotonic()
-    while process.poll() is None:
-        now = time.monotonic()
-        if now - start > limit:
-            return True
-        if now - said > 15:
-            said = now
-            print(f"    {step.name}: {now - start:.0f} s of at most {limit:.0f}", flush=True)
-        time.sleep(0.1)
-    return False
-
-
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """End a process with everything it started: a kernel or a worker must not hold the GPU against the next step."""
     import psutil
 
-    try:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    except psutil.NoSuchProcess:
-        family = []
-    if process.poll() is None:
-        process.kill()
-    process.wait()
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)  # pytest then writes the results that it has
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    process.kill()
     for child in family:
-        if child.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(family, timeout=10)
+    process.wait()
 
 
 def main(
-    kinds: Iterable[str] = KINDS,
+    names: Iterable[str] = tuple(LIMITS),
     out: Path = OUT,
     time_limit: float = 0.0,
     *,
@@ -254,18 +230,16 @@ def main(
 ) -> int:
     """`helpers gpu-check`: exit status 0 if every chosen step passed. time_limit: seconds for all of it; 0 for none.
 
-    jobs: how many of the tests and notebooks run at a time. What they time is then worth less; the benchmark is
-    always alone.
-
-    Raises BackendUnavailable, with what would have run, on a machine without a usable GPU.
+    jobs: how many tests, and then notebooks, run at a time. What they time is then worth less; the benchmark is always
+    alone. Raises BackendUnavailable, with what would have run, on a machine without a usable GPU.
     """
-    kinds = list(kinds)
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise InputError(f"There is no part {unknown[0]!r}.", fix=f"Name some of: {', '.join(KINDS)}.")
+    names = list(names)
+    if unknown := [name for name in names if name not in LIMITS]:
+        raise InputError(f"There is no part {unknown[0]!r}.", fix=f"Name some of: {', '.join(LIMITS)}.")
     if jobs < 1:
         raise InputError(f"jobs is {jobs}.", fix="Give 1 or more.")
     out = out.absolute()
-    steps = plan(kinds, out, folder)
+    steps = plan(names, out, jobs)
     print("Looking for a GPU", flush=True)
     facts = doctor.torch_facts(180.0)  # generous: the first import of torch on a fresh machine is slow
     if "gpu" not in facts:
@@ -276,175 +250,110 @@ def main(
             or ("this PyTorch is a CPU build" if not facts.get("cuda") else "no usable GPU"),
             fix="Run it where nvidia-smi lists a GPU. Without one: make test, and helpers doctor says what is missing.",
         )
-    for old in ("logs", "notebooks"):  # an old result must not pass for this run's
-        shutil.rmtree(out / old, ignore_errors=True)
-    for old in ("tests.xml", "bench.json", "report.json", "report.md"):
-        (out / old).unlink(missing_ok=True)
-    (out / "notebooks").mkdir(parents=True)
-    for step in steps:
-        if step.kind == "notebooks":
-            _copy_clean(folder, Path(step.command[-1]))
+    prepare(out, folder)
+    about = conditions(facts, f"helpers gpu-check --only {','.join(step.name for step in steps)} --jobs {jobs}")
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, Progress("GPU check") as progress:
         engines = Path(os.environ.get("COURSE_ENGINES") or temporary)
-        ended = 0
-        together = [step for step in steps if step.kind in ("tests", "notebooks")]
-        for group in (
-            [step for step in steps if step.kind == "doctor"],
-            together,
-            [step for step in steps if step.kind == "bench"],
-        ):
-            with ThreadPoolExecutor(jobs if group is together else 1) as pool:
-                running = [pool.submit(_limited, step, out, engines, start, time_limit) for step in group]
-                for future in as_completed(running):
-                    step, ended = future.result(), ended + 1
-                    print(f"[{ended}/{len(steps)}] {step.name} {step.status}", end=" ")
-                    print(f"in {step.seconds:.0f} s {_in_words(step.counts)}", flush=True)
-                    for problem in step.problems:
-                        print(f"    {problem[:300]}", flush=True)
-                    # After each step: an interrupted check has a report too.
-                    write(steps, facts, out, time.monotonic() - start, jobs)
+        for step in steps:
+            left = time_limit - (time.monotonic() - start) if time_limit else step.limit
+            if left < 1:
+                step.problems.append("the time limit of the whole check was used up")
+            else:
+                with progress.phase(step.name):
+                    run_step(step, out, engines, min(step.limit, left))
+            write(steps, about, out)  # after each step: an interrupted check has a report too
+    print(*(f"{step.name}: {problem}" for step in steps for problem in step.problems), sep="\n")
     print(f"\n{os.path.relpath(out / 'report.md')}\n\n{summary(steps)}")
     return 0 if all(step.status == "passed" for step in steps) else 1
 
 
-def _limited(step: Step, out: Path, engines: Path, start: float, time_limit: float) -> Step:
-    """Run a step in what is left of the whole check's time."""
-    left = time_limit - (time.monotonic() - start) if time_limit else step.limit
-    if left < 1:
-        step.problems.append("the time limit of the whole check was used up")
-    else:
-        print(f"{step.name} begins", flush=True)
-        run_step(step, out, engines, min(step.limit, left))
-    return step
-
-
-def _copy_clean(folder: Path, copy: Path) -> None:
-    """A notebook without its committed outputs, so that none of them can pass for this run's."""
-    import nbformat
-
-    nb = nbformat.read(folder / copy.name, as_version=4)
-    for _, cell in notebooks.code_cells(nb):
-        cell.execution_count = None
-        if "skip-execution" not in notebooks.tags(cell):
-            cell.outputs = []
-    nbformat.write(nb, copy)
+def prepare(out: Path, folder: Path) -> None:
+    """A folder for the results, and copies of the notebooks in it without outputs: nothing old may pass for new."""
+    shutil.rmtree(out / "notebooks", ignore_errors=True)
+    (out / "notebooks").mkdir(parents=True)
+    for name in ("tests.xml", "notebooks.xml", "bench.json", "report.json", "report.md"):
+        (out / name).unlink(missing_ok=True)
+    for source in notebooks.select(folder, None):
+        copy = Path(shutil.copy(source, out / "notebooks"))
+        with contextlib.suppress(InputError):  # what is no notebook fails when its turn comes
+            nb = notebooks.read(copy)
+            notebooks.clear(nb)
+            notebooks.write(nb, copy)
 
 
 # Reporting
 
 
-def machine(facts: dict[str, Any]) -> dict[str, Any]:
+def conditions(facts: dict[str, Any], command: str) -> dict[str, Any]:
+    """On what, and with which versions, the check runs. facts: as the doctor asks torch for them."""
     return {
-        "gpu": facts["gpu"],
-        "compute_capability": facts["capability"],
-        "gpu_memory_gib": round(facts["total"] / 2**30, 1),
-        "driver": hardware.driver(),
-        "cuda": facts["cuda"],
-        "cores": hardware.free_cores(),
-        "host_memory_free_gib": round(hardware.free_memory() / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages beside this Python, then of TensorRT-LLM and vLLM in environments of their own."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    for name, wanted in environments.ENVIRONMENTS.items():
-        python = environments.python_of(name)
-        version = environments.installed_version(python, wanted.package) if python else ""
-        found[f"{wanted.package} (own environment)"] = version or "not installed"
-    return found
-
-
-def write(steps: list[Step], facts: dict[str, Any], out: Path, seconds: float, jobs: int = 1) -> None:
-    """report.json and report.md, without this machine's folders in them."""
-    kinds = sorted({step.kind for step in steps}, key=KINDS.index)
-    report = {
-        "schema": SCHEMA,
-        "command": f"helpers gpu-check --only {','.join(kinds)} --jobs {jobs}",
+        "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": records.commit(),
-        "passed": all(step.status == "passed" for step in steps),
-        "seconds": round(seconds, 1),
-        "machine": machine(facts),
-        "versions": versions(),
-        "steps": [{key: value for key, value in asdict(step).items() if key != "command"} for step in steps],
+        "machine": {
+            "GPU": facts["gpu"],
+            "compute capability": facts["capability"],
+            "GPU memory": f"{facts['total'] / 2**30:.1f} GiB",
+            "driver": hardware.driver(),
+            "CUDA": facts["cuda"],
+            "cores": hardware.free_cores(),
+            "free host memory": f"{hardware.free_memory() / 2**30:.1f} GiB",
+            "system": f"{platform.system()} {platform.machine()}",
+            "Python": platform.python_version(),
+        },
+        "versions": dict(_versions()),
     }
-    report = notebooks.scrub(report)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(markdown(report), encoding="utf-8")
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a page: the machine, the versions, a table of the steps, then what did not run and what failed."""
-    lines = [
-        f"# GPU check: {'all steps passed' if report['passed'] else 'NOT all steps passed'}",
-        "",
-        f"{report['date']}, commit {report['commit'] or 'unknown'}, {report['seconds']:.0f} s, `{report['command']}`",
-        "",
-        "| machine | |",
-        "|---|---|",
-        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in report["machine"].items()),
-        "",
-        "| package | version |",
-        "|---|---|",
-        *(f"| {name} | {version} |" for name, version in report["versions"].items()),
-        "",
-        "| step | status | seconds | counts |",
-        "|---|---|---:|---|",
-        *(f"| {s['name']} | {s['status']} | {s['seconds']:.0f} | {_in_words(s['counts'])} |" for s in report["steps"]),
-    ]
-    for step in report["steps"]:
-        if step["kind"] == "doctor" and step["details"]:
-            lines += ["", "## Doctor", "", "| check | status | found |", "|---|---|---|"]
-            lines += [f"| {c['name']} | {c['status']} | {c['found']} |" for c in step["details"]]
-        if step["kind"] == "bench" and step["details"]:
-            lines += ["", *_bench_table(step["details"])]
-    skipped = [(s["name"], reason) for s in report["steps"] for reason in s["skipped"]]
-    skipped += [
-        (s["name"], "had not ended when this was written")
-        for s in report["steps"]
-        if s["status"] == "not run" and not s["problems"]
-    ]
-    if skipped:
-        lines += ["", "## What did not run, and why", "", *(f"- {name}: {reason}" for name, reason in skipped)]
-    if problems := [(s["name"], problem) for s in report["steps"] for problem in s["problems"]]:
-        lines += ["", "## What failed", "", *(f"- {name}: {problem}" for name, problem in problems)]
-    for step in report["steps"]:
-        if step["log"]:
-            lines += ["", f"The end of the output of {step['name']}:", "", "````", step["log"], "````"]
-    return "\n".join(lines) + "\n"
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of the packages beside this Python, then of TensorRT-LLM and vLLM in environments of their own."""
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    for name, version, _ in environments.describe():
+        yield f"{name} (own environment)", "not installed" if version == "-" else version
 
 
-def _bench_table(details: dict[str, Any]) -> list[str]:
-    work = details["workload"]
-    return [
-        "## Benchmark",
-        "",
-        f"{work['model']}, {work['input_len']} tokens in, {work['output_len']} out, greedy; medians of "
-        f"{work['repeats']} runs, on {details['hardware'].get('name', 'this machine')}.",
-        "",
-        "| backend | batch | TTFT ms | TPOT ms | output tokens/s | status |",
-        "|---|---:|---:|---:|---:|---|",
-        *(
-            f"| {row['backend']} {row['precision']} | {row['batch_size']} | {row.get('ttft_ms', '')} "
-            f"| {row.get('tpot_ms', '')} | {row.get('tokens_per_s', '')} | {row['status']} |"
-            for row in details["rows"]
-        ),
-    ]
-
-
-def summary(steps: list[Step]) -> str:
-    """One line a step, as the terminal shows at the end."""
-    return "\n".join(f"{s.status:<10} {s.name:<32} {s.seconds:6.0f} s  {_in_words(s.counts)}".rstrip() for s in steps)
+def summary(steps: list[Step]) -> Table:
+    """A row for each step."""
+    rows = [(step.name, step.status, f"{step.seconds:.0f}", _in_words(step.counts)) for step in steps]
+    return Table("Steps", ("step", "status", "seconds", "counts"), rows)
 
 
 def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {word}" for word, number in counts.items())
+
+
+def write(steps: list[Step], about: dict[str, Any], out: Path) -> None:
+    """report.json and report.md, without this machine's folders in them."""
+    content = {
+        "schema": SCHEMA,
+        "passed": all(step.status == "passed" for step in steps),
+        **about,
+        "steps": [{key: value for key, value in asdict(step).items() if key != "command"} for step in steps],
+    }
+    text = json.dumps(notebooks.scrub(content), indent=1, ensure_ascii=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    (out / "report.md").write_text(notebooks.scrub(markdown(steps, about)), encoding="utf-8")
+
+
+def markdown(steps: list[Step], about: dict[str, Any]) -> str:
+    """The machine, the versions, the steps with their results, then what did not run and what failed."""
+    parts = [
+        f"# GPU check: {'' if all(step.status == 'passed' for step in steps) else 'NOT '}all steps passed",
+        f"{about['date']}, commit {about['commit'] or 'unknown'}, `{about['command']}`",
+        Table("Machine", ("of this machine", ""), list(about["machine"].items())).markdown(),
+        Table("Versions", ("package", "version"), list(about["versions"].items())).markdown(),
+        *(table.markdown() for table in [summary(steps), *(table for step in steps for table in step.tables)]),
+    ]
+    skipped = [f"- {step.name}: {reason}" for step in steps for reason in step.skipped]
+    waiting = [step.name for step in steps if step.status == "not run" and not step.problems]
+    skipped += [f"- {name}: had not ended when this was written" for name in waiting]
+    problems = [f"- {step.name}: {problem}" for step in steps for problem in step.problems]
+    parts += ["## What did not run, and why", "\n".join(skipped)] if skipped else []
+    parts += ["## What failed", "\n".join(problems)] if problems else []
+    parts += [f"The end of the output of {step.name}:\n\n````\n{step.log}\n````" for step in steps if step.log]
+    return "\n\n".join(parts) + "\n"

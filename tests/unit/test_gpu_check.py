@@ -13,6 +13,7 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in
 pytest.importorskip("nbmake", reason="the notebook tools are not in this environment")
 
 from helpers import backends
+from helpers.bench import records
 from helpers.bench import run as benchmark
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import doctor
@@ -36,15 +37,15 @@ def write_notebook(path, *cells):
     nbformat.write(nb, path)
 
 
-def python(code, limit=60.0, kind="doctor"):
-    return gpu_check.Step(kind, "a step", [sys.executable, "-c", textwrap.dedent(code)], limit)
+def python(code, limit=60.0, name="doctor"):
+    return gpu_check.Step(name, [sys.executable, "-c", textwrap.dedent(code)], limit)
 
 
 def test_without_a_gpu_it_refuses_and_says_what_it_would_run(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "torch_facts", lambda limit=0: {"torch": "2.13.0", "cuda": None, "available": False})
     with pytest.raises(BackendUnavailable) as refused:
         gpu_check.main(out=tmp_path / "out")
-    for step in gpu_check.plan(gpu_check.KINDS, tmp_path):
+    for step in gpu_check.plan(gpu_check.LIMITS, tmp_path):
         assert step.name in refused.value.what
     assert "CPU build" in refused.value.cause and refused.value.fix
     assert not (tmp_path / "out").exists()
@@ -60,39 +61,52 @@ def test_the_benchmark_has_every_backend_that_runs_on_data_centre_gpus():
     assert {runner.row.backend for runner in contenders} == backends.MODULES.keys() - {"tensorrt"}
 
 
-def test_the_plan_has_every_notebook_and_each_part_once(tmp_path):
-    steps = gpu_check.plan(gpu_check.KINDS, tmp_path)
-    committed = sorted(path.stem for path in gpu_check.notebooks.NOTEBOOKS.glob("*.ipynb"))
-    assert [s.name.split()[1] for s in steps if s.kind == "notebooks"] == committed
-    assert sorted({s.kind for s in steps}) == sorted(gpu_check.KINDS)
-    assert all(s.limit > 0 and "--only" not in s.command for s in steps)
+def test_the_plan_has_the_chosen_parts_in_their_order_each_with_a_limit(tmp_path):
+    steps = gpu_check.plan(["bench", "doctor"], tmp_path, jobs=3)
+    assert [step.name for step in steps] == ["doctor", "bench"]
+    tests, notebooks = gpu_check.plan(["tests", "notebooks"], tmp_path, jobs=3)
+    for step in (tests, notebooks):
+        assert step.limit > gpu_check.ITEM_LIMIT > 0 and step.command[step.command.index("-n") + 1] == "3"
 
 
-def test_one_notebook_that_fails_does_not_stop_the_next_and_both_are_reported(on_a_gpu, tmp_path, capsys):
+def test_a_notebook_that_fails_or_hangs_does_not_stop_the_next_and_all_are_reported(on_a_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "ITEM_LIMIT", 8)
     folder, out = tmp_path / "notebooks", tmp_path / "out"
     write_notebook(folder / "01_bad.ipynb", "1 / 0", "print('never')")
-    write_notebook(folder / "02_good.ipynb", "print(6 * 7)", SKIPPING)
-    assert gpu_check.main(["doctor", "notebooks"], out, folder=folder) == 1
+    write_notebook(folder / "02_hangs.ipynb", "print(1)", "while True: pass")
+    write_notebook(folder / "03_good.ipynb", "print(6 * 7)", SKIPPING)
+    (folder / "04_cut.ipynb").write_text("{")
+    assert gpu_check.main(["doctor", "notebooks"], out, folder=folder, jobs=2) == 1
     report = json.loads((out / "report.json").read_text())
-    bad, good = report["steps"][1:]
-    assert [step["status"] for step in report["steps"]] == ["passed", "failed", "passed"]
-    assert "ZeroDivisionError" in bad["problems"][0] and bad["log"]
-    assert good["counts"] == {"cells run": 1, "cells skipped": 1}
-    assert good["skipped"] == ["needs something (cell 2)"]
-    assert not report["passed"] and report["machine"]["gpu"] == "Test GPU"
-    assert report["versions"]["torch"] and "vllm" in report["versions"]
-    executed = nbformat.read(out / "notebooks" / "02_good.ipynb", as_version=4)
+    step = report["steps"][1]
+    assert [step["status"] for step in report["steps"]] == ["passed", "failed"]
+    bad, rest, hangs, cut = step["problems"]
+    assert "01_bad: cell 1 failed: ZeroDivisionError" in bad and "cell 2" in rest and step["log"]
+    assert hangs.startswith("02_hangs: ") and "Timeout (>8.0s)" in hangs
+    assert cut.startswith("04_cut: ") and "json" in cut.lower()
+    assert step["counts"] == {"cells run": 1, "cells skipped": 1}
+    assert step["skipped"] == ["03_good: needs something (cell 2)"]
+    assert not report["passed"] and report["machine"]["GPU"] == "Test GPU"
+    assert report["versions"]["torch"] and "vllm (own environment)" in report["versions"]
+    executed = nbformat.read(out / "notebooks" / "03_good.ipynb", as_version=4)
     assert executed.cells[0].outputs[0].text == "42\n"
     page = (out / "report.md").read_text()
-    for said in ("NOT all steps passed", "Test GPU", "needs something", "ZeroDivisionError", "C++ compiler"):
-        assert said in page
+    for words in (
+        "NOT all steps passed",
+        "Test GPU",
+        "needs something",
+        "ZeroDivisionError",
+        "C++ compiler",
+        "03_good",
+    ):
+        assert words in page
     assert str(tmp_path) not in page + (out / "report.json").read_text()
-    assert "[3/3] notebook 02_good" in capsys.readouterr().out
 
 
 @pytest.fixture
 def two_steps(on_a_gpu, monkeypatch):
-    steps = [python("import time; time.sleep(60)"), python("print('{\"checks\": []}')")]
+    check = json.dumps({"checks": [{"name": "x", "status": "OK", "found": ""}]})
+    steps = [python("import time; time.sleep(60)"), python(f"print({check!r})")]
     monkeypatch.setattr(gpu_check, "plan", lambda *_: steps)
     return steps
 
@@ -111,9 +125,9 @@ def test_when_the_whole_time_is_used_up_the_rest_is_listed_as_not_run(two_steps,
 
 
 def test_a_report_of_a_check_that_was_cut_off_lists_what_had_not_ended(tmp_path):
-    gpu_check.write([python("")], dict(FACTS), tmp_path, 1.0)
+    gpu_check.write([python("")], gpu_check.conditions(FACTS, "helpers gpu-check"), tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert "NOT all steps passed" in page and "- a step: had not ended when this was written" in page
+    assert "NOT all steps passed" in page and "- doctor: had not ended when this was written" in page
 
 
 def test_what_a_step_started_ends_with_it(tmp_path):
@@ -161,7 +175,7 @@ def test_test_results_are_counted_as_pytest_writes_them(tmp_path):
         "-c",
         os.devnull,
     ]
-    step = gpu_check.Step("tests", "tests", [*command, "--junitxml", str(tmp_path / "tests.xml"), str(tmp_path)], 60.0)
+    step = gpu_check.Step("tests", [*command, "--junitxml", str(tmp_path / "tests.xml"), str(tmp_path)], 60.0)
     gpu_check.run_step(step, tmp_path, tmp_path, limit=60.0)
     assert step.status == "failed"
     assert step.counts == {"passed": 1, "failed": 1, "skipped": 2}
@@ -171,23 +185,19 @@ def test_test_results_are_counted_as_pytest_writes_them(tmp_path):
 
 def test_no_test_at_all_is_no_success(tmp_path):
     (tmp_path / "tests.xml").write_text("<testsuites><testsuite/></testsuites>")
-    step = python("", kind="tests")
+    step = python("", name="tests")
     gpu_check.run_step(step, tmp_path, tmp_path, limit=30.0)
     assert step.status == "failed"
 
 
-def test_benchmark_rows_become_medians_and_absent_backends_are_listed(tmp_path):
-    row = {"backend": "aot", "precision": "fp32", "batch_size": 2, "status": "ok", "reason": "", "versions": {}}
-    row |= {"ttft_s": [0.003, 0.001, 0.002], "tpot_s": [0.0005] * 3, "e2e_s": [0.1, 0.2, 0.3]}
-    absent = {**row, "backend": "vllm", "status": "absent", "reason": "no environment"}
-    failed = {**row, "backend": "pytorch", "status": "failed", "reason": "out of memory"}
-    work = {"model": "stories", "input_len": 16, "output_len": 64, "repeats": 3}
-    record = {"workload": work, "threads": 1, "hardware": {"name": "X"}, "date": "", "rows": [row, absent, failed]}
-    (tmp_path / "bench.json").write_text(json.dumps(record))
-    step = python("", kind="bench")
+def test_the_benchmark_is_its_record_and_absent_backends_are_listed(tmp_path):
+    record = records.read(records.REFERENCES / "h100-stories.json")
+    record.rows[0].status, record.rows[0].reason = "absent", "no environment"
+    record.rows[1].status, record.rows[1].reason = "failed", "out of memory"
+    records.save(record, tmp_path / "bench.json")
+    step = python("", name="bench")
     gpu_check.run_step(step, tmp_path, tmp_path, limit=30.0)
-    first = step.details["rows"][0]
-    assert (first["ttft_ms"], first["tpot_ms"], first["tokens_per_s"]) == (2.0, 0.5, 2 * 64 / 0.2)
-    assert step.skipped == ["vllm fp32, batch 2: no environment"]
-    assert step.problems == ["pytorch fp32, batch 2: out of memory"] and step.status == "failed"
-    assert "| aot fp32 | 2 | 2.0 | 0.5 | 640.0 | ok |" in gpu_check._bench_table(step.details)
+    absent, failed = record.rows[:2]
+    assert step.skipped[0] == f"{absent.name}, batch {absent.batch_size}: no environment"
+    assert step.problems == [f"{failed.name}, batch {failed.batch_size}: out of memory"] and step.status == "failed"
+    assert len(step.tables[0].rows) == len(record.rows)
