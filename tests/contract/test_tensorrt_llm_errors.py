@@ -6,9 +6,9 @@ The texts are those that users reported in the issues named beside them, or that
 
 import pytest
 
-from helpers import BuildRecipe, SamplingParams, build, load, store
+from helpers import BuildRecipe, SamplingParams, build, errors, load, store
 from helpers.backends.tensorrt_llm import backend as tensorrt_llm
-from helpers.backends.tensorrt_llm.errors import KNOWN, explain
+from helpers.backends.tensorrt_llm.errors import FIXES, KNOWN, explain
 from helpers.engine import recipe_of
 from helpers.errors import (
     BackendUnavailable,
@@ -145,7 +145,9 @@ def test_a_warning_in_the_log_explains_nothing(standin):
 def test_every_entry_is_met_by_a_reported_text():
     """No entry stands in the shadow of an earlier one, and none is untested."""
     texts = [text.lower() for _, _, text, *_ in REPORTED]
-    for words, kind, cause, fix in KNOWN:
+    for entry in KNOWN:
+        words, kind, cause = entry["words"], getattr(errors, entry["error"]), entry["cause"]
+        fix = FIXES.get(entry["fix"], entry["fix"])
         assert words == words.lower() and cause and fix
         if words not in ELSEWHERE:
             met = [text for text in texts if words in text]
