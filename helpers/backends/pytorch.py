@@ -16,6 +16,7 @@ from torch import Tensor
 from helpers.backends.base import Engine
 from helpers.machine import hardware
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
+from helpers.model.config import transformers_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.recipe import BuildRecipe
 
@@ -32,15 +33,20 @@ def load(recipe: BuildRecipe) -> Engine:
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
     """transformers' model of a checkpoint, in evaluation mode; random weights where the checkpoint is a dummy."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if checkpoint.dummy:
-        torch.manual_seed(0)
-        config = AutoConfig.from_pretrained(checkpoint.folder)
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, use_safetensors=True)
+    config = transformers_config(checkpoint.folder)
+    config.tie_word_embeddings = checkpoint.config.tie_word_embeddings
+    # What config.json asks for is not passed on: an attention by name can mean code from the Hub.
+    settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+    with _quiet(), torch.random.fork_rng():  # the user's random numbers go on as if no model had been loaded
+        if checkpoint.dummy:
+            torch.manual_seed(0)
+            with torch.device(device):
+                return AutoModelForCausalLM.from_config(config, **settings).eval()
+        files = {"use_safetensors": True, "local_files_only": True, "generation_config": GenerationConfig()}
+        with torch.device("cpu"):  # a notebook may have set another as torch's default
+            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings, **files)
     return model.to(device).eval()
 
 
@@ -49,9 +55,9 @@ class PyTorchEngine(Engine):
 
     def __init__(self, recipe: BuildRecipe):
         checkpoint = find_checkpoint(recipe.model)
+        checkpoint.check(recipe.max_seq_len)
         config = checkpoint.config
-        super().__init__(recipe, load_tokenizer(checkpoint.folder), checkpoint.eos_token_ids(), config.vocab_size)
-        checkpoint.check_length(recipe.max_seq_len)
+        super().__init__(recipe, load_tokenizer(checkpoint.folder), config.eos_token_ids, config.vocab_size)
         self.device = hardware.resolve_device(recipe.device)
         self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
         self.cache: Any = None
@@ -60,16 +66,16 @@ class PyTorchEngine(Engine):
     @torch.inference_mode()
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=self.device)
             mask[row, longest - len(prompt) :] = 1
-        self.mask = mask.to(self.device)
+        self.mask = mask
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         self.positions = positions[:, -1:]
         self.cache = self.new_cache(len(prompts))
-        return self.forward(ids.to(self.device), positions)
+        return self.forward(ids, positions)
 
     @torch.inference_mode()
     def _decode(self, tokens: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from helpers.backends.base import Engine
     from helpers.backends.report import EngineReport
     from helpers.bench.records import Record
-    from helpers.model.checkpoint import ModelConfig
+    from helpers.model.config import ModelConfig
     from helpers.model.sampling import SamplingParams
     from helpers.recipe import BuildRecipe
 

@@ -47,12 +47,11 @@ def _purpose(name: str) -> str:
         "report.json": "operations before fusion, kernels after",
         "weights.safetensors": "the weights, once",
         "packed.safetensors": "the same weights once more, in the order the kernels read them",
-        "config.json": "the model's shape",
+        "model.json": "the model's shape, and which tokens end a text",
         "tensorrt_llm/config.json": "TensorRT-LLM's own: its version, the model, the build settings",
         "tensorrt_llm/rank0.engine": "TensorRT's plan, with the weights in it",
         "tokenizer.json": "text to token ids and back",
         "tokenizer_config.json": "settings of the tokenizer",
-        "generation_config.json": "which token ends a text",
     }
     batch = name.removesuffix(".pt2").rpartition("_b")[2]
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"

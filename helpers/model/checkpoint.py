@@ -1,32 +1,25 @@
-"""A checkpoint by name, its configuration, its tokenizer and its weights, without transformers' model code."""
+"""A checkpoint by name: its files, their digests and its tensors, without transformers' model code."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
+from helpers.digests import file_digest
 from helpers.errors import ModelError
+from helpers.model.config import ModelConfig, read_config, read_fields, read_json, unsupported
 
 if TYPE_CHECKING:
     import torch
 
 BUNDLED = Path(__file__).parent / "stories" / "checkpoint"
 SHAPES = Path(__file__).parent / "shapes"  # configurations of public models, for dummy weights: dummy:tinyllama-1.1b
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = {  # and what each needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-SIZES = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-    "max_position_embeddings"
-).split()
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -57,79 +50,47 @@ class Checkpoint:
         """Given as a folder, not as a name that means the same on every machine."""
         return self._plain_name != "stories" and Path(self._plain_name).expanduser().is_dir()
 
-    def check_length(self, max_seq_len: int) -> None:
-        """ModelError if a sequence may become longer than the model was trained for."""
-        limit = self.config.max_position_embeddings
-        if max_seq_len > limit:
+    @cached_property
+    def config(self) -> ModelConfig:
+        config = read_config(self.folder)
+        if config.tie_word_embeddings and not self.dummy and has_own_head(self.folder):
+            config = replace(config, tie_word_embeddings=False)
+        return config
+
+    def check(self, max_seq_len: int) -> None:
+        """ModelError unless this model is supported, its weights are whole, and its sequences may become this long."""
+        config = self.config
+        if not self.dummy:
+            check_weights(self.folder, config)
+        if max_seq_len > (limit := config.max_length):
+            window = f"a sliding window of {limit} tokens" if limit == config.sliding_window else ""
             raise ModelError(
                 f"max_seq_len={max_seq_len} is more than the {limit} positions this model was trained for.",
+                cause=f"Beyond them it attends through {window}, which is not supported." if window else "",
                 fix=f"Set max_seq_len to at most {limit}.",
             )
 
-    @property
-    def config(self) -> ModelConfig:
-        return read_config(self.folder)
-
     def digest(self) -> str:
-        """sha256 over configuration and weights; for dummy weights, over the configuration alone."""
-        files = [self.folder / "config.json"] + ([] if self.dummy else weight_files(self.folder))
-        return _digest(files, "dummy" if self.dummy else "")
+        """sha256 over all that decides what is computed and where texts end; dummy weights are the configuration's."""
+        files = [self.folder / "config.json"]
+        if (end := self.folder / "generation_config.json").exists():  # it says which tokens end a text
+            files.append(end)
+        return _digest(files + ([] if self.dummy else weight_files(self.folder)), "dummy" if self.dummy else "")
 
     def tokenizer_digest(self) -> str:
-        return _digest([self.folder / "tokenizer.json"]) if self.has_tokenizer else ""
+        """sha256 over all files that decide how text becomes ids; "" for a checkpoint without a tokenizer."""
+        paths = [self.folder / name for name in TOKENIZER_FILES]
+        return _digest([path for path in paths if path.exists()]) if self.has_tokenizer else ""
 
     @property
     def has_tokenizer(self) -> bool:
         return (self.folder / "tokenizer.json").exists()
 
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a text, from generation_config.json, else config.json."""
-        for name in ("generation_config.json", "config.json"):
-            if (self.folder / name).exists():
-                ids = _read_json(self.folder / name).get("eos_token_id")
-                if ids is not None:
-                    return tuple(ids) if isinstance(ids, list) else (ids,)
-        return ()
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a Llama-family decoder, in Hugging Face's field names where there is one."""
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    rope: dict[str, Any]  # rope_type, rope_theta, and what that type needs
-    qkv_bias: bool  # Qwen2 has one on the query, key and value projections
-    output_bias: bool  # on the attention's output projection
-    mlp_bias: bool
-    qk_norm: bool  # Qwen3 normalizes each head's query and key
-
-    def parameter_count(self) -> int:
-        c = self
-        attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
-        per_layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-        return c.num_hidden_layers * per_layer + embeddings + c.hidden_size
-
-    def kv_cache_bytes(self, batch_size: int, seq_len: int, bytes_per_value: int) -> int:
-        """2 (K and V) x layers x KV heads x head_dim x tokens x bytes."""
-        per_token = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-        return per_token * batch_size * seq_len * bytes_per_value
-
 
 def find_checkpoint(name: str) -> Checkpoint:
     """The checkpoint that `name` means: "stories", a folder, a Hub id that is already in the local Hub cache,
     or "dummy:" before any of these or before a folder's name in helpers/model/shapes. Nothing is downloaded.
-    Raises ModelError."""
+    Raises ModelError. Whether the model can be built is only known after `check`, which imports transformers."""
     dummy = name.startswith("dummy:")
     plain = name.removeprefix("dummy:")
     if plain == "stories":
@@ -146,11 +107,8 @@ def find_checkpoint(name: str) -> Checkpoint:
             cause="It is neither 'stories', nor a folder here, nor a Hub id of the form owner/name.",
             fix="Use model='stories', or the path of a folder that holds config.json and *.safetensors.",
         )
-    checkpoint = Checkpoint(name, folder, dummy)
-    read_config(folder)
-    if not dummy:
-        check_weights(checkpoint)
-    return checkpoint
+    read_fields(folder)
+    return Checkpoint(name, folder, dummy)
 
 
 def _is_folder(name: str) -> bool:
@@ -161,19 +119,46 @@ def _is_folder(name: str) -> bool:
 
 
 def download_checkpoint(hub_id: str) -> Path:
-    """Fetch a checkpoint from the Hugging Face Hub into its cache: configuration, tokenizer, safetensors only."""
-    from huggingface_hub import snapshot_download
+    """Fetch a checkpoint from the Hugging Face Hub into its cache: configuration, tokenizer, safetensors only.
+    Raises ModelError."""
+    from huggingface_hub import errors, snapshot_download
 
-    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+    reasons = {
+        errors.GatedRepoError: (
+            "Its owner wants every reader to accept a licence first.",
+            f"Accept it at https://huggingface.co/{hub_id}, then log in here: hf auth login.",
+        ),
+        errors.RepositoryNotFoundError: (
+            "There is no such model, or it is private.",
+            "Check the name: owner/name, as in the address of its page. For a private model log in: hf auth login.",
+        ),
+        errors.HFValidationError: ("A Hub id has the form owner/name.", "Copy it from the address of its page."),
+        errors.LocalEntryNotFoundError: (
+            "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
+            "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
+        ),
+    }
+    try:
+        ignored = ["*/*", "consolidated*"]  # the same weights in other formats
+        allowed = ["*.json", "*.safetensors", "chat_template.jinja"]
+        return Path(snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=ignored))
+    except (
+        Exception
+    ) as error:  # huggingface_hub's own errors, and those of its HTTP library, which depends on its version
+        other = ("The network failed, the Hub refused, or the disk is full.", "Run the command again: it goes on.")
+        cause, fix = next((words for kind, words in reasons.items() if isinstance(error, kind)), other)
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{hub_id!r} was not downloaded ({type(error).__name__}: {first:.200}).", cause=cause, fix=fix
+        ) from error
 
 
 def _hub_folder(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError):
+    except (OSError, ValueError):  # not in the cache, or no Hub id at all
         raise ModelError(
             f"The model {hub_id!r} is not on this machine.",
             cause="It has not been downloaded; this course downloads nothing without being asked.",
@@ -181,132 +166,90 @@ def _hub_folder(hub_id: str) -> Path:
         ) from None
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a checkpoint folder; ModelError if it is missing, unreadable or not supported."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise ModelError(
-            f"{folder.name!r} is not a checkpoint: it has no config.json.",
-            cause="The folder holds something else, or a download was cut short.",
-            fix="Give a folder in Hugging Face format: config.json, tokenizer.json, *.safetensors.",
-        )
-    raw = _read_json(path)
-    try:
-        return _parse_config(raw)
-    except KeyError as missing:
-        raise ModelError(
-            f"config.json of {folder.name!r} has no field {missing}.", fix="Fetch the checkpoint again."
-        ) from missing
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"config.json of {folder.name!r} cannot be understood: {error}.", fix="Fetch the checkpoint again."
-        ) from error
-
-
-def _parse_config(raw: dict[str, Any]) -> ModelConfig:
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise _unsupported(f"model_type is {kind!r}", f"The supported families are {', '.join(FAMILIES)}.")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise _unsupported(f"its activation is {raw['hidden_act']!r}", "Only 'silu' is supported.")
-    window = raw.get("sliding_window")
-    if window and raw.get("use_sliding_window", kind == "mistral") and window < raw["max_position_embeddings"]:
-        raise _unsupported(f"it attends through a sliding window of {window}", "Use a model with full attention.")
-    if raw.get("quantization_config"):
-        raise _unsupported("its weights are already quantized", "Use the original checkpoint and set precision.")
-    heads = raw["num_attention_heads"]
-    bias = bool(raw.get("attention_bias", False))
-    config = ModelConfig(
-        model_type=kind,
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rope=_parse_rope(raw),
-        qkv_bias=bias or kind == "qwen2",
-        output_bias=bias and kind != "qwen2",
-        mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
-        qk_norm=kind == "qwen3",
-    )
-    for name in SIZES:
-        if not isinstance(value := getattr(config, name), int) or value < 1:
-            raise ValueError(f"{name} is {value!r}")
-    if heads % config.num_key_value_heads or config.head_dim % 2:
-        raise ValueError("the key-value heads do not divide the attention heads, or head_dim is odd")
-    return config
-
-
-def _parse_rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`; 4.57 writes `rope_theta` and, for scaled kinds, `rope_scaling`."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise _unsupported(f"its position encoding is {rope['rope_type']!r}", f"Supported are {', '.join(ROPE_TYPES)}.")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unsupported("it rotates only a part of each head", "Use a model that rotates whole heads.")
-    if rope["rope_type"] == "llama3":
-        rope.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
-    for name in ROPE_TYPES[rope["rope_type"]]:
-        if not isinstance(rope[name], (int, float)):
-            raise ValueError(f"{name} of its position encoding is {rope[name]!r}")
-    return rope
-
-
-def _unsupported(what: str, fix: str) -> ModelError:
-    return ModelError(f"This model is not supported: {what}.", fix=fix)
-
-
 def weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-def check_weights(checkpoint: Checkpoint) -> None:
-    """Every tensor that the configuration asks for is there with its shape; reads only the files' headers."""
-    from safetensors import SafetensorError, safe_open
-
-    files = weight_files(checkpoint.folder)
-    if not files:
-        pickles = list(checkpoint.folder.glob("*.bin"))
+    """The files that transformers would read: model.safetensors, else the shards that the index names. Another file
+    beside them is a backup, a shard of an earlier save, or the same weights in another format. Raises ModelError."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
         raise ModelError(
-            f"{checkpoint.folder.name!r} holds no *.safetensors file.",
+            f"{folder.name!r} holds no {SINGLE} and no {INDEX}.",
             cause="Its weights are pickles (*.bin), which can run code when they are read."
-            if pickles
+            if any(folder.glob("*.bin"))
             else "The download was cut short, or only the configuration was copied.",
             fix="Use a safetensors version of the checkpoint, or 'dummy:' before its name for random weights.",
         )
-    shapes: dict[str, tuple[int, ...]] = {}
-    types: dict[str, str] = {}
-    for path in files:
+    shards = read_json(folder / INDEX).get("weight_map")
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    for name in names or [None]:
+        if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or not (folder / name).is_file():
+            raise ModelError(
+                f"{INDEX} of {folder.name!r} names {name!r:.80}, which is no file of this folder.",
+                cause="A shard is missing, because a download was cut short, or the index was changed.",
+                fix="Fetch the checkpoint again.",
+            )
+    return [folder / name for name in sorted(set(names))]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, by the headers of the files alone."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint. One that two shards hold is the later one's, as in transformers."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Stored] = {}
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open is not a dict)
-                    found = file.get_slice(key)
-                    shapes[key], types[key] = tuple(found.get_shape()), found.get_dtype()
+                for name in file.keys():  # noqa: SIM118  (safe_open is not a dict)
+                    header = file.get_slice(name)
+                    tensors[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path.name} of {checkpoint.folder.name!r} cannot be read: {error}.",
+                f"{path.name} of {folder.name!r} cannot be read: {error}.",
                 cause="The file is incomplete.",
                 fix="Fetch it again.",
             ) from error
-    for name, shape in expected_shapes(checkpoint.config).items():
-        if shapes.get(name) != shape:
-            instead = f"has shape {shapes[name]}" if name in shapes else "is missing"
+    return tensors
+
+
+def check_weights(folder: Path, config: ModelConfig) -> None:
+    """Every tensor that the configuration asks for is there, with its shape, in a type that can be read."""
+    tensors = stored_tensors(folder)
+    for name, shape in expected_shapes(config).items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != shape:
+            instead = f"has shape {tensor.shape}" if tensor else "is missing"
             raise ModelError(
-                f"Tensor {name!r} of {checkpoint.folder.name!r} {instead}; config.json asks for {shape}.",
+                f"Tensor {name!r} of {folder.name!r} {instead}; config.json asks for {shape}.",
                 cause="A shard is missing, or config.json belongs to another model.",
                 fix="Fetch the checkpoint again.",
             )
-        if types[name] not in ("F32", "BF16", "F16", "F64"):
-            raise _unsupported(
-                f"tensor {name!r} is of type {types[name]}", "Use the original checkpoint and set precision."
+        if tensor.dtype not in ("F32", "BF16", "F16", "F64"):
+            raise unsupported(
+                f"tensor {name!r} is of type {tensor.dtype}", "Use the original checkpoint and set precision."
             )
+
+
+def has_own_head(folder: Path) -> bool:
+    """The files hold an output head that is not the embedding, as where adapters were merged into it. transformers 5
+    and vLLM compute with it whatever tie_word_embeddings says; transformers 4 and TensorRT-LLM would not."""
+    from safetensors import safe_open
+
+    tensors = stored_tensors(folder)
+    pair = [tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    if pair[0] is None or pair[1] is None:
+        return False
+    with safe_open(pair[0].file, framework="pt") as one, safe_open(pair[1].file, framework="pt") as other:
+        embedding, head = one.get_tensor("model.embed_tokens.weight"), other.get_tensor("lm_head.weight")
+    return embedding.shape != head.shape or not bool((embedding == head).all())
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -349,37 +292,29 @@ def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
 
     shapes = expected_shapes(checkpoint.config)
     if checkpoint.dummy:
-        generator = torch.Generator().manual_seed(0)
+        # Type and device are named, because a notebook may have set others as torch's defaults.
+        generator = torch.Generator("cpu").manual_seed(0)
         for name, shape in shapes.items():
-            if "norm" in name:
-                yield name, torch.ones(shape)
-            else:
-                yield name, torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+            values = torch.ones(shape, dtype=torch.float32, device="cpu")
+            yield name, values if "norm" in name else values.normal_(0.0, 0.02, generator=generator)
         return
-    for path in weight_files(checkpoint.folder):
+    tensors = {name: stored for name, stored in stored_tensors(checkpoint.folder).items() if name in shapes}
+    for path in sorted({stored.file for stored in tensors.values()}):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is not a dict)
-                if name in shapes:
+            for name, stored in tensors.items():
+                if stored.file == path:
                     yield name, file.get_tensor(name)
 
 
 def _digest(files: list[Path], salt: str = "") -> str:
     total = hashlib.sha256(salt.encode())
     for path in files:
-        total.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                total.update(block)
+        try:
+            total.update(f"{path.name} {file_digest(path)}\n".encode())
+        except OSError as error:
+            raise ModelError(
+                f"{path.name} of {path.parent.name!r} cannot be read: {error}.",
+                cause="It is a broken link, or not yours to read.",
+                fix="Fetch the checkpoint again, or change who may read it.",
+            ) from error
     return total.hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"it holds a {type(fields).__name__}, not names with values")
-        return fields
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path.name} of {path.parent.name!r} is not valid JSON: {error}.", fix="Fetch the checkpoint again."
-        ) from error

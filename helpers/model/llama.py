@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.model.checkpoint import ModelConfig
+from helpers.model.config import ModelConfig
 from helpers.model.weights import Weights, stored_names
 
 Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D]

@@ -108,7 +108,7 @@ class Sampler:
         if not params.greedy:
             for _ in prompts:
                 seed = params.seed if params.seed is not None else secrets.randbits(63)
-                self.generators.append(torch.Generator().manual_seed(seed))
+                self.generators.append(torch.Generator("cpu").manual_seed(seed))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits [B, V] to token ids [B], on the logits' device."""
@@ -126,7 +126,9 @@ class Sampler:
         filtered = filter_logits(logits, self.params, self.seen or [])
         if self.params.greedy:
             return filtered.argmax(-1)
-        draws = torch.cat([torch.rand(1, generator=g) for g in self.generators]).to(logits.device)
+        # Type and device are named, because a notebook may have set others as torch's defaults.
+        numbers = [torch.rand(1, generator=g, dtype=torch.float32, device="cpu") for g in self.generators]
+        draws = torch.cat(numbers).to(logits.device)
         cumulative = filtered.softmax(-1).cumsum(-1)
         # Inverse transform: the first token at which the cumulative probability passes the draw.
         point = draws[:, None] * cumulative[:, -1:]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from helpers.model.checkpoint import ModelConfig
+from helpers.model.config import ModelConfig
 
 Weights = dict[str, Tensor]
 
@@ -92,12 +92,13 @@ def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype) -> Weights
     Formulas: RoFormer (Su et al. 2021); "linear" divides positions; "llama3" is Llama 3.1's frequency scaling.
     """
     rope, size = config.rope, config.head_dim
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    # Type and device are named, because a notebook may have set others as torch's defaults.
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
     if rope["rope_type"] == "linear":
         frequencies = frequencies / rope["factor"]
     elif rope["rope_type"] == "llama3":
         frequencies = _llama3_frequencies(frequencies, rope)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return {
         "rope.cos": torch.cat([cos, cos], -1).to(dtype),

@@ -84,7 +84,7 @@ def remote(served, recipe, request):
         worker = Worker("served")
         worker.call("start", engine=asdict(recipe))
         tokenizer = load_tokenizer(model.folder)
-        started.append(RemoteEngine(recipe, tokenizer, model.eos_token_ids(), model.config.vocab_size, worker))
+        started.append(RemoteEngine(recipe, tokenizer, model.config.eos_token_ids, model.config.vocab_size, worker))
         return started[-1]
 
     yield start

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.model import llama
-from helpers.model.checkpoint import ModelConfig
+from helpers.model.config import ModelConfig
 from helpers.model.llama import scale_and_bias
 from helpers.model.weights import Weights
 

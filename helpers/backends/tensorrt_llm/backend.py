@@ -17,10 +17,11 @@ from helpers.backends.base import source_digest
 from helpers.backends.remote import RemoteEngine
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import layers
-from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch
+from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, ModelError
 from helpers.machine import environments
 from helpers.machine.worker import Worker
-from helpers.model.checkpoint import Checkpoint, ModelConfig, find_checkpoint
+from helpers.model.checkpoint import Checkpoint, find_checkpoint
+from helpers.model.config import ModelConfig, load_config, read_config
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import load_tokenizer
 from helpers.progress import Progress, say
@@ -42,18 +43,9 @@ QUANTIZATION = {
 }
 
 
-def start_worker() -> Worker:
+def start_worker(module: str = WORKER) -> Worker:
     """A worker in TensorRT-LLM's environment; BackendUnavailable where there is none. Nothing is imported yet."""
-    python = environments.python_of("trtllm")
-    if python is None or not Path(python).exists():
-        there = f"{python} does not exist" if python else "neither .venv-trtllm nor COURSE_TRTLLM_PYTHON is there"
-        raise BackendUnavailable(
-            "TensorRT-LLM 1.2.1 is not here.",
-            cause=f"It lives in an environment of its own, and {there}.",
-            fix="On a machine with an NVIDIA GPU: helpers env create trtllm, or NVIDIA's container (compose.yaml). "
-            "Elsewhere use backend='aot'.",
-        )
-    return Worker(WORKER, python=str(python), start_limit=START_LIMIT_S)
+    return Worker(module, python=environments.need_python("trtllm"), start_limit=START_LIMIT_S)
 
 
 def machine() -> dict[str, Any]:
@@ -122,6 +114,7 @@ def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[flo
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
     """Let TensorRT-LLM build into `folder`/tensorrt_llm; returns what the manifest keeps."""
     check_calibration(recipe)
+    _check_head(checkpoint)
     here = machine()
     _check_gpu(recipe, here["compute_capability"])
     chosen = settings(recipe)
@@ -169,7 +162,8 @@ def load(recipe: BuildRecipe, folder: Path | None = None, manifest: dict[str, An
     chosen = settings(recipe)
     return _loaded(
         recipe,
-        Checkpoint(folder.name, folder, dummy=False),
+        folder,
+        load_config(folder),
         "load",
         engine_dir=str(folder / FOLDER),
         memory_fraction=chosen["free_gpu_memory_fraction"],
@@ -189,9 +183,8 @@ def model_runner(
 
     In a worker of its own: close a loaded engine before, for two of them on one GPU can hang.
     """
-    checkpoint = Checkpoint(folder.name, folder, dummy=False)
     fraction = settings(recipe)["free_gpu_memory_fraction"]
-    fields = {**vars(sampling or SamplingParams()), "end_ids": list(checkpoint.eos_token_ids())}
+    fields = {**vars(sampling or SamplingParams()), "end_ids": list(load_config(folder).eos_token_ids)}
     with start_worker() as worker:
         arguments = {"prompts": prompts, "sampling": fields, "cpp": cpp, "memory_fraction": fraction}
         return worker.call("walk", time_limit=LOAD_LIMIT_S, engine_dir=str(folder / FOLDER), **arguments)
@@ -203,16 +196,15 @@ def layer_report(folder: Path) -> tuple[EngineReport, int | str]:
     TensorRT-LLM's plugins are layers of their own in it, such as .../attention/qkv/PLUGIN_V2_Gemm_0. What TensorRT
     merged stands in a layer's name, its parts joined by " + "; what it removed cannot be seen from here.
     """
-    python = environments.python_of("trtllm")
     try:
-        with Worker("helpers.backends.tensorrt.api", python=str(python), start_limit=START_LIMIT_S) as worker:
+        with start_worker("helpers.backends.tensorrt.api") as worker:
             arguments = {"plan": str(folder / PLAN), "provider": "tensorrt", "plugins": "tensorrt_llm"}
             answer = worker.call("inspect", time_limit=LOAD_LIMIT_S, **arguments)
-        found = layers.parse_inspector(answer["inspector"])
+        engine_layers = layers.parse_inspector(answer["inspector"])
     except CourseError as error:  # the engine is fine without: minutes of building are not thrown away for a report
         say(f"The engine is built, but its layers cannot be shown: {error.what}")
         return EngineReport("tensorrt_llm", [], []), error.what
-    operations, kernels = layers.by_name("engine", found)
+    operations, kernels = layers.by_name("engine", engine_layers)
     return EngineReport("tensorrt_llm", operations, kernels), answer["layers"]
 
 
@@ -234,13 +226,15 @@ def dtype_of(recipe: BuildRecipe) -> str:
 
 def _load_pytorch(recipe: BuildRecipe) -> RemoteEngine:
     checkpoint = find_checkpoint(recipe.model)
-    checkpoint.check_length(recipe.max_seq_len)
+    checkpoint.check(recipe.max_seq_len)
+    _check_head(checkpoint)
     _check_gpu(recipe, machine()["compute_capability"])
     chosen = settings(recipe)
     bounds = limits(recipe)
     return _loaded(
         recipe,
-        checkpoint,
+        checkpoint.folder,
+        checkpoint.config,
         "load_pytorch",
         checkpoint=str(checkpoint.folder),
         limits={name: bounds[name] for name in ("max_batch_size", "max_seq_len", "max_num_tokens")},
@@ -251,15 +245,15 @@ def _load_pytorch(recipe: BuildRecipe) -> RemoteEngine:
     )
 
 
-def _loaded(recipe: BuildRecipe, source: Checkpoint, call: str, **arguments: Any) -> RemoteEngine:
+def _loaded(recipe: BuildRecipe, folder: Path, config: ModelConfig, call: str, **arguments: Any) -> RemoteEngine:
     worker = start_worker()
     try:
         worker.call(call, time_limit=LOAD_LIMIT_S, **arguments)
     except BaseException:
         worker.kill()
         raise
-    tokenizer = load_tokenizer(source.folder)
-    engine = RemoteEngine(recipe, tokenizer, source.eos_token_ids(), source.config.vocab_size, worker)
+    tokenizer = load_tokenizer(folder)
+    engine = RemoteEngine(recipe, tokenizer, config.eos_token_ids, config.vocab_size, worker)
     engine.versions = machine()["versions"]
     return engine
 
@@ -313,6 +307,15 @@ def _check_gpu(recipe: BuildRecipe, capability: str) -> None:
     if recipe.options.get("gemm_swiglu_plugin") == "fp8" and level[0] != 9:
         raise BuildError(
             f"Option gemm_swiglu_plugin is for Hopper GPUs (9.0); this GPU has {capability}.", fix="Leave it out."
+        )
+
+
+def _check_head(checkpoint: Checkpoint) -> None:
+    if read_config(checkpoint.folder).tie_word_embeddings != checkpoint.config.tie_word_embeddings:
+        raise ModelError(
+            f"TensorRT-LLM would leave out the output head of {checkpoint.name!r}.",
+            cause="config.json says that the embedding is the head (tie_word_embeddings), and the files hold another.",
+            fix="Set tie_word_embeddings to false in config.json, or remove lm_head.weight if it was not trained.",
         )
 
 

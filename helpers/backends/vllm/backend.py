@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from helpers.backends.remote import RemoteEngine
-from helpers.errors import BackendUnavailable
-from helpers.machine.environments import python_of
+from helpers.machine.environments import need_python
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.tokenizer import load_tokenizer
@@ -25,35 +24,22 @@ START_LIMIT_S = 900.0  # LLM() compiles; a minute is usual
 def load(recipe: BuildRecipe) -> RemoteEngine:
     """Start vLLM with a recipe's model and limits. Raises BackendUnavailable, ModelError, OutOfMemory."""
     checkpoint = find_checkpoint(recipe.model)
-    checkpoint.check_length(recipe.max_seq_len)
-    worker = Worker("helpers.backends.vllm.worker", python=find_python())
+    checkpoint.check(recipe.max_seq_len)
+    worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
     try:
         versions = worker.call("load", time_limit=START_LIMIT_S, settings=settings(recipe, checkpoint))
     except BaseException:
         worker.kill()
         raise
     tokenizer = load_tokenizer(checkpoint.folder)
-    engine = RemoteEngine(recipe, tokenizer, checkpoint.eos_token_ids(), checkpoint.config.vocab_size, worker)
+    engine = RemoteEngine(recipe, tokenizer, checkpoint.config.eos_token_ids, checkpoint.config.vocab_size, worker)
     engine.versions = versions
     return engine
 
 
 def check_available() -> None:
     """BackendUnavailable where vLLM's environment is not there. Nothing is started."""
-    find_python()
-
-
-def find_python() -> str:
-    """The Python that has vLLM; raises BackendUnavailable."""
-    python = python_of("vllm")
-    if python and python.exists():
-        return str(python)
-    there = f"{python} does not exist" if python else "neither .venv-vllm nor COURSE_VLLM_PYTHON is there"
-    raise BackendUnavailable(
-        "vLLM is not installed here.",
-        cause=f"It lives in an environment of its own, and {there}.",
-        fix="On a machine with an NVIDIA GPU: helpers env create vllm. Or name its Python: COURSE_VLLM_PYTHON.",
-    )
+    need_python("vllm")
 
 
 def settings(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
