@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import BackendUnavailable, CourseError, InputError
-from helpers.machine import hardware
+from helpers.machine import commands, hardware
 from helpers.paths import PROJECT
 
 UNFINISHED = ".unfinished"  # a file in an environment that is still being made
@@ -92,7 +92,7 @@ def python_of(name: str) -> Path | None:
     """
     named = os.environ.get(variable(name))
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     own = folder(name) / "bin" / "python"
     if own.is_file() and not (folder(name) / UNFINISHED).exists():
         return own
@@ -101,18 +101,37 @@ def python_of(name: str) -> Path | None:
     return None
 
 
+def need_python(name: str) -> str:
+    """The same as a path to start; BackendUnavailable where there is none, or none that can be started."""
+    environment, python = ENVIRONMENTS[name], python_of(name)
+    if python and shutil.which(python):
+        return str(python)
+    state = "does not exist" if python and not python.exists() else "is no program that can be started"
+    raise BackendUnavailable(
+        f"{environment.title} {environment.version} is not here.",
+        cause="It lives in an environment of its own, and "
+        + (f"{python} {state}." if python else f"neither {folder(name).name} nor {variable(name)} is there."),
+        fix=f"Without an NVIDIA GPU use backend='aot'; with one: helpers env create {name}. {environment.instead}",
+    )
+
+
 def describe() -> list[tuple[str, str, str]]:
-    """(name, version found, where) of every environment; the version is "-" where there is none."""
+    """(name, installed version, where) of every environment; the version is "-" where there is none."""
     rows = []
-    for name, wanted in ENVIRONMENTS.items():
+    for name, environment in ENVIRONMENTS.items():
         python = python_of(name)
         if python is None:
             rows.append((name, "-", f"not installed: helpers env create {name}"))
             continue
         source = variable(name) if os.environ.get(variable(name)) else ""
-        shown = str(python.relative_to(PROJECT)) if python.is_relative_to(PROJECT) else str(python)
-        rows.append((name, installed_version(python, wanted.package) or "broken", f"{shown} {source}".strip()))
+        where = f"{shown(python)} {source}".strip()
+        rows.append((name, installed_version(python, environment.package) or "broken", where))
     return rows
+
+
+def shown(path: Path) -> Path:
+    """Relative to the course's folder where it lies in it."""
+    return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
 
 
 def installed_version(python: Path, package: str) -> str:
@@ -121,11 +140,8 @@ def installed_version(python: Path, package: str) -> str:
 
 
 def _ask(python: Path | str, code: str) -> str:
-    try:
-        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    answer = commands.run([str(python), "-c", code], 60)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 # Checking
@@ -139,42 +155,42 @@ class Problem:
 
 def problems(name: str, python: str = "") -> Iterator[Problem]:
     """What is known to break this environment and is so on this machine."""
-    wanted = ENVIRONMENTS[name]
+    environment = ENVIRONMENTS[name]
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         yield Problem(
             f"This is {platform.system()} on {platform.machine()}; the wheels are for Linux on x86_64 and aarch64.",
             "Use a Linux machine with an NVIDIA GPU.",
         )
-    driver = _driver()
+    driver = hardware.driver() if _loads("libcuda.so.1") else ""
     if not driver:
         yield Problem(
             "There is no NVIDIA driver (libcuda.so.1 does not load, or nvidia-smi does not answer).",
             "Install the driver; in a container, start it with the GPU (docker run --gpus all).",
         )
-    elif int(driver.split(".")[0]) < wanted.driver:
+    elif int(driver.split(".")[0]) < environment.driver:
         yield Problem(
             f"The NVIDIA driver is {driver}; the wheels are built for CUDA 13.",
-            f"Install driver {wanted.driver} or newer.",
+            f"Install driver {environment.driver} or newer.",
         )
     free = shutil.disk_usage(PROJECT).free
-    if free < wanted.disk:
+    if free < environment.disk:
         yield Problem(
-            f"{free / 1e9:.0f} GB of disk are free; {wanted.disk / 1e9:.0f} GB are needed while it is installed.",
+            f"{free / 1e9:.0f} GB of disk are free; {environment.disk / 1e9:.0f} GB are needed while it is installed.",
             "Free some space, or put the course on a larger disk.",
         )
-    found = find_python(name, python)
-    if not found:
-        versions = " or ".join(wanted.pythons)
+    interpreter = find_python(name, python)
+    if not interpreter:
+        versions = " or ".join(environment.pythons)
         yield Problem(
             f"{python} is no Python {versions}." if python else f"There is no Python {versions} with venv here.",
-            f"Install Python {wanted.pythons[0]} with its venv package, or name one: --python /path/to/python.",
+            f"Install Python {environment.pythons[0]} with its venv package, or name one: --python /path/to/python.",
         )
-    elif name == "trtllm" and (library := _libpython_missing(found)):
+    elif name == "trtllm" and (library := _libpython_missing(interpreter)):
         yield Problem(
-            f"{found} has no shared {library} that the loader finds; TensorRT-LLM's bindings need it.",
+            f"{interpreter} has no shared {library} that the loader finds; TensorRT-LLM's bindings need it.",
             "Use the system's Python (apt install python3.12 libpython3.12), or add its lib folder to LD_LIBRARY_PATH.",
         )
-    for library in wanted.libraries:
+    for library in environment.libraries:
         if not _loads(library):
             yield Problem(
                 f"{library} is not there, or not where the loader looks.",
@@ -184,11 +200,10 @@ def problems(name: str, python: str = "") -> Iterator[Problem]:
 
 def find_python(name: str, asked: str = "") -> str:
     """A Python of a version that has wheels and can make environments, as a path; "" if there is none."""
-    wanted = ENVIRONMENTS[name]
-    for candidate in [asked] if asked else [*(f"python{v}" for v in wanted.pythons), sys.executable, "python3"]:
+    pythons = ENVIRONMENTS[name].pythons
+    for candidate in [asked] if asked else [*(f"python{version}" for version in pythons), sys.executable, "python3"]:
         path = shutil.which(candidate)
-        version = path and _ask(path, "import ensurepip, venv, sys; print('%d.%d' % sys.version_info[:2])")
-        if path and version in wanted.pythons:
+        if path and _ask(path, "import ensurepip, venv, sys; print('%d.%d' % sys.version_info[:2])") in pythons:
             return path
     return ""
 
@@ -199,14 +214,9 @@ def _loads(library: str, python: str = sys.executable) -> bool:
 
 
 def _libpython_missing(python: str) -> str:
-    name = _ask(
-        python, "import sysconfig; v = sysconfig.get_config_var; print('libpython' + v('LDVERSION') + '.so.1.0')"
-    )
+    code = "import sysconfig; print('libpython' + sysconfig.get_config_var('LDVERSION') + '.so.1.0')"
+    name = _ask(python, code)
     return "" if name and _loads(name, python) else name or "libpython"
-
-
-def _driver() -> str:
-    return hardware.driver() if _loads("libcuda.so.1") else ""
 
 
 # Making
@@ -221,123 +231,106 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
     explain: says what it means if the library was installed and cannot be imported.
 
     Raises BackendUnavailable with everything that stands in the way, before anything is made. If a later step fails
-    or is interrupted, what was made is removed.
+    or is interrupted, the unfinished environment is removed.
     """
     if name not in ENVIRONMENTS:
         raise InputError(f"There is no environment {name!r}.", fix=f"Name one of these: {', '.join(ENVIRONMENTS)}.")
-    wanted = ENVIRONMENTS[name]
-    if found := python_of(name):
-        version = installed_version(found, wanted.package)
-        if version:
-            print(f"{wanted.title} {version} is there already: {found}")
-            return found
+    environment = ENVIRONMENTS[name]
+    if present := python_of(name):
+        if version := installed_version(present, environment.package):
+            print(f"{environment.title} {version} is there already: {present}")
+            return present
         source = variable(name) if os.environ.get(variable(name)) else folder(name).name
         raise InputError(
-            f"{found} (from {source}) does not start or has no {wanted.title}.",
+            f"{present} (from {source}) does not start or has no {environment.title}.",
             fix=f"Name a Python that has it, or take {source} away to make a new environment.",
         )
-    print(f"[1/4] Checking this machine for {wanted.title} {wanted.version}", flush=True)
+    print(f"[1/4] Checking this machine for {environment.title} {environment.version}", flush=True)
     if listed := list(problems(name, python)):
         lines = [f"\n  - {problem.what}\n    {problem.fix}" for problem in listed]
         raise BackendUnavailable(
-            f"{wanted.title} {wanted.version} cannot be installed here; nothing was made.{''.join(lines)}",
-            fix=f"Mend these. {wanted.instead.replace('Use', 'Or use', 1)}",
+            f"{environment.title} {environment.version} cannot be installed here; nothing was made.{''.join(lines)}",
+            fix=f"Mend these. {environment.instead.replace('Use', 'Or use', 1)}",
         )
     if name == "trtllm" and not os.environ.get("CUDA_HOME") and not shutil.which("nvcc"):
         print(
             "      Note: NVIDIA's guide asks for the CUDA Toolkit 13 and CUDA_HOME; neither is here. Going on without."
         )
     target = folder(name)
-    interpreter = target / "bin" / "python"
-    finished = False
     try:
-        print(f"[2/4] Making {target.name} with {find_python(name, python)}", flush=True)
-        shutil.rmtree(target, ignore_errors=True)  # what a killed attempt left
-        target.mkdir()
-        (target / UNFINISHED).touch()
-        _step([find_python(name, python), "-m", "venv", str(target)], wanted)
-        print("[3/4] Fetching the wheel, then what it needs, and installing: several GB", flush=True)
-        wheels = target / "wheels"
-        _fetch(interpreter, wanted, wheels)
-        _step(
-            [*_pip(interpreter), "install", "--find-links", str(wheels), *_indexes(wanted), "-r", str(_lock(name))],
-            wanted,
-        )
-        shutil.rmtree(wheels)
-        print(f"[4/4] Importing {wanted.module}, which can take a minute", flush=True)
-        start = time.monotonic()
-        try:
-            _step([str(interpreter), "-c", f"import {wanted.module}; print({wanted.module}.__version__)"], wanted)
-        except CourseError as error:
-            raise _not_importable(name, error.cause, explain) from None
-        print(f"      {time.monotonic() - start:.0f} s. Ready: {interpreter.relative_to(PROJECT)}")
-        (target / UNFINISHED).unlink()
-        finished = True
-    finally:
-        if not finished:
-            shutil.rmtree(target, ignore_errors=True)
-            print(f"Removed the unfinished {target.name}.", flush=True)
+        interpreter = _install(name, target, find_python(name, python), explain)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        print(f"Removed the unfinished {target.name}.", flush=True)
+        raise
+    (target / UNFINISHED).unlink()
     return interpreter
 
 
-def _pip(interpreter: Path) -> list[str]:
-    return [str(interpreter), "-m", "pip", "--disable-pip-version-check"]
-
-
-def _indexes(wanted: Environment) -> list[str]:
-    return [word for index in wanted.indexes for word in ("--extra-index-url", index)]
-
-
-def _lock(name: str) -> Path:
-    return PROJECT / "constraints" / f"{name}.txt"
-
-
-def _fetch(interpreter: Path, wanted: Environment, wheels: Path) -> None:
-    """Download the one wheel that matters, first: where it cannot be had, this fails within seconds, and not after
-    gigabytes of other packages. (On the Python Package Index, TensorRT-LLM is a stub without a wheel.)"""
-    what = f"{wanted.package}=={wanted.version}"
+def _install(name: str, target: Path, base: str, explain: Explain | None) -> Path:
+    environment, interpreter, wheels = ENVIRONMENTS[name], target / "bin" / "python", target / "wheels"
+    print(f"[2/4] Making {target.name} with {base}", flush=True)
+    shutil.rmtree(target, ignore_errors=True)  # what a killed attempt left
+    target.mkdir()
+    (target / UNFINISHED).touch()
+    _step([base, "-m", "venv", str(target)], environment)
+    print("[3/4] Fetching the wheel, then what it needs, and installing: several GB", flush=True)
+    pip = [str(interpreter), "-m", "pip", "--disable-pip-version-check"]
+    indexes = [word for index in environment.indexes for word in ("--extra-index-url", index)]
+    # The one wheel that matters comes first: where it cannot be had, this fails within seconds, and not after gigabytes
+    # of other packages. (On the Python Package Index, TensorRT-LLM is a stub without a wheel.)
+    requirement = f"{environment.package}=={environment.version}"
     options = ["--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15", "--dest", str(wheels)]
     try:
-        _step([*_pip(interpreter), "download", what, *options, *_indexes(wanted)], wanted)
+        _step([*pip, "download", requirement, *options, *indexes], environment)
     except CourseError as error:
         raise BackendUnavailable(
-            f"pip finds no wheel of {what} for this Python and machine.",
+            f"pip finds no wheel of {requirement} for this Python and machine.",
             cause=f"The index that has it cannot be reached, or has none for this Python. pip says:\n  {error.cause}",
-            fix=wanted.instead,
+            fix=environment.instead,
         ) from None
+    lock = PROJECT / "constraints" / f"{name}.txt"
+    _step([*pip, "install", "--find-links", str(wheels), *indexes, "-r", str(lock)], environment)
+    shutil.rmtree(wheels)
+    print(f"[4/4] Importing {environment.module}, which can take a minute", flush=True)
+    start = time.monotonic()
+    try:
+        _step([str(interpreter), "-c", f"import {environment.module} as m; print(m.__version__)"], environment)
+    except CourseError as error:
+        raise _not_importable(name, error.cause, explain) from None
+    print(f"      {time.monotonic() - start:.0f} s. Ready: {shown(interpreter)}")
+    return interpreter
 
 
-def _step(command: list[str], wanted: Environment) -> None:
+def _step(command: list[str], environment: Environment) -> None:
     """One command whose output a person can follow; its last lines become the cause if it fails."""
     lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if line.strip():
-                lines.append(line.strip())
-                print(f"      {line.strip()[:150]}", flush=True)
-    if run.returncode != 0:
+    ) as process:
+        assert process.stdout is not None
+        for line in filter(None, map(str.strip, process.stdout)):
+            lines.append(line)
+            print(f"      {line[:150]}", flush=True)
+    if process.returncode != 0:
         raise CourseError(
-            f"{wanted.title} could not be installed: a step ended with exit status {run.returncode}.",
+            f"{environment.title} could not be installed: a step ended with exit status {process.returncode}.",
             cause="\n  ".join(lines[-3:]),
-            fix=f"Mend that and run it again. {wanted.instead}",
+            fix=f"Mend that and run it again. {environment.instead}",
         )
 
 
-def _not_importable(name: str, said: str, explain: Explain | None) -> CourseError:
-    """Why an installed library does not load: `said` is the end of its traceback."""
-    wanted = ENVIRONMENTS[name]
-    said = said.splitlines()[-1].strip()
-    what = f"{wanted.title} was installed, but importing it failed."
-    if re.search(r"lib(cu(?!da\.so)|nv(?!infer))\w*\.so", said):
+def _not_importable(name: str, traceback: str, explain: Explain | None) -> CourseError:
+    """Why an installed library does not load, by the end of its traceback."""
+    instead, message = ENVIRONMENTS[name].instead, traceback.splitlines()[-1].strip()
+    what = f"{ENVIRONMENTS[name].title} was installed, but importing it failed."
+    if re.search(r"lib(cu(?!da\.so)|nv(?!infer))\w*\.so", message):
         return BackendUnavailable(
-            f"{what} {said}",
+            f"{what} {message}",
             cause="The loader does not find a library of the CUDA Toolkit.",
             fix="Install the CUDA Toolkit 13 and set CUDA_HOME, or put the folder nvidia/cu13/lib of a Python that has "
-            f"these wheels on LD_LIBRARY_PATH; then run this again (pip has kept the downloads). {wanted.instead}",
+            f"these wheels on LD_LIBRARY_PATH; then run this again (pip has kept the downloads). {instead}",
         )
     if explain is not None:
-        return explain(said, what)
-    return BackendUnavailable(f"{what} {said}", cause="See its last line above.", fix=wanted.instead)
+        return explain(message, what)
+    return BackendUnavailable(f"{what} {message}", cause="See its last line above.", fix=instead)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from helpers.errors import BackendUnavailable
+from helpers.machine import commands
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,9 @@ def resolve_device(device: str = "auto") -> str:
 @cache
 def driver() -> str:
     """The NVIDIA driver's version, or "" where there is none: from nvidia-smi, else from the kernel."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
-        return said.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        pass  # not there, or it does not answer
+    answer = commands.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 5)
+    if answer.returncode == 0 and answer.stdout.strip():
+        return answer.stdout.split()[0]
     try:
         words = Path("/proc/driver/nvidia/version").read_text().split()
     except OSError:
@@ -174,25 +171,23 @@ def compiler() -> str:
 def compiler_version() -> str:
     """The C++ compiler's first line about itself; "none" where there is none, for an engine runs without."""
     try:
-        return _first_line(compiler(), "--version") or compiler()
+        return _first_line(compiler(), "--version")
     except BackendUnavailable:
         return "none"
 
 
 @cache
 def _first_line(*command: str) -> str:
-    out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return out.splitlines()[0] if out else ""
+    """The command's name instead, where it says nothing within some seconds."""
+    return next(iter(commands.run(list(command), 10).stdout.splitlines()), "") or command[0]
 
 
 def versions() -> dict[str, str]:
     """What an engine depends on beside its recipe; a change in any of these means a new build."""
     import torch
 
-    found = {"torch": str(torch.__version__)}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    return {"torch": str(torch.__version__), **cuda}
 
 
 def _cpu_name() -> str:

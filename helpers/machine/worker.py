@@ -36,6 +36,7 @@ from typing import IO, Any
 
 from helpers import errors
 from helpers.errors import BackendUnavailable, CourseError, WorkerError
+from helpers.machine import commands
 from helpers.paths import PROJECT
 
 START_LIMIT = 120.0  # seconds until a new worker must have answered: another environment's imports can be slow
@@ -43,8 +44,6 @@ END_LIMIT = 2.0  # seconds that a worker without an output, or a killed one, may
 TAIL = 2000  # characters of standard error that a crash message shows
 LONGEST = 2**28  # bytes of one answer
 AHEAD = 1000  # answers that are read before somebody asks for them; after that the worker waits
-
-POSIX = os.name == "posix"
 
 
 class Worker:
@@ -61,7 +60,7 @@ class Worker:
         self._oom_kills = _oom_kills()
         self._ending = threading.RLock()
         self._start(module, python or sys.executable)
-        self._forgotten = weakref.finalize(self, _kill_all, self._process, os.getpid())  # alive until the worker ended
+        self._forgotten = weakref.finalize(self, _forget, self._process, os.getpid())  # alive until the worker ended
         self._lines: queue.Queue[bytes | None] = queue.Queue(AHEAD)  # None: its output has ended
         self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True)
         self._reader.start()
@@ -83,8 +82,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
-                start_new_session=POSIX,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
+                **commands.OWN_SESSION,
             )
         except OSError as error:
             if error.filename == python or error.errno == errno.ENOEXEC:  # not there, not executable, no program
@@ -178,7 +176,7 @@ class Worker:
         with self._ending:
             if not self._forgotten.alive:
                 return
-            _kill_all(self._process, os.getpid())
+            commands.kill_all(self._process)
             with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can hold a killed process for long
                 self._process.wait(END_LIMIT)
             deadline = time.monotonic() + END_LIMIT
@@ -308,24 +306,10 @@ def _oom_kills() -> int:
     return 0
 
 
-def _kill_all(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Kill a worker and what it has started: its group and, where psutil is there, what left the group.
-
-    owner: the process that started it; a fork of that shares the Worker and must not end it.
-    """
-    if os.getpid() != owner:
-        return
-    descendants: list[Any] = []
-    try:
-        if process.poll() is None:
-            descendants = _descendants(process.pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS, of a group of zombies
-            if POSIX:
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-        _kill_each(descendants)
+def _forget(process: subprocess.Popen[bytes], owner: int) -> None:
+    """End a worker that nobody holds any more. owner: its parent; a fork of that has the Worker too, and lets it be."""
+    if os.getpid() == owner:
+        commands.kill_all(process)
 
 
 # The worker's side
@@ -383,31 +367,8 @@ def _listen(incoming: IO[str], requests: queue.Queue[str]) -> None:
         for line in incoming:
             requests.put(line)
     finally:
-        _kill_each(_descendants(os.getpid()))
-        if POSIX and os.getpgrp() == os.getpid():  # the group is ours
-            os.killpg(0, signal.SIGKILL)
+        commands.kill_own_descendants()
         os._exit(0)
-
-
-def _descendants(pid: int) -> list[Any]:
-    """The processes that vLLM, MPI or a compiler have started: they would live on and hold the GPU's memory. Without
-    psutil, which another environment need not have, only the process group is known."""
-    try:
-        import psutil
-    except ImportError:
-        return []
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _kill_each(processes: list[Any]) -> None:
-    for process in processes:
-        import psutil
-
-        with contextlib.suppress(psutil.Error):  # it has ended, or is not ours
-            process.kill()
 
 
 if __name__ == "__main__":
