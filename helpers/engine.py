@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING, Any
 from helpers import backends, store
 from helpers.backends.base import BuildJob, Engine
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
-from helpers.errors import BuildError, EngineMismatch, EngineNotFound
+from helpers.errors import (
+    BuildError,
+    EngineCorrupt,
+    EngineMismatch,
+    EngineNotFound,
+    ModelError,
+    RecipeError,
+    shown,
+)
 from helpers.machine import hardware
 from helpers.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoint
+from helpers.model.config import save_config
+from helpers.model.tokenizer import load_tokenizer
 from helpers.paths import engines_folder
 from helpers.progress import Progress, say
 from helpers.recipe import COMPILED, BuildRecipe, from_dict
@@ -33,25 +43,28 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
     If an equal engine is there, that one is returned at once. `force` builds again all the same. A build that fails
     or is interrupted leaves nothing behind. Raises BuildError, ModelError, BackendUnavailable.
     """
-    if recipe.backend not in COMPILED:
-        raise BuildError(
-            f"Backend {recipe.backend!r} compiles nothing ahead of time, so there is nothing to build.",
-            fix="Load the recipe itself: load(recipe).",
-        )
+    if not isinstance(recipe, BuildRecipe):
+        raise RecipeError(f"An engine is built from a recipe, not from {shown(recipe)}.", fix="Give a BuildRecipe.")
+    _need_compiled(recipe)
     checkpoint = find_checkpoint(recipe.model)
-    checkpoint.check_length(recipe.max_seq_len)
     backend = backends.module(recipe.backend)
 
     def compile_into(folder: Path, progress: Progress) -> dict[str, Any]:
-        for name in ("config.json", *TOKENIZER_FILES):
+        save_config(checkpoint.config, folder)
+        for name in TOKENIZER_FILES:
             if (checkpoint.folder / name).exists():
                 shutil.copy(checkpoint.folder / name, folder / name)
         return backend.build(recipe, checkpoint, folder, progress)
 
     depends_on = identity(recipe, checkpoint)
-    seconds, size = backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
+
+    def estimate() -> tuple[float, int]:
+        checkpoint.check(recipe.max_seq_len)
+        load_tokenizer(checkpoint.folder)  # refused here if it cannot be read
+        return backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
+
     given = {**recipe.to_dict(), "model": checkpoint.full_name}
-    return _run(BuildJob(recipe.short_name, depends_on, given, compile_into, seconds, size), force, quiet)
+    return _run(BuildJob(recipe.short_name, depends_on, given, compile_into, estimate), force, quiet)
 
 
 def build_module(
@@ -89,7 +102,7 @@ def build_onnx(
     """A TensorRT engine from an ONNX file. precision: "" takes the graph's own types, else they are rewritten."""
     from helpers.backends.tensorrt import modules
 
-    job = modules.from_onnx(Path(file), precision, name=name, time_limit=time_limit, options=options)
+    job = modules.from_onnx(file, precision, name=name, time_limit=time_limit, options=options)
     return _run(job, force, quiet)
 
 
@@ -102,33 +115,30 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
         return backends.module(engine.backend).load(engine)
     folder = locate(engine)
-    manifest = store.read_manifest(folder)
-    if manifest["identity"]["kind"] != "language model":
-        raise EngineMismatch(
-            f"Engine {folder.name!r} holds a module, not a language model, so it answers no prompts.",
-            fix="Look inside with inspect(folder), or try it with load_plan(folder).",
-        )
-    backend = backends.module(manifest["recipe"]["backend"])
-    backend.check_machine(folder.name, manifest["identity"])
-    if tokenizer is not None:
-        _check_tokenizer(folder, manifest, find_checkpoint(str(tokenizer)))
-    store.verify(folder, manifest)
-    return backend.load(from_dict(manifest["recipe"]), folder, manifest)
+    with store.reading(folder):
+        manifest = _read_language_model(folder)
+        backend = backends.module(manifest["recipe"]["backend"])
+        backend.check_machine(folder.name, manifest["identity"])
+        if tokenizer is not None:
+            _check_tokenizer(folder, manifest, tokenizer)
+        store.verify(folder, manifest)
+        return backend.load(from_dict(manifest["recipe"]), folder, manifest)
 
 
 def load_plan(engine: Path | str) -> dict[str, Any]:
     """Load a TensorRT engine in a worker and give it back: can it run here?
 
-    Returns its numbers of layers and profiles. Raises EngineMismatch (another GPU), BackendUnavailable (no driver)
-    or EngineCorrupt, each with TensorRT's own words.
+    Returns its numbers of layers and profiles. Raises EngineMismatch (another GPU, or no TensorRT engine),
+    BackendUnavailable (no driver) or EngineCorrupt, each with TensorRT's own words.
     """
     from helpers.backends.tensorrt import builder
 
     folder = store.find(engine)
-    manifest = store.read_manifest(folder)
-    builder.check_plans(folder.name, manifest)
-    store.verify(folder, manifest)
-    return builder.load_plans(folder, manifest)
+    with store.reading(folder):
+        manifest = store.read_manifest(folder)
+        builder.check_plans(folder.name, manifest)
+        store.verify(folder, manifest)
+        return builder.load_plans(folder, manifest)
 
 
 def inspect(engine: Path | str | BuildRecipe) -> EngineReport:
@@ -137,15 +147,17 @@ def inspect(engine: Path | str | BuildRecipe) -> EngineReport:
     Reads the report that the build wrote; the engine's native code is not loaded.
     """
     folder = locate(engine)
-    manifest = store.read_manifest(folder)
-    store.verify(folder, manifest, only=(REPORT_FILE,))
-    return read_report(folder, {name: entry["bytes"] for name, entry in manifest["files"].items()})
+    with store.reading(folder):
+        manifest = store.read_manifest(folder)
+        store.verify(folder, manifest, only=(REPORT_FILE,))
+        return read_report(folder, {name: entry["bytes"] for name, entry in manifest["files"].items()})
 
 
 def locate(engine: Path | str | BuildRecipe) -> Path:
     """The folder of an engine given as a folder, a name (or the start of just one), or a recipe."""
     if not isinstance(engine, BuildRecipe):
         return store.find(engine)
+    _need_compiled(engine)
     depends_on = identity(engine, find_checkpoint(engine.model))
     name = store.name_of(engine.short_name, depends_on)
     if not store.is_built(name):
@@ -158,9 +170,16 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
 
 
 def recipe_of(engine: Path | str) -> BuildRecipe:
-    """The recipe that an engine was built from. Raises ModelError if its checkpoint is gone."""
-    recipe = from_dict(store.read_manifest(store.find(engine))["recipe"])
-    find_checkpoint(recipe.model)
+    """The recipe that an engine was built from. Raises ModelError if its checkpoint is gone, or another by now."""
+    folder = store.find(engine)
+    manifest = _read_language_model(folder)
+    recipe = from_dict(manifest["recipe"])
+    if find_checkpoint(recipe.model).digest() != manifest["identity"]["checkpoint"]:
+        raise ModelError(
+            f"The checkpoint {recipe.model!r} is not the one that engine {folder.name!r} was built from.",
+            cause="Its weights or its configuration were changed after the build.",
+            fix="Build a new engine from it, or bring the old files back.",
+        )
     return recipe
 
 
@@ -177,29 +196,55 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _need_compiled(recipe: BuildRecipe) -> None:
+    if recipe.backend not in COMPILED:
+        raise BuildError(
+            f"Backend {recipe.backend!r} compiles nothing ahead of time, so there is nothing to build.",
+            fix="Load the recipe itself: load(recipe).",
+        )
+
+
+def _read_language_model(folder: Path) -> store.Manifest:
+    manifest = store.read_manifest(folder)
+    if manifest["identity"].get("kind") != "language model":
+        raise EngineMismatch(
+            f"Engine {folder.name!r} holds a module, not a language model: it has no recipe and answers no prompts.",
+            fix="Look inside with inspect(folder), or try it with load_plan(folder).",
+        )
+    return manifest
+
+
 def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
-    """Publish what the job compiles, unless it is there already."""
+    """Publish what the job compiles, unless it is there already. A damaged engine is built again."""
     start = time.perf_counter()
     name = store.name_of(job.short_name, job.identity)
 
-    def stored() -> Path | None:
-        if force or not store.is_built(name):
-            return None
-        seconds = sum(store.read_manifest(engines_folder() / name)["seconds"].values())
+    def tell(line: str) -> None:
         if not quiet:
-            here = time.perf_counter() - start
-            say(f"Cache hit: {name} is built already ({here:.2f} s; building it took {seconds:.0f} s).")
-        return engines_folder() / name
+            say(line)
 
-    if hit := stored():
-        return hit
-    if not quiet:
-        say(store.explain_miss(job.identity))
-    _check_disk(job.bytes)
-    with store.building(name) as folder:
-        if hit := stored():  # another process built it while this one waited
-            return hit
-        title = f"Building {name}: about {_duration(job.seconds)} and {job.bytes / 1e6:.0f} MB"
+    def is_stored() -> bool:
+        if force or not store.is_built(name):
+            return False
+        try:
+            manifest = store.read_manifest(engines_folder() / name)
+            store.verify(engines_folder() / name, manifest)
+        except (EngineCorrupt, EngineNotFound) as error:
+            tell(f"{error.what} So it is built again.")
+            return False
+        here, then = time.perf_counter() - start, sum(manifest["seconds"].values())
+        tell(f"Cache hit: {name} is built already ({here:.2f} s; building it took {then:.0f} s).")
+        return True
+
+    if is_stored():
+        return engines_folder() / name
+    tell(store.explain_miss(job.identity))
+    seconds, size = job.estimate()
+    _check_disk(size)
+    with store.building(name, quiet=quiet) as folder:
+        if is_stored():  # another process built it while this one waited
+            return engines_folder() / name
+        title = f"Building {name}: about {_duration(seconds)} and {size / 1e6:.0f} MB"
         with Progress(title, quiet=quiet) as progress:
             details = job.compile_into(folder, progress)
             machine = details.pop("hardware", None) or asdict(hardware.describe(job.identity["recipe"]["device"]))
@@ -226,7 +271,10 @@ def _check_disk(size: int) -> None:
         )
 
 
-def _check_tokenizer(folder: Path, manifest: store.Manifest, given: Checkpoint) -> None:
+def _check_tokenizer(folder: Path, manifest: store.Manifest, tokenizer: Path | str) -> None:
+    if not isinstance(tokenizer, (str, Path)):
+        raise EngineMismatch(f"A tokenizer is given as its folder, not as {shown(tokenizer)}.", fix="Give the folder.")
+    given = find_checkpoint(str(tokenizer))
     if given.tokenizer_digest() != manifest["identity"]["tokenizer"]:
         raise EngineMismatch(
             f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",

@@ -1,6 +1,8 @@
 """engines/: published whole or not at all, found again or explained, and never loaded when damaged."""
 
 import errno
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,9 +18,20 @@ from types import SimpleNamespace
 import pytest
 from conftest import limits, whole
 
-from helpers import BuildRecipe, SamplingParams, backends, build, load, store
-from helpers.engine import inspect, locate
-from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineMismatch, EngineNotFound
+from helpers import BuildRecipe, SamplingParams, backends, build, cli, digests, load, store
+from helpers.backends.report import EngineReport, write_report
+from helpers.engine import inspect, load_plan, locate, recipe_of
+from helpers.errors import (
+    BackendUnavailable,
+    BuildError,
+    CourseError,
+    EngineCorrupt,
+    EngineMismatch,
+    EngineNotFound,
+    ModelError,
+    OutOfMemory,
+    StoreError,
+)
 from helpers.machine import hardware
 from helpers.paths import engines_folder
 
@@ -32,6 +45,20 @@ class FakeBackend:
     def __init__(self, work=lambda folder: None, size=1000):
         self.work, self.size, self.builds = work, size, 0
 
+    def identity(self, recipe, checkpoint):
+        machine = hardware.describe(recipe.device)
+        return {
+            "recipe": {"device": machine.device, "decode_batch_sizes": list(recipe.all_decode_batch_sizes)},
+            "architecture": machine.architecture,
+            "versions": hardware.versions(),
+        }
+
+    def check_machine(self, name, identity):
+        pass
+
+    def load(self, recipe, folder, manifest):
+        return (folder / "graph.pt2").read_bytes()
+
     def estimate(self, recipe, config, device):
         return 1.0, self.size
 
@@ -41,6 +68,7 @@ class FakeBackend:
             (folder / "graph.pt2").write_bytes(b"half")
             self.work(folder)
             (folder / "graph.pt2").write_bytes(b"whole")
+        write_report(EngineReport("aot", [], []), folder)
         return {"note": "fake"}
 
 
@@ -62,7 +90,9 @@ def fake(engines, monkeypatch):
 
 
 def leftovers(engines: Path) -> list[str]:
-    return sorted(p.name for p in engines.iterdir() if p.name != ".locks")
+    """What lies in a folder of engines, beside lock files."""
+    names = [p.name for p in engines.iterdir() if p.name != ".locks"]
+    return sorted(names + [p.name for p in (engines / ".locks").glob("*") if p.suffix != ".lock"])
 
 
 # ---- published whole or not at all ------------------------------------------------------------------------
@@ -83,14 +113,22 @@ def test_a_build_publishes_files_and_a_manifest_that_describes_them(fake, engine
 
 
 @pytest.mark.parametrize(
-    "failure", [KeyboardInterrupt(), RuntimeError("broken"), SystemExit(1), MemoryError()], ids=repr
+    ("failure", "told"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (RuntimeError("broken"), RuntimeError),
+        (SystemExit(1), SystemExit),
+        (MemoryError(), OutOfMemory),
+        (OSError(errno.EMFILE, "Too many open files"), BuildError),
+    ],
+    ids=repr,
 )
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(fake, engines, failure):
+def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(fake, engines, failure, told):
     def fail(folder):
         raise failure
 
     fake(fail)
-    with pytest.raises(type(failure)):
+    with pytest.raises(told):
         build(RECIPE, quiet=True)
     assert leftovers(engines) == []
     fake()
@@ -101,7 +139,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(fake, engine
 BUILDER = """
     import sys, time
     from pathlib import Path
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = [{tests!r}, {tests!r} + "/build"]
     from test_store import RECIPE, FakeBackend
     from helpers import backends, build
     side = Path(sys.argv[1])
@@ -218,6 +256,165 @@ def test_force_builds_again_and_a_failing_one_keeps_the_old_engine(fake, engines
     assert whole(folder) and leftovers(engines) == [folder.name]
 
 
+def test_a_second_build_of_the_same_engine_says_what_it_waits_for(start_build, engines, fake, capsys):
+    process = start_build()
+    wait_for(start_build.side / "started")
+    backend = fake()
+    threading.Timer(2.5, (start_build.side / "go").touch).start()
+    folder = build(RECIPE)
+    process.communicate(timeout=60)
+    told = capsys.readouterr().err
+    assert f"Another process builds {folder.name}" in told and "wait" in told and "Cache hit" in told
+    assert backend.builds == 0
+
+
+def test_waiting_for_another_build_can_be_interrupted(start_build, engines, fake):
+    process = start_build()
+    wait_for(start_build.side / "started")
+    backend = fake()
+    timer = threading.Timer(2.0, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        build(RECIPE, quiet=True)
+    assert backend.builds == 0 and process.poll() is None  # the other one goes on
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("null"),
+        lambda folder: (folder / "graph.pt2").write_bytes(b"WHOLE"),
+        lambda folder: (folder / "graph.pt2").unlink(),
+    ],
+    ids=["cut manifest", "no manifest", "changed file", "missing file"],
+)
+def test_what_build_returns_is_whole_whatever_it_prints(fake, engines, quiet, damage, capsys):
+    backend = fake()
+    folder = build(RECIPE, quiet=True)
+    damage(folder)
+    assert build(RECIPE, quiet=quiet) == folder and whole(folder) and backend.builds == 2
+    assert ("is built again" in capsys.readouterr().err) is not quiet
+
+
+# ---- what else may lie in the folder ----------------------------------------------------------------------
+
+
+def test_leftovers_of_older_courses_go_and_what_is_not_ours_stays(fake, engines):
+    fake()
+    for name in (".onnx-ab12cd_3", ".removed-123-456789"):
+        (engines / name / "inside").mkdir(parents=True)
+    foreign = [".removed-photos", ".onnx-models", ".building-site", ".building-stories-aot-fp32-b4-12345678"]
+    for name in foreign:
+        (engines / name).mkdir()
+    folder = build(RECIPE, quiet=True)
+    assert leftovers(engines) == sorted([folder.name, *foreign])
+
+
+def test_files_and_links_in_the_way_of_a_build_give_way(fake, engines, tmp_path):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    store.remove(folder)
+    (engines / f".building-{folder.name}").write_text("a file")
+    folder.write_text("a file, too")
+    assert whole(build(RECIPE, quiet=True))
+    outside = folder.replace(tmp_path / "outside")
+    folder.symlink_to(outside, target_is_directory=True)
+    (engines / f".building-{folder.name}").symlink_to(tmp_path, target_is_directory=True)
+    assert build(RECIPE, quiet=True) == folder and whole(folder)  # an engine on another disk serves as well
+    assert build(RECIPE, quiet=True, force=True) == folder and not folder.is_symlink() and whole(outside)
+    assert leftovers(engines) == [folder.name]
+
+
+def test_removing_a_link_leaves_what_it_points_to(fake, engines, tmp_path):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    outside = folder.replace(tmp_path / "outside")
+    folder.symlink_to(outside, target_is_directory=True)
+    assert store.remove(folder.name) == folder
+    assert leftovers(engines) == [] and whole(outside)
+
+
+def test_the_folder_of_engines_may_start_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COURSE_ENGINES", "~/mine")
+    monkeypatch.chdir(tmp_path)
+    assert engines_folder() == tmp_path / "mine" and not (tmp_path / "~").exists()
+
+
+def test_a_folder_of_engines_that_is_none_is_told(monkeypatch, tmp_path, fake):
+    fake()
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "~nobody-of-that-name/x"):
+        monkeypatch.setenv("COURSE_ENGINES", str(place))
+        for call in (store.list_engines, lambda: build(RECIPE), lambda: load("x"), lambda: store.remove("x")):
+            with pytest.raises(StoreError, match="folder of engines") as refused:
+                call()
+            assert "COURSE_ENGINES" in refused.value.fix
+
+
+def test_a_folder_of_engines_that_cannot_be_written_is_told(fake, engines, monkeypatch):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    make = Path.mkdir
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: make(path, *a, **k) if path.exists() else refuse(path))
+    monkeypatch.setattr(Path, "replace", refuse)
+    for call in (lambda: build(RECIPE, quiet=True, force=True), lambda: store.remove(folder)):
+        with pytest.raises(StoreError, match="Read-only") as refused:
+            call()
+        assert "COURSE_ENGINES" in refused.value.fix
+    assert whole(folder) and load(RECIPE) == b"whole"  # reading needs no writing
+
+
+def test_another_persons_engines_are_left_alone(fake, engines, monkeypatch, capsys):
+    fake()
+    mine, other = (build(RECIPE.replace(precision=p), quiet=True) for p in ("fp32", "bf16"))
+    read = Path.read_text
+
+    def refuse(path, *arguments, **settings):
+        if path.parent == other:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(StoreError, match="may not read"):
+        load(other)
+    assert cli.main(["list"]) == 0 and mine.name in capsys.readouterr().out
+    assert build(RECIPE.replace(max_batch_size=2), quiet=True)
+
+
+def test_readers_beside_a_process_that_builds_and_removes_get_an_engine_or_our_word(fake, engines):
+    fake()
+    stop, raw = time.monotonic() + 6, []
+
+    def read():
+        while time.monotonic() < stop:
+            for call in (lambda: load(RECIPE), lambda: inspect(RECIPE), lambda: load("stories"), store.list_engines):
+                try:
+                    call()
+                    [store.size(folder) for folder in store.list_engines()]
+                except (EngineNotFound, EngineCorrupt):
+                    pass
+                except BaseException as error:
+                    raw.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for thread in readers:
+        thread.start()
+    for precision in itertools.cycle(("fp32", "bf16")):
+        if time.monotonic() > stop:
+            break
+        store.remove(build(RECIPE.replace(precision=precision), quiet=True))
+    for thread in readers:
+        thread.join()
+    assert raw == []
+
+
 # ---- a full disk, no compiler -----------------------------------------------------------------------------
 
 
@@ -233,9 +430,11 @@ def test_too_little_disk_is_refused_before_the_build(fake, engines, monkeypatch)
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
         RuntimeError("I/O error: No space left on device (os error 28)"),
     ],
-    ids=["from Python", "from safetensors"],
+    ids=["from Python", "quota", "file size limit", "from safetensors"],
 )
 def test_a_disk_that_fills_up_during_the_build_is_said_plainly(fake, engines, error):
     def fill(folder):
@@ -279,7 +478,7 @@ def test_equal_recipes_are_one_engine_however_they_are_written(fake, engines, tm
 
     backend = fake()
     folder = build(RECIPE, quiet=True)
-    for same in ({"batch_sizes": [4, 1]}, {"device": "cpu"}, {"fusion": {"qkv": True}}):
+    for same in ({"decode_batch_sizes": [4, 1]}, {"device": "cpu"}, {"fusion": {"qkv": True}}):
         assert build(RECIPE.replace(**same), quiet=True) == folder
     monkeypatch.chdir(BUNDLED.parents[1])  # where a folder "stories" lies, which is not the model of that name
     assert build(RECIPE, quiet=True) == folder
@@ -298,7 +497,6 @@ def test_equal_recipes_are_one_engine_however_they_are_written(fake, engines, tm
         ({"optimization_level": 0}, "optimization_level: 3 -> 0"),
         ({"fusion": {"gate_up": False}}, "fusion.gate_up: True -> False"),
         ({"num_threads": 2}, "num_threads: 0 -> 2"),
-        ({"options": {"x": 1}}, "options.x: None -> 1"),
     ],
 )
 def test_a_miss_names_the_field_that_differs_from_the_nearest_engine(fake, engines, capsys, change, words):
@@ -373,15 +571,16 @@ def test_removing_deletes_one_engine_and_only_within_the_engines_folder(fake, en
 # ---- never loaded when damaged, or from elsewhere ---------------------------------------------------------
 
 
-def edit_manifest(folder: Path, change) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+def edit_manifest(folder: Path, change) -> Path:
+    """As a build that meant it would have written it: with the right hash, and under the right name."""
+    manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    store.save_manifest(folder, manifest)
+    return folder.rename(folder.with_name(store.name_of(folder.name.rpartition("-")[0], manifest["identity"])))
 
 
 @pytest.mark.parametrize(
-    "name", ["decode_b1.pt2", "weights.safetensors", "tokenizer.json", "config.json", "report.json"]
+    "name", ["decode_b1.pt2", "weights.safetensors", "tokenizer.json", "model.json", "report.json"]
 )
 @pytest.mark.parametrize(
     "damage",
@@ -412,10 +611,149 @@ def test_a_manifest_that_is_none_is_refused(own_engines, content):
     assert store.list_engines() == []
 
 
+def test_any_change_of_a_manifest_is_refused(fake, engines):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    manifest = json.loads(content)
+    for place in range(0, len(content), 97):
+        for bit in (0, 3, 6):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            try:
+                same = json.loads(path.read_bytes()) == manifest  # a space that became a line end, say
+            except ValueError:
+                same = False
+            if not same:
+                with pytest.raises(EngineCorrupt):
+                    load(folder)
+                with pytest.raises(CourseError):
+                    inspect(folder)
+    path.write_bytes(content)
+    assert load(folder) == b"whole"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/x", "a/../../x", "..", "C:\\x", "a\\b", "a//b"])
+def test_a_manifest_that_names_a_file_outside_is_refused(fake, engines, name):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    folder = edit_manifest(folder, lambda m: m["files"].update({name: m["files"]["graph.pt2"]}))
+    with pytest.raises(EngineCorrupt, match="outside"):
+        load(folder)
+
+
+def test_a_file_that_no_build_wrote_is_refused(fake, engines, tmp_path):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    (tmp_path / "file").write_text("x")
+    for name, make in {
+        "packed.safetensors": lambda path: path.write_bytes(b"other weights"),
+        "below/graph.pt2": lambda path: (path.parent.mkdir(), path.write_text("x")),
+        "link": lambda path: path.symlink_to(tmp_path / "file"),
+        "linked folder": lambda path: path.symlink_to(tmp_path, target_is_directory=True),
+    }.items():
+        make(folder / name)
+        with pytest.raises(EngineCorrupt, match=name) as refused:
+            load(folder)
+        assert "Delete" in refused.value.fix
+        (folder / name).unlink()
+    assert load(folder) == b"whole"
+
+
+def test_a_file_that_is_only_a_link_is_refused(fake, engines, tmp_path):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    (folder / "graph.pt2").replace(tmp_path / "graph.pt2")
+    (folder / "graph.pt2").symlink_to(tmp_path / "graph.pt2")
+    with pytest.raises(EngineCorrupt, match="graph.pt2 is only a link"):
+        load(folder)
+
+
+def test_an_engine_under_anothers_name_is_refused(fake, engines):
+    fake()
+    fp32, bf16 = (build(RECIPE.replace(precision=p), quiet=True) for p in ("fp32", "bf16"))
+    store.remove(bf16)
+    shutil.copytree(fp32, bf16)
+    with pytest.raises(EngineCorrupt, match="its name is not that of the engine"):
+        load(bf16)
+    assert load(fp32) == b"whole"
+
+
+def test_a_large_file_is_read_once_and_again_when_it_changed_or_on_request(fake, engines, monkeypatch):
+    monkeypatch.setattr(digests, "LARGE", 1)
+    monkeypatch.setattr(digests, "SETTLED_S", -1.0)
+    fake()
+    folder = build(RECIPE, quiet=True)
+    manifest = whole(folder)  # reads, and remembers
+    plan, reads = folder / "graph.pt2", []
+    monkeypatch.setattr(digests, "_sha256", lambda path: reads.append(path.name) or hash_of(path))
+    store.verify(folder, manifest)
+    assert "graph.pt2" not in reads
+    plan.write_bytes(b"WHOLE")  # of the same size
+    with pytest.raises(EngineCorrupt, match="graph.pt2"):
+        store.verify(folder, manifest)
+    plan.write_bytes(b"whole")
+    store.verify(folder, manifest)
+    # What changes by itself, as on a failing disk, leaves size and times as they were.
+    monkeypatch.setattr(digests, "_stamp", lambda path: [5, 1, 1, 1])
+    store.verify(folder, manifest)
+    plan.write_bytes(b"WHOLE")
+    store.verify(folder, manifest)
+    with pytest.raises(EngineCorrupt, match="graph.pt2"):
+        store.verify(folder, manifest, thorough=True)
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- the recipe of an engine ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["./stories", "stories/", "../{0}/stories", "{1}/stories"])
+def test_a_folder_named_like_the_bundled_model_stays_that_folder(fake, engines, tmp_path, monkeypatch, written):
+    from helpers.model.checkpoint import BUNDLED
+
+    fake()
+    own = shutil.copytree(BUNDLED, tmp_path / "stories")
+    (own / "config.json").write_text((own / "config.json").read_text() + " ")  # so that it is not the bundled one
+    monkeypatch.chdir(tmp_path)
+    folder = build(RECIPE.replace(model=written.format(tmp_path.name, tmp_path)), quiet=True)
+    assert folder != build(RECIPE, quiet=True)
+    monkeypatch.chdir("/")  # wherever it is asked
+    assert recipe_of(folder) == RECIPE.replace(model=str(own))
+    assert recipe_of(build(RECIPE, quiet=True)) == RECIPE
+    assert locate(recipe_of(folder)) == folder
+
+
+def test_the_recipe_of_an_engine_whose_checkpoint_is_gone_or_changed(fake, engines, tmp_path):
+    from helpers.model.checkpoint import BUNDLED
+
+    fake()
+    own = shutil.copytree(BUNDLED, tmp_path / "own")
+    folder = build(RECIPE.replace(model=str(own)), quiet=True)
+    assert recipe_of(folder).model == str(own)
+    (own / "config.json").write_text((own / "config.json").read_text() + " ")
+    with pytest.raises(ModelError, match="not the one that engine"):
+        recipe_of(folder)
+    shutil.rmtree(own)
+    with pytest.raises(ModelError, match="own"):
+        recipe_of(folder)
+    assert load(folder) == b"whole"  # the engine needs it no longer
+
+
+def test_a_tensorrt_plan_is_not_looked_for_in_another_backends_engine(fake, engines):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    with pytest.raises(EngineMismatch, match="no plan of the TensorRT builder") as refused:
+        load_plan(folder)
+    assert "'aot'" in refused.value.cause
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda m: m["identity"].update(schema=99), EngineCorrupt, "schema 99"),
+        (lambda m: m.update(schema=99), EngineCorrupt, "schema 99"),
         (lambda m: m["identity"].update(architecture="aarch64 SVE"), EngineMismatch, "architecture aarch64 SVE"),
         (lambda m: m["identity"]["versions"].update(torch="1.0"), EngineMismatch, r"torch 1\.0"),
         (lambda m: m["identity"]["versions"].update(cuda="99.9"), EngineMismatch, r"cuda 99\.9"),
@@ -424,9 +762,9 @@ def test_a_manifest_that_is_none_is_refused(own_engines, content):
     ids=["schema", "architecture", "torch", "cuda", "instructions"],
 )
 def test_an_engine_from_another_machine_or_version_is_refused(own_engines, change, error, words):
-    edit_manifest(own_engines, change)
+    folder = edit_manifest(own_engines, change)
     with pytest.raises(error, match=words) as refused:
-        load(own_engines)
+        load(folder)
     assert refused.value.cause and refused.value.fix
 
 
@@ -435,9 +773,9 @@ def test_an_engine_for_a_gpu_is_refused_without_one(own_engines):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    edit_manifest(own_engines, lambda m: m["identity"]["recipe"].update(device="cuda"))
+    folder = edit_manifest(own_engines, lambda m: m["identity"]["recipe"].update(device="cuda"))
     with pytest.raises(BackendUnavailable, match="no NVIDIA GPU"):
-        load(own_engines)
+        load(folder)
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "torch_compile"])

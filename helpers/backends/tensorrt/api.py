@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes.util
 import importlib
+import os
 import sys
 import time
 import warnings
@@ -116,12 +117,12 @@ def version(provider: str) -> str:
 
 def explain(words: list[str], what: str) -> CourseError:
     """Our error for TensorRT's messages: its own words, and where they are known, cause and fix."""
-    said = "\n".join(words).strip() or "TensorRT gave no reason."
+    text = "\n".join(words).strip() or "TensorRT gave no reason."
     for part, kind, cause, fix in KNOWN:
-        if part.lower() in said.lower():
+        if part.lower() in text.lower():
             line = next(w for w in words if part.lower() in w.lower())
             return kind(f"{what} TensorRT says: {line.strip()}", cause=cause, fix=fix)
-    return BuildError(f"{what} TensorRT says: {said:.1500}", fix="Look at the node or option that it names.")
+    return BuildError(f"{what} TensorRT says: {text:.1500}", fix="Look at the node or option that it names.")
 
 
 def build(
@@ -154,8 +155,10 @@ def build(
     if serialized is None:
         raise explain(log.errors(), "The build failed.")
     Path(plan).write_bytes(serialized)
-    if options.get("timing_cache"):
-        Path(options["timing_cache"]).write_bytes(config.get_timing_cache().serialize())
+    if cache := options.get("timing_cache"):
+        part = Path(f"{cache}.{os.getpid()}")  # whole or not at all: another build may read it at any time
+        part.write_bytes(config.get_timing_cache().serialize())
+        part.replace(cache)
     seconds["compile"] = time.perf_counter() - start
     inspected = _inspect(trt, plan) if _has_driver() else ""
     return {
@@ -259,7 +262,13 @@ def _configure(trt: ModuleType, builder: Any, network: Any, options: dict[str, A
         _target(trt, config, targets)
     if cache := options.get("timing_cache"):
         known = Path(cache).read_bytes() if Path(cache).exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        timings = config.create_timing_cache(known)
+        if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
+            raise BuildError(
+                f"The timing cache {Path(cache).name!r} is not taken.",
+                cause="It is damaged, or another GPU or version of TensorRT wrote it.",
+                fix="Delete that file in the engines' folder, or name another one.",
+            )
     for profile in options.get("profiles") or [{}]:
         _add_profile(builder, network, config, profile)
     if len(log.errors()) > before:
@@ -307,19 +316,19 @@ def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, Any]
     config.add_optimization_profile(profile)
 
 
-def _mark_outputs(trt: ModuleType, network: Any, wanted: str | list[str]) -> None:
+def _mark_outputs(trt: ModuleType, network: Any, names: str | list[str]) -> None:
     """Make intermediate tensors outputs of the engine: each must then be written to memory, so it ends a fusion."""
-    made = {}
+    tensors = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         for j in range(layer.num_outputs):
             tensor = layer.get_output(j)
             if layer.type != trt.LayerType.CONSTANT and not tensor.is_network_output and not tensor.is_shape_tensor:
-                made[tensor.name] = tensor
-    if unknown := [name for name in wanted if name not in made] if isinstance(wanted, list) else []:
-        raise BuildError(f"No intermediate tensor is called {unknown[0]!r}.", fix=f"There are {', '.join(made)}.")
-    for name in made if wanted == "all" else wanted:
-        network.mark_output(made[name])
+                tensors[tensor.name] = tensor
+    if unknown := [name for name in names if name not in tensors] if isinstance(names, list) else []:
+        raise BuildError(f"No intermediate tensor is called {unknown[0]!r}.", fix=f"There are {', '.join(tensors)}.")
+    for name in tensors if names == "all" else names:
+        network.mark_output(tensors[name])
 
 
 def _describe(trt: ModuleType, layer: Any) -> dict[str, Any]:

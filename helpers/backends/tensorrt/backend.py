@@ -18,7 +18,8 @@ from helpers.backends.tensorrt import builder, llama_onnx, onnx_export
 from helpers.backends.tensorrt.engine import GRAPHS, TensorRTEngine, open_contexts
 from helpers.errors import BackendUnavailable
 from helpers.machine import hardware
-from helpers.model.checkpoint import Checkpoint, ModelConfig
+from helpers.model.checkpoint import Checkpoint
+from helpers.model.config import ModelConfig
 from helpers.paths import PROJECT
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
@@ -26,7 +27,7 @@ from helpers.recipe.tensorrt import from_recipe, make_options
 
 CALIBRATION = 32  # prompt tokens that fp8's scales are measured with
 # A change in these files, or in this folder, changes what is built.
-MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "weights")]
+MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "config", "weights")]
 
 
 def check_available() -> None:
@@ -119,5 +120,5 @@ def _calibrate(checkpoint: Checkpoint, recipe: BuildRecipe, work: Path, limits: 
     generator = torch.Generator().manual_seed(0)
     length = min(CALIBRATION, recipe.max_input_len)
     tokens = torch.randint(checkpoint.config.vocab_size, (1, length), generator=generator).numpy()
-    found = onnx_export.calibrate(onnx_export.read(file), {"tokens": tokens})
-    return {**found, "head.weight": found.get("head.weight", found.get("embedding", 0.0))}  # a tied embedding
+    largest = onnx_export.calibrate(onnx_export.read(file), {"tokens": tokens})
+    return {**largest, "head.weight": largest.get("head.weight", largest.get("embedding", 0.0))}  # a tied embedding

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from helpers.backends.report import Kernel, Operation
 from helpers.backends.tensorrt import layers
 from helpers.backends.tensorrt.api import explain
-from helpers.errors import BackendUnavailable, BuildError, EngineMismatch
+from helpers.errors import BackendUnavailable, BuildError, EngineMismatch, RecipeError
 from helpers.machine.worker import Worker
+from helpers.paths import engines_folder
 from helpers.progress import Progress
 from helpers.recipe.tensorrt import Options
 
@@ -119,23 +120,32 @@ def plan_from_onnx(
     graph = plan.stem
     nodes = onnx_export.sources(model)
     with progress.phase(f"build {graph}"):
-        arguments = {"onnx": str(file), "plan": str(plan), "provider": settings.provider, "options": asdict(settings)}
+        options = {**asdict(settings), "timing_cache": timing_cache(settings)}
+        arguments = {"onnx": str(file), "plan": str(plan), "provider": settings.provider, "options": options}
         built = worker.call("build", time_limit=time_limit, **arguments)
     if "refused" in built:
         raise _refused(built, nodes)
     if built["inspector"]:
-        found = layers.parse_inspector(built["inspector"])
+        engine_layers = layers.parse_inspector(built["inspector"])
     elif built["message"]:
-        found = layers.parse_message(built["message"])
+        engine_layers = layers.parse_message(built["message"])
     else:
         raise BuildError(
             "TensorRT built the engine and described none of its layers.",
             cause="This version writes its layers elsewhere, and no GPU here can load the engine to ask it.",
             fix="Use the version that the course names: pip install tensorrt-rtx==1.7.1.116.",
         )
-    parts = layers.account(graph, built["network"], found, nodes)
-    counts = {"nodes": len(nodes), "network_layers": len(built["network"]), "engine_layers": len(found)}
+    parts = layers.account(graph, built["network"], engine_layers, nodes)
+    counts = {"nodes": len(nodes), "network_layers": len(built["network"]), "engine_layers": len(engine_layers)}
     return parts, {"inputs": built["inputs"], "outputs": built["outputs"], "seconds": built["seconds"], **counts}
+
+
+def timing_cache(settings: Options) -> str:
+    """The path of the timing cache, or "" for none: a file in the engines' folder, and never a folder there."""
+    path = engines_folder() / settings.timing_cache
+    if settings.timing_cache and path.is_dir():
+        raise RecipeError(f"timing_cache is {path.name!r}, which is a folder.", fix="Name another file.")
+    return str(path) if settings.timing_cache else ""
 
 
 def runs_on(settings: Options) -> list[str]:

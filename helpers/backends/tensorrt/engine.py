@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.backends.base import Engine
 from helpers.backends.tensorrt import api, llama_onnx
 from helpers.errors import LimitError, WorkerError
-from helpers.model.checkpoint import Checkpoint
+from helpers.model.config import load_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.recipe import BuildRecipe
 
@@ -34,9 +34,8 @@ class TensorRTEngine(Engine):
     def __init__(
         self, recipe: BuildRecipe, folder: Path, manifest: dict[str, Any], contexts: dict[str, Any], device: str
     ):
-        checkpoint = Checkpoint(folder.name, folder, dummy=False)
-        config = checkpoint.config
-        super().__init__(recipe, load_tokenizer(folder), checkpoint.eos_token_ids(), config.vocab_size)
+        config = load_config(folder)
+        super().__init__(recipe, load_tokenizer(folder), config.eos_token_ids, config.vocab_size)
         self.config, self.device, self.contexts = config, device, contexts
         dtype = getattr(torch, manifest["details"]["compute_dtype"])
         shape = (recipe.max_batch_size, config.num_key_value_heads, recipe.max_seq_len, config.head_dim)
@@ -49,11 +48,11 @@ class TensorRTEngine(Engine):
         rows = []
         for slot, prompt in enumerate(prompts):
             tokens = torch.tensor([prompt], device=self.device)
-            made = self.new_outputs(1, len(prompt))
-            self.execute("prefill", {"tokens": tokens}, made)
+            outputs = self.new_outputs(1, len(prompt))
+            self.execute("prefill", {"tokens": tokens}, outputs)
             for name, entries in self.cache.items():
-                entries[slot, :, : len(prompt)] = made[f"new_{name}"][0]
-            rows.append(made["logits"][0])
+                entries[slot, :, : len(prompt)] = outputs[f"new_{name}"][0]
+            rows.append(outputs["logits"][0])
         for step in self.steps.values():
             step.start([len(p) for p in prompts])
         return torch.stack(rows)
@@ -65,8 +64,8 @@ class TensorRTEngine(Engine):
     def new_outputs(self, batch: int, length: int) -> dict[str, Tensor]:
         """Buffers for the logits [B, V] and the new cache entries [B, G, length, D]."""
         shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
-        made = {"logits": torch.empty(batch, self.vocab_size, device=self.device)}
-        return made | {f"new_{name}": entries.new_empty(shape) for name, entries in self.cache.items()}
+        logits = {"logits": torch.empty(batch, self.vocab_size, device=self.device)}
+        return logits | {f"new_{name}": entries.new_empty(shape) for name, entries in self.cache.items()}
 
     def execute(self, context: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         """Tell a context its shapes and addresses, and start it on torch's stream."""
@@ -101,7 +100,7 @@ class DecodeStep:
         self.positions = torch.zeros_like(self.tokens)
         self.rows = torch.arange(size, device=engine.device)
         self.cache = {name: entries[:size] for name, entries in engine.cache.items()}
-        self.made = engine.new_outputs(size, 1)
+        self.outputs = engine.new_outputs(size, 1)
         self.recording: Any = None
         if engine.device == "cuda":
             self._record()
@@ -118,12 +117,12 @@ class DecodeStep:
             self._run()
         else:
             self.recording.replay()
-        return self.made["logits"]
+        return self.outputs["logits"]
 
     def _run(self) -> None:
-        self.engine.execute(self.name, {"tokens": self.tokens, "positions": self.positions, **self.cache}, self.made)
+        self.engine.execute(self.name, {"tokens": self.tokens, "positions": self.positions, **self.cache}, self.outputs)
         for name, entries in self.cache.items():
-            entries[self.rows, :, self.positions] = self.made[f"new_{name}"][:, :, 0]
+            entries[self.rows, :, self.positions] = self.outputs[f"new_{name}"][:, :, 0]
         self.positions += 1
 
     def _record(self) -> None:
@@ -140,7 +139,7 @@ class DecodeStep:
 def open_contexts(recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """One execution context a profile. A context keeps its engine alive."""
     trt = api.load_provider(manifest["details"]["provider"])
-    found: dict[str, Any] = {}
+    contexts: dict[str, Any] = {}
     for graph in GRAPHS:
         engine, log = api.deserialize(trt, folder / f"{graph}.plan")
         if engine is None:
@@ -148,7 +147,7 @@ def open_contexts(recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]) -
         sizes = recipe.all_decode_batch_sizes
         names = ["prefill"] if graph == llama_onnx.PREFILL else [f"decode_b{size}" for size in sizes]
         for profile, name in enumerate(names):
-            found[name] = engine.create_execution_context()
-            found[name].set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
+            contexts[name] = engine.create_execution_context()
+            contexts[name].set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
-    return found
+    return contexts

@@ -112,8 +112,8 @@ def account(
         if entry["node"]:
             homes[index] = first.get(entry["node"])
         else:
-            found = [homes[r] for tensor in entry["outputs"] for r in readers.get(tensor, [])]
-            homes[index] = min((home for home in found if home is not None), default=None)
+            users = [homes[r] for tensor in entry["outputs"] for r in readers.get(tensor, [])]
+            homes[index] = min((home for home in users if home is not None), default=None)
     fused: dict[int, list[str]] = {}
     removed = []
     for name, home in zip(names, homes, strict=True):

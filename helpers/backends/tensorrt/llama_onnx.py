@@ -25,7 +25,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from helpers.backends.tensorrt import onnx_export
-from helpers.model.checkpoint import Checkpoint, ModelConfig, read_tensors
+from helpers.model.checkpoint import Checkpoint, read_tensors
+from helpers.model.config import ModelConfig
 from helpers.model.weights import convert, rope_tables
 
 PREFILL, DECODE = "prefill", "decode"
@@ -47,7 +48,7 @@ def write_weights(checkpoint: Checkpoint, precision: str, length: int, folder: P
     """
     config, dtype = checkpoint.config, onnx_export.compute_dtype(precision)
     narrow = precision in onnx_export.COMPUTE
-    tensors = convert(read_tensors(checkpoint), config, dtype, int8=False, qkv=False, gate_up=False)
+    tensors = convert(read_tensors(checkpoint, config), config, dtype, int8=False, qkv=False, gate_up=False)
     placed: Protos = {}
     with (folder / WEIGHTS).open("wb") as file:
         for name, tensor in itertools.chain(tensors, rope_tables(config, length, dtype).items()):
@@ -124,15 +125,15 @@ class _Writer:
         name = self.scope + (name or kind.lower())
         count = self.names[name] = self.names.get(name, 0) + 1
         name = name if count == 1 else f"{name}_{count}"
-        made = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
-        node = helper.make_node(kind, list(inputs), made, name=name, **attributes)
+        results = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        node = helper.make_node(kind, list(inputs), results, name=name, **attributes)
         frame = sys._getframe(1)
         node.metadata_props.add(key=onnx_export.SOURCE, value=f"{Path(__file__).name}:{frame.f_lineno}")
         self.nodes.append(node)
         for used in inputs:
             if used in self.weights:
                 self.constants[used] = self.weights[used]
-        return made[0] if outputs == 1 else made
+        return results[0] if outputs == 1 else results
 
     def numbers(self, *values: int) -> str:
         """A list of whole numbers as a constant: axes, shapes, bounds."""
@@ -159,8 +160,8 @@ class _Writer:
 
     def give(self, name: str, value: str, kind: int, shape: Iterable[int | str]) -> None:
         self.scope = ""
-        made = self.op("Identity", value, name=name)
-        self.outputs.append(helper.make_tensor_value_info(made, kind, list(shape)))
+        output = self.op("Identity", value, name=name)
+        self.outputs.append(helper.make_tensor_value_info(output, kind, list(shape)))
 
     def model(self, name: str) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.constants.values()))
@@ -341,9 +342,9 @@ def profiles(
     if len(batch_sizes) == 1:
         return []
     heads, size = config.num_key_value_heads, config.head_dim
-    found = []
+    profiles = []
     for batch in batch_sizes:
         shapes: dict[str, tuple[int, ...]] = {"tokens": (batch,), "positions": (batch,)}
         shapes |= dict.fromkeys(cache_names(config), (batch, heads, cache_length, size))
-        found.append({name: (shape, shape, shape) for name, shape in shapes.items()})
-    return found
+        profiles.append({name: (shape, shape, shape) for name, shape in shapes.items()})
+    return profiles

@@ -3,7 +3,7 @@
     import torch
     from torch import nn
     from helpers import inspect
-    from helpers.tensorrt_builder import build_module, build_onnx, load_plan
+    from helpers.engine import build_module, build_onnx, load_plan
 
     block = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 1024), nn.GELU())
     folder = build_module(block, (torch.randn(8, 256),), precision="fp16", name="block")
@@ -18,7 +18,7 @@
     report.operations[4].source               # the module's line: "cell:3" or "model.py:12"
     report.removed                            # computed while building, or turned into a view
     report.sizes["module.plan"]               # bytes
-    read_manifest(folder)["details"]       # provider, version, runs_on (compute capabilities), inputs, outputs
+    store.read_manifest(folder)["details"]    # provider, version, runs_on (compute capabilities), inputs, outputs
     load_plan(folder)                         # loads it; without a fitting GPU: TensorRT's own words, cause and fix
 
 precision is fp32, fp16, bf16, int8, int4 (both weights only) or fp8. Options, all by name: helpers/recipe/tensorrt.py.
@@ -48,7 +48,9 @@ from torch import nn
 from helpers.backends.base import BuildJob, source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import builder, onnx_export
+from helpers.errors import BuildError, RecipeError, shown
 from helpers.progress import Progress
+from helpers.recipe.fields import PRECISIONS, safe_name
 from helpers.recipe.tensorrt import Options, make_options
 
 GRAPH = "module"  # the one graph of such an engine
@@ -65,8 +67,10 @@ def from_module(
 ) -> BuildJob:
     """What engine.build_module builds. A module of torch's own parts is exported when it is compiled; what a class of
     one's own computes is only known from its export, so that comes first."""
-    settings = make_options(options)
-    builder.provider_version(settings.provider)
+    if not isinstance(module, nn.Module) or not isinstance(example_inputs, (list, tuple)):
+        what = f"{shown(module)} with {shown(example_inputs)}"
+        raise BuildError(f"{what} is no module with inputs.", fix="Give a torch.nn.Module and a tuple of its inputs.")
+    settings = _settings(precision, name, time_limit, options)
     varying = {
         name: [
             axis for axis, (least, greatest) in enumerate(zip(shapes[0], shapes[2], strict=True)) if least != greatest
@@ -90,15 +94,31 @@ def from_module(
     return _job(label, precision, settings, content, lambda: exported, time_limit, example_inputs)
 
 
-def from_onnx(file: Path, precision: str, *, name: str, time_limit: float, options: dict[str, Any]) -> BuildJob:
+def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float, options: dict[str, Any]) -> BuildJob:
     """What engine.build_onnx builds."""
-    settings = make_options(options)
-    builder.provider_version(settings.provider)
+    settings = _settings(precision or "fp32", name, time_limit, options)
+    if not isinstance(file, (str, Path)):
+        raise BuildError(f"An ONNX file is given by its path, not as {shown(file)}.", fix="Give the path.")
+    file = Path(file)
     model = onnx_export.read(file)
     if precision:
         onnx_export.retype(model, precision)
     content = _content_of_graph(model)
     return _job(name or file.stem, precision or "fp32", settings, content, lambda: model, time_limit, ())
+
+
+def _settings(precision: str, name: str, time_limit: float, options: dict[str, Any]) -> Options:
+    """The builder's settings, once the arguments beside them are checked too."""
+    precisions = PRECISIONS["tensorrt"]
+    if precision not in precisions:
+        raise RecipeError(f"precision is {shown(precision)}.", fix=f"Give one of {', '.join(precisions)}.")
+    if not isinstance(name, str):
+        raise RecipeError(f"name is {shown(name)}.", fix="Give a text: the engine's folder begins with it.")
+    if isinstance(time_limit, bool) or not isinstance(time_limit, (int, float)) or not 0 < time_limit <= 1e6:
+        raise RecipeError(f"time_limit is {shown(time_limit)}.", fix="Give a number of seconds, more than 0.")
+    settings = make_options(options)
+    builder.provider_version(settings.provider)
+    return settings
 
 
 def _job(
@@ -129,6 +149,7 @@ def _job(
         write_report(EngineReport("tensorrt", *parts), folder)
         return {**builder.details(settings), **details}
 
+    label = safe_name(label)
     changed = {k: v for k, v in asdict(settings).items() if v != getattr(Options(), k)}
     recipe = {"model": label, "backend": "tensorrt", "precision": precision, "device": "cpu"}
     recipe["options"] = json.loads(json.dumps(changed))
@@ -139,7 +160,7 @@ def _job(
         **builder.machine_facts(settings.provider),
         "source": source_digest(Path(__file__).parent),
     }
-    return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, 2.0, 5_000_000)
+    return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, lambda: (2.0, 5_000_000))
 
 
 def _content_of_graph(model: onnx.ModelProto) -> str:

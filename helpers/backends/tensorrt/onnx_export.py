@@ -63,7 +63,14 @@ def export(
     varying: for inputs (by the name of forward's parameter) the axes whose length is open.
     """
     dtype = compute_dtype(precision)
-    cast = copy.deepcopy(module).eval().to(dtype)
+    try:
+        cast = copy.deepcopy(module).eval().to(dtype)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise BuildError(
+            f"The module cannot be copied: {_first_words(str(error))}",
+            cause="It holds something besides weights, such as a lock, a file, or a tensor that was computed.",
+            fix="Keep only modules, parameters and buffers in it.",
+        ) from error
     inputs = tuple(_cast(value, dtype) for value in example_inputs)
     names = list(inspect.signature(module.forward).parameters)[: len(inputs)]
     if unknown := set(varying or ()) - set(names):
@@ -118,7 +125,7 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         model = onnx.load(path, load_external_data=weights)
     except FileNotFoundError:
         raise BuildError(f"There is no file {path.name!r}.", fix="Check the path.") from None
-    except (DecodeError, OSError) as error:
+    except (DecodeError, OSError, ValueError) as error:
         raise _no_onnx(path) from error
     if not model.graph.node or not model.opset_import:
         raise _no_onnx(path)
@@ -208,14 +215,14 @@ def calibrate(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[s
 
     initializers = {t.name: t for t in model.graph.initializer}
     products = list(_products(model.graph, initializers))
-    wanted = sorted({node.input[0] for node, _, _ in products})
+    names = sorted({node.input[0] for node, _, _ in products})
     watched = copy.deepcopy(model)
     del watched.graph.output[:]
-    watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = dict(zip(wanted, ReferenceEvaluator(watched).run(None, dict(feeds)), strict=True))
-    return {weight: float(np.abs(found[n.input[0]]).max().astype(np.float32)) for n, weight, _ in products}
+        activations = dict(zip(names, ReferenceEvaluator(watched).run(None, dict(feeds)), strict=True))
+    return {weight: float(np.abs(activations[n.input[0]]).max().astype(np.float32)) for n, weight, _ in products}
 
 
 def example_feeds(model: onnx.ModelProto, inputs: Sequence[Any] = ()) -> dict[str, np.ndarray]:
