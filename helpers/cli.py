@@ -1,22 +1,32 @@
-"""The course from a terminal: helpers build, list, inspect, generate, remove, download, bench, run, doctor, env,
-gpu-check."""
+"""The course from a terminal: helpers build, list, inspect, verify, generate, remove, download, bench, run, doctor,
+env, gpu-check."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from helpers.errors import CourseError, EngineCorrupt
+from helpers.display import Table
+from helpers.errors import CourseError, EngineCorrupt, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    settings = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks is spelled out
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return settings.run(settings) or 0
+        settings = _parser().parse_args(arguments)
+        status = settings.run(settings) or 0
+        sys.stdout.flush()
+        return status
     except CourseError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest when it ends
+        return 141  # as a program that the signal SIGPIPE ends
     except KeyboardInterrupt:
         print("Interrupted; nothing half-built was left behind.", file=sys.stderr)
         return 130
@@ -40,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("engine", help="its name, or the start of it")
     command.add_argument("--kernels", type=int, default=5, help="how many of the largest kernels to show per graph")
     command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("verify", help="read engines whole, and compare each byte with what was built")
+    command.add_argument("engine", nargs="*", help="only these; default: all")
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser("generate", help="answer prompts with an engine")
     command.add_argument("engine")
@@ -149,15 +163,17 @@ def _list(settings: argparse.Namespace) -> None:
     if not folders:
         print("No engines yet. Build one: helpers build")
         return
-    print(f"{'engine':<40} {'MB':>8} {'built in':>9}  built")
+    rows = []
     for folder in folders:
         try:
             manifest = store.read_manifest(folder)
+            built = [f"{sum(manifest['seconds'].values()):.0f} s", manifest["built"][:16]]
         except EngineCorrupt:
-            print(f"{folder.name:<40} {store.size(folder) / 1e6:>8.1f}   damaged; helpers remove {folder.name}")
-            continue
-        took = sum(manifest["seconds"].values())
-        print(f"{folder.name:<40} {store.size(folder) / 1e6:>8.1f} {took:>7.0f} s  {manifest['built'][:16]}")
+            built = ["", f"damaged, or of another version; helpers remove {folder.name}"]
+        except CourseError:
+            continue  # removed meanwhile, or another person's
+        rows.append([folder.name, f"{store.size(folder) / 1e6:.1f}", *built])
+    print(Table("", ("engine", "MB", "built in", "built"), rows))
 
 
 def _inspect(settings: argparse.Namespace) -> None:
@@ -166,12 +182,25 @@ def _inspect(settings: argparse.Namespace) -> None:
     report = inspect(settings.engine)
     print(report)
     for graph in report.graphs():
-        print(f"\n{graph}: the largest kernels")
-        for kernel in report.of(graph).largest(settings.kernels):
-            print(f"  {len(kernel.fused):>3} operations  {kernel.kind:<10} {kernel.dtype:<9} {kernel.name}")
-    print("\nfiles")
-    for name, size in report.sizes.items():
-        print(f"  {size / 1e6:>8.2f} MB  {name}")
+        kernels = report.of(graph).largest(settings.kernels)
+        rows = [(len(kernel.fused), kernel.kind, kernel.dtype, kernel.name) for kernel in kernels]
+        print(f"\n{Table(f'{graph}: the largest kernels', ('operations', 'kind', 'dtype', 'name'), rows)}")
+    sizes = [(f"{size / 1e6:.2f}", name) for name, size in report.sizes.items()]
+    print(f"\n{Table('Files', ('MB', 'name'), sizes)}")
+
+
+def _verify(settings: argparse.Namespace) -> int:
+    from helpers import store
+
+    damaged = 0
+    for folder in [store.find(name) for name in settings.engine] or store.list_engines():
+        try:
+            store.verify(folder, store.read_manifest(folder), thorough=True)
+            print(f"whole    {folder.name}")
+        except EngineCorrupt as error:
+            damaged += 1
+            print(f"damaged  {error}")
+    return 1 if damaged else 0
 
 
 def _generate(settings: argparse.Namespace) -> None:
@@ -182,13 +211,13 @@ def _generate(settings: argparse.Namespace) -> None:
     with load(settings.engine) as engine:
         if settings.stream:
             for prompt in settings.prompts:
-                print(prompt, end="", flush=True)
+                print(printable(prompt), end="", flush=True)
                 for token in engine.stream(prompt, sampling):
-                    print(token.text, end="", flush=True)
+                    print(printable(token.text), end="", flush=True)
                 print()
             return
         for answer, prompt in zip(engine.generate(settings.prompts, sampling), settings.prompts, strict=True):
-            print(prompt + answer.text)
+            print(printable(prompt + answer.text))
             m = answer.metrics
             print(
                 f"  [{len(answer.token_ids)} tokens, {answer.finish_reason}; TTFT {m.ttft_s * 1e3:.1f} ms, "
@@ -231,7 +260,7 @@ def _bench(settings: argparse.Namespace) -> int:
         decode_batch_sizes=tuple(benchmark.batch_sizes(settings.decode_batch_sizes)),
         start_together=settings.start_together,
     )
-    keep = (lambda record: records.save(record, settings.out)) if settings.out else None
+    keep = records.keeper(settings.out) if settings.out else None
     record = benchmark.run(workload, settings.backends.split(","), batches, keep=keep)
     for size in record.batch_sizes:
         print(f"\n{comparison.table(record, size)}")
@@ -262,8 +291,7 @@ def _env_create(settings: argparse.Namespace) -> None:
 def _env_list(_: argparse.Namespace) -> None:
     from helpers.machine import environments
 
-    for name, version, where in environments.describe():
-        print(f"{name:<8} {version:<10} {where}")
+    print(Table("", ("environment", "version", "where"), environments.describe()))
 
 
 def _gpu_check(settings: argparse.Namespace) -> int:

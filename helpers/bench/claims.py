@@ -1,44 +1,58 @@
 """What is said about compiled engines, judged by a record; and the usual comparison table, filled from one.
 
-Each judgement is a sentence with its figure and a verdict. It holds for the machine and the model of its record.
+Each judgement is a sentence with its figures and a verdict. It holds for the machine and the model of its record.
+
+Figures are intervals. What every run measured lies between its least and its largest sample: the true median is in
+there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). What was measured once (build, start,
+memory) is taken as known to 10 %. A verdict is only given where the whole interval is on one side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from helpers.bench.records import Record, Row
+from helpers.bench.records import TOLERANCE, Record, Row
+from helpers.bench.tables import METRICS, memory_metric
 from helpers.display import Table
 
+Interval = tuple[float, float]  # least and most
+CANNOT_TELL = "cannot be told from these runs"
 NOT_MEASURED = ("not measured", "open")
+# Each situation, the metric of tables.py that counts in it, and what was measured of it; less is better.
+SITUATIONS: dict[str, tuple[str, Callable[[Row], Sequence[float]]]] = {
+    "one answer, each next word soon (TPOT)": ("TPOT, ms", lambda r: r.tpot_s),
+    "the first word soon (TTFT)": ("TTFT, ms", lambda r: r.ttft_s),
+    "many answers at a time (tokens/s)": ("output tokens/s", lambda r: r.e2e_s),
+    "a model that is new or changes (first token ever)": (
+        "first token ever, s",
+        lambda r: [r.build_s + r.first_token_s],
+    ),
+    "a process that starts often (first token, built before)": ("first token, s", lambda r: [r.first_token_s]),
+    "little memory": ("memory, MB", lambda r: [r.memory_bytes]),
+}
+
+
+def interval(samples: Sequence[float]) -> Interval:
+    return (min(samples), max(samples)) if len(samples) > 1 else (0.9 * samples[0], 1.1 * samples[0])
 
 
 def claims(mine: Record, theirs: Record | None) -> Table:
     """Each claim with this machine's figure and verdict, and the reference machine's."""
     here, there = judge(mine), judge(theirs) if theirs else {}
     rows = [(claim, *here[claim], *there.get(claim, ("no record", "open"))) for claim in here]
-    place = f"; there: {theirs.workload.model}, {theirs.place}" if theirs else ""
     columns = ("claim", "measured here", "verdict here", "measured there", "verdict there")
-    return Table(f"Here: {mine.workload.model}, {mine.place}{place}", columns, rows)
+    return Table(_places(mine, theirs), columns, rows)
 
 
-def judge(record: Record) -> dict[str, tuple[str, str]]:
-    """Claim to (what was measured, verdict)."""
-    eager = _row(record, "pytorch")
-    engine = _row(record, "aot", eager)
-    compiled, vllm = _row(record, "torch_compile", eager), _row(record, "vllm", eager)
-    int8 = record.find("aot int8")
-    largest = max(record.batch_sizes)
-    said = {}
-    for other, words in ((eager, "eager PyTorch"), (compiled, "torch.compile"), (vllm, "vLLM")):
-        said[f"2 to 5 times faster than {words}"] = _faster(engine, other)
-    said["lower memory usage than eager PyTorch"] = _memory(engine, eager, "yes", "no")
-    said["vLLM uses more memory"] = _memory(engine, vllm, "yes", "no")
-    said["a build takes 10 to 30 minutes"] = _build(engine)
-    said["the first inference is slower"] = _first(engine)
-    said["batching helps throughput"] = _batching(record, engine, largest)
-    said["int8 without loss of accuracy"] = _accuracy(record, int8)
-    return said
+def guide(mine: Record, theirs: Record | None) -> Table:
+    """For each situation the contender whose figure is best among those that compute the right thing, or those that
+    these runs do not tell apart, on this machine and on the reference machine."""
+    best = [_best(record) if record else None for record in (mine, theirs)]
+    rows = [(situation, *(b[situation][1] if b else "no record" for b in best)) for situation in SITUATIONS]
+    return Table(_places(mine, theirs), ("what counts", "least or most here", "there"), rows)
 
 
 def aspects(record: Record, lines: Mapping[str, int]) -> Table:
@@ -47,125 +61,132 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
     lines: lines of code of the shortest program for each backend. Another model costs the time to the first token
     again: what was built is for one model only.
     """
-    size = max(record.batch_sizes)
-    rows = [row for row in record.at(1) if row.status == "ok"]
-    many = {row.name: record.throughput(row) for row in record.at(size) if row.status == "ok"}
-    ever = {row.name: row.build_s + row.start_s + row.median("ttft_s") for row in rows}
-    pace = {row.name: row.median("tpot_s") for row in rows}
-    table: list[tuple[int | str, ...]] = []
-    for row in rows:
-        best = [
-            words
-            for words, leads in (
-                ("pace of one answer", pace[row.name] == min(pace.values())),
-                (f"{size} at a time", many.get(row.name) == max(many.values())),
-                ("trying models out", ever[row.name] == min(ever.values())),
-            )
-            if leads
-        ]
+    best, largest = _best(record), _largest(record)
+    metrics = ("first token ever, s", "first token, s", "TPOT, ms", memory_metric(record))
+    table: list[tuple[Any, ...]] = []
+    for row in record.measured():
+        many = record.find(row.name, largest)
         table.append(
             (
                 row.name,
                 lines.get(row.backend, "-"),
-                f"{ever[row.name]:.1f}",
-                f"{row.start_s + row.median('ttft_s'):.1f}",
-                f"{pace[row.name] * 1e3:.2f}",
-                f"{many[row.name]:,.0f}" if row.name in many else "-",
-                f"{(row.device_bytes or row.peak_host_bytes) / 1e6:,.0f}",
-                ", ".join(best) or "-",
+                *(METRICS[name](record, row) for name in metrics),
+                METRICS["output tokens/s"](record, many) if many else "-",
+                ", ".join(s.partition(" (")[0] for s, (names, _) in best.items() if row.name in names) or "-",
             )
         )
-    table.append(("tensorrt_llm", lines.get("tensorrt_llm", "-"), *["not measured by us"] * 5, "-"))
-    columns = (
-        "contender",
-        "setup: lines of code",
-        "first token ever (another model: again), s",
-        "first token of a later process, s",
-        "speed: TPOT, ms",
-        f"tokens/s, batch {size}",
-        f"memory ({'GPU' if any(r.device_bytes for r in rows) else 'host'}), MB",
-        "best here for",
-    )
+    if not any(row.backend == "tensorrt_llm" for row in record.measured()):
+        reason = next((row.reason for row in record.at() if row.backend == "tensorrt_llm"), "-")
+        table.append(("tensorrt_llm", lines.get("tensorrt_llm", "-"), *["not measured by us"] * 5, reason))
+    columns = ("contender", "setup: lines of code", *metrics, f"tokens/s, batch {largest}", "best here for")
     return Table(f"{record.workload.model}; {record.place}", columns, table)
 
 
-def guide(mine: Record, theirs: Record | None) -> Table:
-    """For each situation the contender whose figure is best, on this machine and on the reference machine."""
-    here = _best(mine)
-    there = _best(theirs) if theirs else {}
-    rows = [(situation, found, there.get(situation, "no record")) for situation, found in here.items()]
-    place = f"; there: {theirs.workload.model}, {theirs.place}" if theirs else ""
-    return Table(
-        f"Here: {mine.workload.model}, {mine.place}{place}", ("what counts", "least or most here", "there"), rows
-    )
+def _best(record: Record) -> dict[str, tuple[list[str], str]]:
+    """Situation to the names of those that lead, best first, and a sentence of these and the first one's figure."""
+    best = {}
+    for situation, (metric, samples) in SITUATIONS.items():
+        size = _largest(record) if metric == "output tokens/s" else None
+        rows = [row for row in record.measured(size) if row.agrees is not False]
+        rows = sorted(rows, key=lambda row: statistics.median(samples(row)))  # noqa: B023
+        names = [row.name for row in rows if interval(samples(row))[0] <= interval(samples(rows[0]))[1]]
+        shown = METRICS[memory_metric(record) if metric == "memory, MB" else metric]
+        figure = f"{shown(record, rows[0])} {metric.rpartition(' ')[2]}" if rows else "nothing that agrees with PyTorch"
+        best[situation] = names, f"{' or '.join(names) or 'none'}: {figure}" + (f" at batch {size}" if size else "")
+    return best
 
 
-def _best(record: Record) -> dict[str, str]:
-    rows = [row for row in record.at(1) if row.status == "ok" and row.agrees is not False]
-    size = max(record.batch_sizes)
-    many = [row for row in record.at(size) if row.status == "ok" and row.agrees is not False]
-    pace = min(rows, key=lambda r: r.median("tpot_s"))
-    wait = min(rows, key=lambda r: r.median("ttft_s"))
-    most = max(many, key=record.throughput)
-    new = min(rows, key=lambda r: r.build_s + r.start_s + r.median("ttft_s"))
-    restart = min(rows, key=lambda r: r.start_s + r.median("ttft_s"))
-    small = min(rows, key=lambda r: r.device_bytes or r.peak_host_bytes)
+def judge(record: Record) -> dict[str, tuple[str, str]]:
+    """Claim to (what was measured, verdict), at the record's smallest batch size."""
+    eager, compiled, vllm = (_pair(record, backend) for backend in ("pytorch", "torch_compile", "vllm"))
+    engine = eager[0] if eager else next((row for row in _ok(record) if row.backend == "aot"), None)
     return {
-        "one answer, each next word soon (TPOT)": f"{pace.name}: {pace.median('tpot_s') * 1e3:.2f} ms",
-        "the first word soon (TTFT)": f"{wait.name}: {wait.median('ttft_s') * 1e3:.1f} ms",
-        "many answers at a time (tokens/s)": f"{most.name}: {record.throughput(most):,.0f} at batch {size}",
-        "a model that is new or changes (first token ever)": f"{new.name}: {new.build_s + new.start_s:.1f} s",
-        "a process that starts often (first token, built before)": f"{restart.name}: {restart.start_s:.1f} s",
-        "little memory": f"{small.name}: {(small.device_bytes or small.peak_host_bytes) / 1e6:,.0f} MB",
+        "2 to 5 times faster than eager PyTorch": _faster(*eager) if eager else NOT_MEASURED,
+        "2 to 5 times faster than torch.compile": _faster(*compiled) if compiled else NOT_MEASURED,
+        "2 to 5 times faster than vLLM": _faster(*vllm) if vllm else NOT_MEASURED,
+        "lower memory usage than eager PyTorch": _memory(*eager) if eager else NOT_MEASURED,
+        "vLLM uses more memory": _memory(*vllm) if vllm else NOT_MEASURED,
+        "a build takes 10 to 30 minutes": _build(engine) if engine else NOT_MEASURED,
+        "the first inference is slower": _first(engine) if engine else NOT_MEASURED,
+        "batching helps throughput": _batching(record, engine) if engine else NOT_MEASURED,
+        "int8 without loss of accuracy": _accuracy(record),
     }
 
 
-def _row(record: Record, backend: str, like: Row | None = None) -> Row | None:
-    """A backend's row at batch 1, in the precision of another row if there is one."""
-    rows = [row for row in record.at(1) if row.backend == backend and row.status == "ok"]
-    return next((row for row in rows if like is None or row.precision == like.precision), rows[0] if rows else None)
+def _ok(record: Record) -> list[Row]:
+    return [row for row in record.at() if row.status == "ok"]
 
 
-def _faster(engine: Row | None, other: Row | None) -> tuple[str, str]:
-    if not engine or not other:
-        return NOT_MEASURED
-    ratio = other.median("tpot_s") / engine.median("tpot_s")
-    verdict = "more" if ratio > 5 else "yes" if ratio >= 2 else "no" if ratio > 1 else "no, slower"
-    return f"TPOT {ratio:.1f} times shorter ({engine.name} against {other.name})", verdict
+def _largest(record: Record) -> int:
+    return max((row.batch_size for row in record.rows if row.status == "ok"), default=1)
 
 
-def _memory(engine: Row | None, other: Row | None, yes: str, no: str) -> tuple[str, str]:
-    if not engine or not other:
-        return NOT_MEASURED
+def _places(mine: Record, theirs: Record | None) -> str:
+    there = f"; there: {theirs.workload.model}, {theirs.place}" if theirs else ""
+    return f"Here: {mine.workload.model}, {mine.place}{there}"
+
+
+def _pair(record: Record, backend: str) -> tuple[Row, Row] | None:
+    """The engine's row and a backend's in the same precision: else the comparison would be one of precisions."""
+    rows = {(row.backend, row.precision): row for row in _ok(record)}
+    pairs = ((rows.get(("aot", row.precision)), row) for row in rows.values() if row.backend == backend)
+    return next(((engine, other) for engine, other in pairs if engine), None)
+
+
+def _ratio(over: Interval, under: Interval) -> Interval:
+    return over[0] / under[1], over[1] / under[0]
+
+
+def _times(ratio: Interval) -> str:
+    least, most = (f"{value:.1f}" for value in ratio)
+    return f"{least} times" if least == most else f"{least} to {most} times"
+
+
+def _verdict(figure: Interval, low: float, high: float = math.inf, below: str = "no", above: str = "more") -> str:
+    if low <= figure[0] and figure[1] <= high:
+        return "yes"
+    return below if figure[1] < low else above if figure[0] > high else CANNOT_TELL
+
+
+def _faster(engine: Row, other: Row) -> tuple[str, str]:
+    ratio = _ratio(interval(other.tpot_s), interval(engine.tpot_s))
+    verdict = _verdict(ratio, 2, 5, below="no, slower" if ratio[1] < 1 else "no")
+    return f"TPOT {_times(ratio)} shorter ({engine.name} against {other.name})", verdict
+
+
+def _memory(engine: Row, other: Row) -> tuple[str, str]:
+    """Both claims about memory say that the other's is larger."""
     kind = "GPU" if engine.device_bytes and other.device_bytes else "host"
     mine, theirs = (r.device_bytes if kind == "GPU" else r.peak_host_bytes for r in (engine, other))
-    return f"{kind}: {mine / 1e6:,.0f} MB, {other.backend} {theirs / 1e6:,.0f} MB", yes if mine < 0.95 * theirs else no
+    figures = f"{kind}: {mine / 1e6:,.0f} MB, {other.backend} {theirs / 1e6:,.0f} MB"
+    return (figures, _verdict(_ratio(interval([theirs]), interval([mine])), 1)) if mine and theirs else NOT_MEASURED
 
 
-def _build(engine: Row | None) -> tuple[str, str]:
-    if not engine:
+def _build(engine: Row) -> tuple[str, str]:
+    return f"{engine.build_s / 60:.1f} minutes", _verdict(interval([engine.build_s / 60]), 10, 30, below="less")
+
+
+def _first(engine: Row) -> tuple[str, str]:
+    """Slower: later than the latest of the others by more than these differ among themselves."""
+    first, (least, most) = engine.warmup_e2e_s[0], interval(engine.e2e_s)
+    verdict = "yes" if first > most + (most - least) else "no" if first < least else CANNOT_TELL
+    return f"first request {_times((first / most, first / least))} a later one", verdict
+
+
+def _batching(record: Record, engine: Row) -> tuple[str, str]:
+    size = _largest(record)
+    many = record.find(engine.name, size)
+    if not many or size == engine.batch_size:
         return NOT_MEASURED
-    minutes = engine.build_s / 60
-    return f"{minutes:.1f} minutes", "yes" if 10 <= minutes <= 30 else "less" if minutes < 10 else "more"
+    least, most = _ratio(interval(engine.e2e_s), interval(many.e2e_s))
+    gain = (least * size / engine.batch_size, most * size / engine.batch_size)
+    return f"{_times(gain)} the tokens/s at batch {size}", _verdict(gain, 1)
 
 
-def _first(engine: Row | None) -> tuple[str, str]:
-    if not engine:
-        return NOT_MEASURED
-    cold = engine.warmup_e2e_s[0] / engine.median("e2e_s")
-    return f"first request {cold:.1f} times the median", "yes" if cold > 1.15 else "no"
-
-
-def _batching(record: Record, engine: Row | None, size: int) -> tuple[str, str]:
-    many = record.find(engine.name, size) if engine else None
-    if not engine or not many or size == 1:
-        return NOT_MEASURED
-    gain = record.throughput(many) / record.throughput(engine)
-    return f"{gain:.1f} times the tokens/s at batch {size}", "yes" if gain > 1.1 else "no"
-
-
-def _accuracy(record: Record, int8: Row | None) -> tuple[str, str]:
+def _accuracy(record: Record) -> tuple[str, str]:
+    int8 = next((row for row in _ok(record) if row.name == "aot int8"), None)
     if not int8 or int8.logit_error is None:
         return NOT_MEASURED
     equal = f"{int8.tokens_equal} of {record.workload.output_len} tokens as fp32"
-    return f"{equal}; logits off by {int8.logit_error:.1%}", "small, but not without"
+    verdict = "yes" if int8.logit_error <= TOLERANCE["fp32"] else "no, but the loss is small" if int8.agrees else "no"
+    return f"{equal}; logits off by {int8.logit_error:.1%}", verdict

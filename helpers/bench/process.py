@@ -1,4 +1,4 @@
-"""The measured side of a benchmark: one engine in a worker process, driven by benchmark.py through `CALLS`."""
+"""The measured side of a benchmark: one engine in a worker process, driven by run.py through `CALLS`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import os
 import statistics
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from helpers.backends.base import Engine, Generation
+from helpers.backends.remote import RemoteEngine
+from helpers.bench.records import HAVE_DECODE_GRAPHS
 from helpers.errors import InputError
-
-if TYPE_CHECKING:
-    from helpers.backends.base import Engine
-    from helpers.model.sampling import SamplingParams
+from helpers.machine import hardware
+from helpers.model.sampling import SamplingParams
+from helpers.recipe import from_dict
 
 _engine: Engine
 
@@ -21,7 +23,6 @@ _engine: Engine
 def build(recipe: dict[str, Any]) -> dict[str, Any]:
     """Build the engine of a recipe, or find it built; how long that took when it was done, and its size."""
     from helpers import engine, store
-    from helpers.recipe import from_dict
 
     folder = engine.build(from_dict(recipe), quiet=True)
     return {"seconds": sum(store.read_manifest(folder)["seconds"].values()), "bytes": store.size(folder)}
@@ -35,8 +36,6 @@ def load(recipe: dict[str, Any], threads: int, cache: str) -> dict[str, Any]:
     import torch
 
     from helpers import engine
-    from helpers.machine import hardware
-    from helpers.recipe import from_dict
 
     global _engine
     if threads:
@@ -44,26 +43,32 @@ def load(recipe: dict[str, Any], threads: int, cache: str) -> dict[str, Any]:
     start = time.perf_counter()
     _engine = engine.load(from_dict(recipe))
     seconds = time.perf_counter() - start
-    versions = getattr(_engine, "versions", None) or {"python": sys.version.split()[0], **hardware.versions()}
-    return {"load_s": seconds, "versions": versions}
+    remote = isinstance(_engine, RemoteEngine)  # it does not say how many threads its library takes
+    used = None if remote else getattr(_engine, "num_threads", torch.get_num_threads())
+    return {
+        "load_s": seconds,
+        "versions": getattr(_engine, "versions", None) or {"python": sys.version.split()[0], **hardware.versions()},
+        "device": getattr(_engine, "device", None) or hardware.resolve_device(_engine.recipe.device),
+        "threads": used,
+        "decode_graphs": list(_engine.recipe.all_decode_batch_sizes) if recipe["backend"] in HAVE_DECODE_GRAPHS else [],
+    }
 
 
 def check(prompts: list[list[int]], output_len: int, logits: bool) -> dict[str, Any]:
     """The first request at a batch size, timed apart: its tokens, then, if asked, the logits after the first prompt."""
     start = time.perf_counter()
-    answers = _engine.generate(prompts, _greedy(output_len))
+    answers = _answer(prompts, output_len)
     seconds = time.perf_counter() - start
-    found = None
+    scores = None
     if logits:
         with contextlib.suppress(InputError):  # some backends hand out none
-            found = [round(value, 6) for value in _engine.logits(prompts[0]).tolist()]
-    return {"tokens": answers[0].token_ids, "logits": found, "seconds": seconds, "host_bytes": _host_bytes()}
+            scores = [round(value, 6) for value in _engine.logits(prompts[0]).tolist()]
+    return {"tokens": answers[0].token_ids, "logits": scores, "seconds": seconds, "host_bytes": _host_bytes()}
 
 
 def measure(prompts: list[list[int]], output_len: int) -> dict[str, Any]:
     """One batch, timed: TTFT and TPOT are means over its requests, E2E the last one's, the gaps the first one's."""
-    answers = _engine.generate(prompts, _greedy(output_len))
-    metrics = [answer.metrics for answer in answers]
+    metrics = [answer.metrics for answer in _answer(prompts, output_len)]
     return {
         "ttft_s": statistics.fmean(m.ttft_s for m in metrics),
         "tpot_s": statistics.fmean(m.tpot_s for m in metrics),
@@ -72,18 +77,19 @@ def measure(prompts: list[list[int]], output_len: int) -> dict[str, Any]:
     }
 
 
+def _answer(prompts: list[list[int]], output_len: int) -> list[Generation]:
+    """Greedy, past the end token. InputError if an answer has another length: its times would be of other work."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    answers = _engine.generate(prompts, sampling)
+    for answer in answers:
+        if len(answer.token_ids) != output_len:
+            raise InputError(f"It gave {len(answer.token_ids)} tokens where {output_len} were asked for.")
+    return answers
+
+
 def _host_bytes() -> int:
     """Most bytes that the engine's process has held: this one, or the worker that a remote engine answers in."""
-    from helpers.backends.remote import RemoteEngine
-    from helpers.machine import hardware
-
     return _engine.memory()["host"] if isinstance(_engine, RemoteEngine) else hardware.peak_host_bytes()
-
-
-def _greedy(tokens: int) -> SamplingParams:
-    from helpers.model.sampling import SamplingParams
-
-    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
 
 CALLS = {"build": build, "load": load, "check": check, "measure": measure}

@@ -6,22 +6,29 @@ machines do not enter one table.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from helpers.errors import InputError
 from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
 
 SCHEMA = 2
+LATER: dict[str, Any] = {"later": True}  # marks fields that earlier records of this schema lack
 # Largest error of the logits against fp32, as a share of the largest logit: rounding of the type, with some room.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 6e-2, "int8": 6e-2, "fp8": 0.15, "int4": 0.25}
+HAVE_DECODE_GRAPHS = ("aot", "tensorrt")  # one for each of a recipe's decode_batch_sizes
+STEADY = 1.25  # a contender whose slowest run took more than this times its fastest was disturbed
 REFERENCES = Path(__file__).parent / "references"
 
 
@@ -43,18 +50,33 @@ class Workload:
     start_together: bool = False  # all contenders built and started at once: quicker, but they disturb each other
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))  # JSON has lists
+        for name, kind in get_type_hints(Workload).items():
+            value = getattr(self, name)
+            try:
+                _from_json(kind, list(value) if isinstance(value, tuple) else value, f"Workload.{name}")
+            except ValueError as error:
+                raise InputError(f"{error}.", fix="Give a value of the kind of its default.") from None
         for name in ("input_len", "output_len", "repeats", "warmup", "max_batch_size"):
             if getattr(self, name) < (2 if name == "output_len" else 1):
-                raise InputError(f"Workload.{name} is {getattr(self, name)}.", fix="Give 1 or more (output_len: 2).")
+                raise InputError(
+                    f"Workload.{name} is {getattr(self, name)}.",
+                    fix="Give 1 or more; output_len 2 or more, for a single token has no time per output token.",
+                )
         if self.input_len > self.max_input_len or self.input_len + self.output_len > self.max_seq_len:
             raise InputError(
                 f"{self.input_len} tokens in and {self.output_len} out do not fit the limits "
                 f"max_input_len={self.max_input_len}, max_seq_len={self.max_seq_len}.",
                 fix="Raise the limits, or ask for fewer tokens.",
             )
+        if outside := [size for size in self.decode_batch_sizes if not 1 <= size <= self.max_batch_size]:
+            raise InputError(f"Decode batch size {outside[0]} is not from 1 to max_batch_size={self.max_batch_size}.")
+        # 1 and the largest have a graph anyway, so naming them asks for nothing else.
+        sizes = set(self.decode_batch_sizes) - {1, self.max_batch_size}
+        object.__setattr__(self, "decode_batch_sizes", tuple(sorted(sizes)))
 
-    def recipe(self, backend: str, precision: str) -> BuildRecipe:
+    def recipe(self, backend: str, precision: str, threads: int = 0) -> BuildRecipe:
+        """The recipe of one contender. threads: of a CPU, for the backend that compiles for their number; the others
+        take it from the process that they run in (process.py)."""
         return BuildRecipe(
             model=self.model,
             backend=backend,
@@ -62,8 +84,9 @@ class Workload:
             max_batch_size=self.max_batch_size,
             max_input_len=self.max_input_len,
             max_seq_len=self.max_seq_len,
-            decode_batch_sizes=self.decode_batch_sizes,
+            decode_batch_sizes=self.decode_batch_sizes if backend in HAVE_DECODE_GRAPHS else (),
             device=self.device,
+            num_threads=threads if backend == "aot" else 0,
         )
 
 
@@ -92,6 +115,10 @@ class Row:
     tokens_equal: int | None = None  # how many of the reference's tokens came out the same, from the first on
     logit_error: float | None = None  # largest difference over largest logit; None: not compared
     versions: dict[str, str] = field(default_factory=dict)
+    # What it really used, as its process says. None: not recorded.
+    device: str | None = field(default=None, metadata=LATER)
+    threads: int | None = field(default=None, metadata=LATER)
+    decode_graph: int | None = field(default=None, metadata=LATER)  # sequences in the decode graph that it ran
 
     @property
     def name(self) -> str:
@@ -102,6 +129,17 @@ class Row:
         """Whether it computes what the fp32 reference computes, within its precision's rounding. None: not compared,
         as with dummy weights, which each backend draws for itself."""
         return None if self.logit_error is None else self.logit_error <= TOLERANCE[self.precision]
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.device_bytes or self.peak_host_bytes
+
+    @property
+    def first_token_s(self) -> float:
+        """From a new process to its first token. The first request may be later than a usual one; what torch_compile
+        takes then is its `build_s`."""
+        late = 0.0 if self.backend == "torch_compile" else self.warmup_e2e_s[0] - self.median("e2e_s")
+        return self.start_s + max(0.0, late) + self.median("ttft_s")
 
     def median(self, metric: str) -> float:
         return statistics.median(getattr(self, metric))
@@ -114,6 +152,16 @@ class Row:
         """The smallest gap that at least `percent` of all gaps do not exceed (nearest rank)."""
         ordered = sorted(self.itl_s)
         return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else math.nan
+
+
+@dataclass(frozen=True)
+class Host:
+    """The computer around it all: its processor, and its load (runnable processes, mean of a minute)."""
+
+    processor: str
+    cores: int  # that this process may use
+    load_before: float
+    load_after: float  # the benchmark's own work is in it
 
 
 @dataclass
@@ -130,24 +178,39 @@ class Record:
     commit: str = ""
     command: str = ""
     schema: int = SCHEMA
-
-    def at(self, batch_size: int) -> list[Row]:
-        return [row for row in self.rows if row.batch_size == batch_size]
-
-    def find(self, name: str, batch_size: int = 1) -> Row | None:
-        """One contender's row by its name, such as "aot fp32"; None if it was not measured."""
-        return next((r for r in self.at(batch_size) if r.name == name and r.status == "ok"), None)
-
-    def row(self, name: str, batch_size: int = 1) -> Row:
-        """The same; InputError if it was not measured."""
-        if found := self.find(name, batch_size):
-            return found
-        have = ", ".join(f"{row.name} (batch {row.batch_size})" for row in self.rows if row.status == "ok")
-        raise InputError(f"No measurement of {name!r} at batch {batch_size}.", fix=f"There are: {have or 'none'}.")
+    host: Host | None = field(default=None, metadata=LATER)  # None: not recorded
 
     @property
     def batch_sizes(self) -> list[int]:
         return sorted({row.batch_size for row in self.rows})
+
+    def at(self, batch_size: int | None = None) -> list[Row]:
+        """The rows at a batch size, or at the smallest that there is. InputError if there are none."""
+        size = min(self.batch_sizes, default=1) if batch_size is None else batch_size
+        if rows := [row for row in self.rows if row.batch_size == size]:
+            return rows
+        sizes = ", ".join(map(str, self.batch_sizes)) or "none"
+        raise InputError(f"The record has nothing at batch {size}.", fix=f"Its batch sizes: {sizes}.")
+
+    def measured(self, batch_size: int | None = None) -> list[Row]:
+        """Of the same rows those that did not fail. InputError if all did."""
+        rows = self.at(batch_size)
+        if good := [row for row in rows if row.status == "ok"]:
+            return good
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows)
+        raise InputError(f"At batch {rows[0].batch_size} nothing was measured.", cause=f"{reasons}.")
+
+    def find(self, name: str, batch_size: int = 1) -> Row | None:
+        """One contender's row by its name, such as "aot fp32"; None if it was not measured."""
+        ok = (row for row in self.rows if row.batch_size == batch_size and row.status == "ok")
+        return next((row for row in ok if row.name == name), None)
+
+    def row(self, name: str, batch_size: int = 1) -> Row:
+        """The same; InputError if it was not measured."""
+        if row := self.find(name, batch_size):
+            return row
+        have = ", ".join(f"{row.name} (batch {row.batch_size})" for row in self.rows if row.status == "ok")
+        raise InputError(f"No measurement of {name!r} at batch {batch_size}.", fix=f"There are: {have or 'none'}.")
 
     def throughput(self, row: Row) -> float:
         """Output tokens per second: batch x output tokens / E2E."""
@@ -157,65 +220,164 @@ class Record:
     def place(self) -> str:
         """Where and when it was measured, for a caption."""
         threads = f", threads: {self.threads}" if self.hardware["device"] == "cpu" else ""
-        return f"{self.hardware['name']} ({self.hardware['device']}{threads}), {self.date[:10]}"
+        host = f", in a host with {self.host.processor}" if self.host and self.hardware["device"] == "cuda" else ""
+        return f"{self.hardware['name']} ({self.hardware['device']}{threads}{host}), {self.date[:10]}"
+
+    def disturbances(self, batch_size: int) -> list[str]:
+        """What makes these rows less than a fair comparison: another's work on the machine, runs that differ by more
+        than STEADY, or a contender that used something else than was asked."""
+        rows = [row for row in self.at(batch_size) if row.status == "ok"]
+        remarks = []
+        if self.host and self.host.load_before > self.host.cores:
+            remarks.append(f"the machine was busy (load {self.host.load_before:.1f} on {self.host.cores} cores)")
+        elif self.host and self.host.load_after > self.host.cores + self.threads:
+            remarks.append(f"the machine became busy (load {self.host.load_after:.1f} on {self.host.cores} cores)")
+        spreads = {row.name: row.spread("tpot_s")[1] / row.spread("tpot_s")[0] for row in rows}
+        if uneven := [f"{name} {spread:.1f} times" for name, spread in spreads.items() if spread > STEADY]:
+            remarks.append(f"slowest run over fastest: {', '.join(uneven)}")
+        for row in rows:
+            if row.device not in (None, self.hardware["device"]):
+                remarks.append(f"{row.name} ran on {row.device}")
+            if self.hardware["device"] == "cpu" and row.threads not in (None, self.threads):
+                remarks.append(f"{row.name} used {row.threads} threads")
+        return remarks
+
+
+# Files
+
+
+def keeper(path: str | Path) -> Callable[[Record], Path]:
+    """The call that writes a record to `path`. InputError at once if nothing can be written there: a measurement
+    takes minutes."""
+    with _writing(Path(path)) as part:
+        part.touch()
+        part.unlink()
+    return lambda record: save(record, path)
 
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record as JSON, whole or not at all."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    with _writing(path) as part:
+        part.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
     return path
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """The name to write under until the file is whole. InputError where that fails, and nothing is left."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part = path.with_name(path.name + ".part")
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"The record cannot be written to {path.name!r:.80}: {error.strerror}.",
+            fix="Give a file in a folder that exists and that you may write to.",
+        ) from error
+
+
 def read(path: str | Path) -> Record:
-    """A record from its file. Truncated, incomplete or of another schema: refused with what is wrong."""
+    """A record from its file. Truncated, incomplete, of another schema or with wrong types: refused with what is
+    wrong."""
     path = Path(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"There is no record {path.name!r}.", fix="Write one: helpers bench --out FILE") from None
-    except ValueError as error:
-        raise _refused(path, f"it is not whole JSON ({error})") from error
-    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
-        found = raw.get("schema") if isinstance(raw, dict) else None
-        raise _refused(path, f"its schema is {found}, this course reads {SCHEMA}")
-    try:
-        rows = [_from_fields(Row, row) for row in raw["rows"]]
-        record = _from_fields(Record, {**raw, "workload": _from_fields(Workload, raw["workload"]), "rows": rows})
-        for key in ("name", "device"):
-            record.hardware[key]
-        for row in record.rows:
-            _check_row(row, record.workload)
-    except (TypeError, KeyError, AttributeError, InputError) as error:
-        raise _refused(path, f"{type(error).__name__}: {error}") from error
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            schema = raw.get("schema") if isinstance(raw, dict) else None
+            raise ValueError(f"its schema is {schema!r}, this course reads {SCHEMA}")
+        record: Record = _from_json(Record, raw, "record")
+        _check(record)
+    except OSError as error:
+        words = f"The record {path.name!r} cannot be read: {error.strerror}."
+        raise InputError(words, fix="Give a file that helpers bench --out FILE wrote.") from error
+    except (ValueError, RecursionError, InputError) as error:
+        raise InputError(
+            f"{path.name} is not read: {error}.",
+            cause="The file was cut, edited, or written by another version of the course.",
+            fix="Measure again: helpers bench --out FILE",
+        ) from error
     return record
 
 
+def _from_json(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as the type that a field declares; ValueError if it is none. Numbers are finite and not negative:
+    all that a record holds are counts, bytes and seconds."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else _from_json(arguments[0], value, where)
+    if kind is Any:
+        return value
+    if is_dataclass(kind) and type(value) is dict:
+        later = {f.name for f in fields(kind) if f.metadata == LATER}
+        kinds = get_type_hints(kind)
+        for problem, names in (("lacks", kinds.keys() - later - value.keys()), ("has unknown", value.keys() - kinds)):
+            if names:
+                raise ValueError(f"{where} {problem} {', '.join(sorted(names))}")
+        parts = {name: _from_json(kinds[name], item, f"{where}.{name}") for name, item in value.items()}
+        return kind(**parts)  # type: ignore[operator]
+    if origin in (list, tuple) and type(value) is list:
+        return origin(_from_json(arguments[0], item, where) for item in value)
+    if origin is dict and type(value) is dict:
+        return {name: _from_json(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if kind in (int, float) and type(value) in (int, kind) and 0 <= value < 2**63:
+        return kind(value)
+    if kind in (str, bool) and type(value) is kind:
+        return value
+    raise ValueError(f"{where} is {value!r:.60}")
+
+
+def _check(record: Record) -> None:
+    """What types alone do not say; ValueError."""
+    if not all(isinstance(record.hardware.get(name), str) for name in ("name", "device")):
+        raise ValueError("hardware has no name or device")
+    for row in record.rows:
+        if row.status not in ("ok", "failed", "absent"):
+            raise ValueError(f"{row.name}: status is {row.status!r}")
+        if not re.fullmatch(r"[\w.-]+", row.backend) or row.precision not in TOLERANCE or row.batch_size < 1:
+            raise ValueError(f"there is no contender {row.name!r} at batch {row.batch_size}")
+        if row.status != "ok":
+            continue
+        for metric in ("ttft_s", "tpot_s", "e2e_s"):
+            if len(getattr(row, metric)) != record.workload.repeats:
+                raise ValueError(f"{row.name}: {metric} is not {record.workload.repeats} times")
+        times = [*row.ttft_s, *row.tpot_s, *row.e2e_s, *row.warmup_e2e_s, row.limit_s]
+        if not row.warmup_e2e_s or not all(1e-9 < seconds < 1e9 for seconds in times):
+            raise ValueError(f"{row.name}: a time is missing, or is none that anything can take")
+
+
 def references() -> list[Record]:
-    """The records that come with the course, measured on one data-centre GPU by its own `bench` command."""
+    """The records that come with the course, measured by its own `bench` command."""
     return [read(path) for path in sorted(REFERENCES.glob("*.json"))]
 
 
 def reference(model: str, input_len: int | None = None) -> Record | None:
-    """The course's record of this model (and prompt length), or None if there is none."""
+    """The course's record of this model (and prompt length) on a GPU, or None if there is none."""
     for record in references():
-        if record.workload.model == model and input_len in (None, record.workload.input_len):
+        same = record.workload.model == model and input_len in (None, record.workload.input_len)
+        if same and record.hardware["device"] == "cuda":
             return record
     return None
 
 
 def commit() -> str:
-    """The course's commit, with "+" if files differ from it. COURSE_COMMIT says it for a copy without git; else ""."""
-    if said := os.environ.get("COURSE_COMMIT"):
-        return said
+    """The course's commit, with "+" if files differ from it. COURSE_COMMIT names it for a copy without git; else ""."""
+    if given := os.environ.get("COURSE_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# Records together
 
 
 def merge(*records: Record) -> Record:
@@ -233,7 +395,9 @@ def merge(*records: Record) -> Record:
         for row in record.rows:
             if row.status == "ok" or (row.name, row.batch_size) not in rows:
                 rows[row.name, row.batch_size] = row
-    return replace(first, rows=list(rows.values()), date=max(record.date for record in records))
+    hosts = [record.host for record in records if record.host]
+    busiest = max(hosts, key=lambda host: (host.load_before, host.load_after), default=None)
+    return replace(first, rows=list(rows.values()), date=max(record.date for record in records), host=busiest)
 
 
 def same_work(record: Record) -> Record:
@@ -245,41 +409,14 @@ def same_work(record: Record) -> Record:
 
 def differences(mine: Record, theirs: Record, names: tuple[str, ...]) -> list[str]:
     """What differs between two records in these fields, such as "workload.output_len: 64 and 32"."""
-    found = []
+    different = []
     for name in names:
         a, b = getattr(mine, name), getattr(theirs, name)
         if isinstance(a, Workload):
             a, b = asdict(a), asdict(b)
         if isinstance(a, dict):
             keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-            found += [f"{name}.{key}: {a.get(key)} and {b.get(key)}" for key in keys]
+            different += [f"{name}.{key}: {a.get(key)} and {b.get(key)}" for key in keys]
         elif a != b:
-            found.append(f"{name}: {a} and {b}")
-    return found
-
-
-def _from_fields(kind: Any, values: dict[str, Any]) -> Any:
-    known = {f.name for f in fields(kind)}
-    if missing := sorted(known - values.keys()):
-        raise KeyError(f"{kind.__name__} lacks {', '.join(missing)}")
-    if unknown := sorted(values.keys() - known):
-        raise KeyError(f"{kind.__name__} has unknown {', '.join(unknown)}")
-    return kind(**values)
-
-
-def _check_row(row: Row, workload: Workload) -> None:
-    if row.status not in ("ok", "failed", "absent"):
-        raise KeyError(f"status {row.status!r}")
-    if row.status == "ok":
-        for metric in ("ttft_s", "tpot_s", "e2e_s"):
-            samples = getattr(row, metric)
-            if len(samples) != workload.repeats or not all(isinstance(s, float) and s > 0 for s in samples):
-                raise KeyError(f"{row.name}: {metric} is not {workload.repeats} times")
-
-
-def _refused(path: Path, what: str) -> InputError:
-    return InputError(
-        f"{path.name} is not read: {what}.",
-        cause="The file was cut, edited, or written by another version of the course.",
-        fix="Measure again: helpers bench --out FILE",
-    )
+            different.append(f"{name}: {a} and {b}")
+    return different

@@ -4,26 +4,15 @@ What is the same for all: token ids in, number of tokens out (the end token is i
 limits, and threads on a CPU. What differs is the contender: a backend and a precision. Each runs in a process of its
 own, so that its memory is its own, and all take turns, so that a disturbance of the machine hits all alike.
 
-The metrics, and whose definition each is:
-  TTFT               request to first token (trtllm-bench, vllm bench, MLPerf)
-  TPOT               (E2E - TTFT) / (output tokens - 1) of one request (trtllm-bench calls the same sum ITL)
-  ITL                the single gaps between tokens, as the caller sees them (vllm bench serve)
-  E2E                request to last token
-  output throughput  batch x output tokens / E2E: the first token counts too (trtllm-bench's headline, vllm bench)
-  per user           1 / TPOT (trtllm-bench)
-  limit              ours: the time to read once the bytes that a decode step must read (see `bytes_per_step`)
-  build              ours: the engine's build; for torch_compile, by how much its first request was late
-  start              ours: a new process to a loaded engine, imports included
-  GPU memory         ours: what the GPU had more of when the process had ended, so CUDA's own share is in it
-
-Of a batch, TTFT and TPOT are the means over its requests, and E2E is the last request's. A time ends when the
-caller holds the token ids, so the device has done its work by then.
+tables.formulas lists the metrics, what each is, and whose definition. A time ends when the caller holds the token ids,
+so the device has done its work by then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -32,13 +21,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from importlib.metadata import version
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
-from helpers.bench.records import Record, Row, Workload, commit
+from helpers import backends
+from helpers.bench.records import Host, Record, Row, Workload, commit
 from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError
-from helpers.machine import hardware
+from helpers.machine import environments, hardware
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.paths import engines_folder
@@ -64,7 +56,7 @@ def run(
     with what there is so far.
     """
     for contender in contenders:
-        _parse(contender)
+        workload.recipe(*_parse(contender))  # RecipeError for what does not exist
     for size in batch_sizes:
         if not 1 <= size <= workload.max_batch_size:
             raise InputError(f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.")
@@ -102,6 +94,8 @@ def run_all(
                 _compare(runners, record, prompts[0])
         for size in batch_sizes:
             record.rows += _measure(runners, record, prompts[:size], progress)
+            if record.host:
+                record.host = replace(record.host, load_after=psutil.getloadavg()[0])
             if keep:
                 keep(record)
         if record.hardware["device"] == "cuda":
@@ -163,6 +157,8 @@ def _compare(runners: list[Runner], record: Record, prompt: list[int]) -> None:
             row = runner.rows[size]
             row.tokens_equal = _equal_prefix(answer["tokens"], expected["tokens"])
             row.logit_error = _logit_error(answer["logits"], expected["logits"])
+            if row.logit_error is not None and not math.isfinite(row.logit_error):
+                row.status, row.reason, row.logit_error = "failed", "Its logits hold infinity or NaN.", None
 
 
 def _device_memory(runners: list[Runner], record: Record) -> None:
@@ -266,6 +262,8 @@ def _logit_error(logits: list[float] | None, reference: list[float] | None) -> f
     """Largest difference over largest logit. Both less their mean: some backends give logits less a constant."""
     if logits is None or reference is None:
         return None
+    if not all(map(math.isfinite, logits)):
+        return math.nan
     mine, theirs = ([v - sum(values) / len(values) for v in values] for values in (logits, reference))
     return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(map(abs, theirs))
 
@@ -283,8 +281,8 @@ def make_runner(workload: Workload, threads: int, contender: str) -> Runner:
 
 
 def _parse(contender: str) -> tuple[str, str]:
+    """ "aot:int8" to backend and precision."""
     backend, _, precision = contender.partition(":")
-    BuildRecipe(backend=backend, precision=precision or "fp32")  # RecipeError for names that do not exist
     return backend, precision or "fp32"
 
 
@@ -293,7 +291,8 @@ def empty_record(workload: Workload) -> Record:
     machine = hardware.describe(workload.device)
     size = find_checkpoint(workload.model).config.parameter_count() * 4
     threads = workload.threads or hardware.default_threads(size)
-    versions = {"python": sys.version.split()[0], **hardware.versions(), "transformers": _version("transformers")}
+    cpu, load = hardware.describe("cpu"), psutil.getloadavg()[0]
+    versions = {"python": sys.version.split()[0], **hardware.versions(), "transformers": version("transformers")}
     return Record(
         workload,
         [],
@@ -304,6 +303,7 @@ def empty_record(workload: Workload) -> Record:
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit(),
         _command(),
+        host=Host(cpu.name, cpu.cores, load, load),
     )
 
 
@@ -316,15 +316,6 @@ def _command() -> str:
     return shlex.join(["helpers", *kept])
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 # A contender in a process of its own
 
 
@@ -334,11 +325,13 @@ class Runner:
     module, python = "helpers.bench.process", ""  # what the worker serves, and under which Python
 
     def __init__(self, workload: Workload, threads: int, backend: str, precision: str):
-        self.workload, self.threads = workload, threads
-        self.recipe = workload.recipe(backend, precision)
+        self.workload = workload
+        # Where the GPU does the work, each backend keeps its own number of CPU threads: vLLM, for one, has its reasons.
+        self.threads = threads if hardware.resolve_device(workload.device) == "cpu" else 0
         self.row = Row(backend, precision, batch_size=1)  # what is true at every batch size
         self.rows: dict[int, Row] = {}
         self.answers: dict[int, dict[str, Any]] = {}  # tokens and logits of the first request, by batch size
+        self.decode_graphs: list[int] = []
         self.worker: Worker | None = None
         self.cache = tempfile.TemporaryDirectory()  # torch.compile's: what earlier runs left would hide its cost
 
@@ -354,6 +347,7 @@ class Runner:
         for size in sizes:
             empty: dict[str, Any] = {name: [] for name in ("ttft_s", "tpot_s", "e2e_s", "itl_s", "warmup_e2e_s")}
             row = self.rows[size] = replace(self.row, batch_size=size, **empty)
+            row.decode_graph = min((graph for graph in self.decode_graphs if graph >= size), default=None)
             work = {"prompts": prompts[:size], "output_len": self.workload.output_len}
             if answer := self.ask(row, "check", **work, logits=trained):
                 self.answers[size] = answer
@@ -372,27 +366,30 @@ class Runner:
                 self.end()
             return None
 
+    @property
+    def recipe(self) -> BuildRecipe:
+        return self.workload.recipe(self.row.backend, self.row.precision, self.threads)
+
     def _build(self) -> None:
         """In a process that ends with it: what a compiler leaves in memory is not the engine's."""
-        from helpers import backends
+        if name := backends.ENVIRONMENTS.get(self.row.backend):  # where that is not there, nothing is started
+            environments.need_python(name)
+        if self.row.backend in COMPILED:
+            with Worker(self.module) as builder:
+                engine = builder.call("build", time_limit=BUILD_LIMIT_S, recipe=self.recipe.to_dict())
+            self.row.build_s, self.row.disk_bytes = engine["seconds"], engine["bytes"]
 
-        module = backends.module(self.recipe.backend)
-        if hasattr(module, "find_python"):  # an environment of its own: where there is none, nothing is started
-            module.find_python()
-        if self.recipe.backend in COMPILED:
-            with Worker("helpers.bench.process") as builder:
-                built = builder.call("build", time_limit=BUILD_LIMIT_S, recipe=self.recipe.to_dict())
-            self.row.build_s, self.row.disk_bytes = built["seconds"], built["bytes"]
+    def _load_arguments(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.to_dict(), "threads": self.threads, "cache": self.cache.name}
 
     def _start(self) -> Worker:
         started = time.perf_counter()
         self.worker = Worker(self.module, python=self.python)
-        # Where the GPU does the work, each backend keeps its own number of CPU threads: vLLM, for one, has its reasons.
-        threads = self.threads if hardware.resolve_device(self.workload.device) == "cpu" else 0
-        arguments = {"recipe": self.recipe.to_dict(), "threads": threads, "cache": self.cache.name}
-        answer = self.worker.call("load", time_limit=TIME_LIMIT_S, **arguments)
+        answer = self.worker.call("load", time_limit=TIME_LIMIT_S, **self._load_arguments())
         self.row.start_s = time.perf_counter() - started
-        self.row.load_s, self.row.versions = answer["load_s"], answer["versions"]
+        self.decode_graphs = answer.pop("decode_graphs")
+        for name, value in answer.items():
+            setattr(self.row, name, value)
         return self.worker
 
     def end(self) -> None:

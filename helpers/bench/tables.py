@@ -6,7 +6,7 @@ import html
 import sys
 from collections.abc import Callable, Mapping
 
-from helpers.bench.records import REFERENCES, Record, Row, differences, same_work
+from helpers.bench.records import REFERENCES, Record, Row, Workload, differences, same_work
 from helpers.display import COLOURS, HATCHES, Picture, Table, new_figure
 from helpers.errors import InputError
 
@@ -16,83 +16,174 @@ else:
     import tomli as tomllib
 
 MISSING = "no record of this workload from another machine comes with the course yet."
-_AGREES = {True: "yes", False: "NO", None: "-"}
 
 
-def table(record: Record, batch_size: int = 1) -> Table:
-    """One table of a record: a column for each contender, a row for each metric. `formulas` says what they mean."""
-    rows = [row for row in record.at(batch_size) if row.status != "absent"]
-    ok = [row.status == "ok" for row in rows]
-    absent = [row.name for row in record.at(batch_size) if row.status == "absent"]
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds == seconds else "-"  # nan: there is none
 
-    def line(name: str, show: Callable[[Row], str]) -> list[str]:
-        return [name, *(show(row) if good else "" for row, good in zip(rows, ok, strict=True))]
 
-    def ms(seconds: float) -> str:
-        return f"{seconds * 1e3:.2f}" if seconds == seconds else "-"  # nan: not measured
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f}" if size else "-"
 
-    def mb(size: int) -> str:
-        return f"{size / 1e6:.0f}" if size else "-"
 
-    lines = [
-        line("TTFT, ms", lambda r: ms(r.median("ttft_s"))),
-        line("TPOT, ms", lambda r: ms(r.median("tpot_s"))),
-        line("  least to most", lambda r: " to ".join(map(ms, r.spread("tpot_s")))),
-        line("  limit, ms", lambda r: ms(r.limit_s)),
-        line("  limit / TPOT", lambda r: f"{r.limit_s / r.median('tpot_s'):.0%}"),
-        line("ITL p50, ms", lambda r: ms(r.itl_percentile(50))),
-        line("ITL p90, ms", lambda r: ms(r.itl_percentile(90))),
-        line("ITL p99, ms", lambda r: ms(r.itl_percentile(99))),
-        line("E2E, ms", lambda r: ms(r.median("e2e_s"))),
-        line("output tokens/s", lambda r: f"{record.throughput(r):,.0f}"),
-        line("tokens/s per user", lambda r: f"{1 / r.median('tpot_s'):,.0f}"),
-        line("build, s", lambda r: f"{r.build_s:.0f}"),
-        line("start, s", lambda r: f"{r.start_s:.1f}"),
-        line("  of it load, s", lambda r: f"{r.load_s:.2f}"),
-        line("first request, ms", lambda r: ms(r.warmup_e2e_s[0])),
-        line("host memory, MB", lambda r: mb(r.peak_host_bytes)),
-        *([line("GPU memory, MB", lambda r: mb(r.device_bytes))] if any(r.device_bytes for r in rows) else []),
-        line("engine on disk, MB", lambda r: mb(r.disk_bytes)),
-        line(
-            "tokens as fp32",
-            lambda r: "-" if r.tokens_equal is None else f"{r.tokens_equal} of {record.workload.output_len}",
-        ),
-        line("logits off by", lambda r: "-" if r.logit_error is None else f"{r.logit_error:.0e}"),
-        line("agrees", lambda r: _AGREES[r.agrees]),
-    ]
-    if not all(ok):
-        lines.append(["failed", *(row.reason for row in rows)])
-    work = record.workload
-    caption = (
-        f"{work.model}, batch {batch_size}, {work.input_len} tokens in, {work.output_len} out, "
-        f"medians of {work.repeats}; {record.place}"
+def _used(row: Row) -> str:
+    return (
+        "not recorded" if row.device is None else f"cpu, threads: {row.threads}" if row.device == "cpu" else row.device
     )
+
+
+def _equal(row: Row, work: Workload) -> str:
+    return "-" if row.tokens_equal is None else f"{row.tokens_equal} of {work.output_len}"
+
+
+# How each metric of a row shows; "-" where it is not known or not there. FORMULAS says what they are.
+METRICS: dict[str, Callable[[Record, Row], str]] = {
+    "TTFT, ms": lambda _, r: _ms(r.median("ttft_s")),
+    "TPOT, ms": lambda _, r: _ms(r.median("tpot_s")),
+    "least to most, ms": lambda _, r: " to ".join(map(_ms, r.spread("tpot_s"))),
+    "limit, ms": lambda _, r: _ms(r.limit_s),
+    "limit / TPOT": lambda _, r: f"{r.limit_s / r.median('tpot_s'):.0%}",
+    "ITL p50, ms": lambda _, r: _ms(r.itl_percentile(50)),
+    "ITL p90, ms": lambda _, r: _ms(r.itl_percentile(90)),
+    "ITL p99, ms": lambda _, r: _ms(r.itl_percentile(99)),
+    "E2E, ms": lambda _, r: _ms(r.median("e2e_s")),
+    "output tokens/s": lambda record, r: f"{record.throughput(r):,.0f}",
+    "tokens/s per user": lambda _, r: f"{1 / r.median('tpot_s'):,.0f}",
+    "build, s": lambda _, r: f"{r.build_s:.0f}",
+    "start, s": lambda _, r: f"{r.start_s:.1f}",
+    "of it load, s": lambda _, r: f"{r.load_s:.2f}",
+    "first request, ms": lambda _, r: _ms(r.warmup_e2e_s[0]),
+    "first token, s": lambda _, r: f"{r.first_token_s:.1f}",
+    "first token ever, s": lambda _, r: f"{r.build_s + r.first_token_s:.1f}",
+    "host memory, MB": lambda _, r: _mb(r.peak_host_bytes),
+    "GPU memory, MB": lambda _, r: _mb(r.device_bytes),
+    "engine on disk, MB": lambda _, r: _mb(r.disk_bytes),
+    "ran on": lambda _, r: _used(r),
+    "decode graph": lambda _, r: str(r.decode_graph or "-"),
+    "tokens as fp32": lambda record, r: _equal(r, record.workload),
+    "logits off by": lambda _, r: "-" if r.logit_error is None else f"{r.logit_error:.0e}",
+    "agrees": lambda _, r: {True: "yes", False: "NO", None: "-"}[r.agrees],
+}
+FORMULAS = (
+    ("TTFT", "time from the request to its first token", "trtllm-bench, vllm bench, MLPerf"),
+    ("TPOT", "(E2E - TTFT) / (output tokens - 1)", "MLPerf, vllm bench; trtllm-bench also says ITL"),
+    ("TTFT and TPOT of a batch", "means over its requests", "ours"),
+    ("least to most", "TPOT of the single runs", "ours"),
+    ("limit", "time to read the bytes of one step once (weights, KV cache)", "ours"),
+    ("ITL", "each gap between two tokens of the first sequence; percentiles by nearest rank", "vllm bench serve"),
+    ("E2E", "time from the request to its last token; of a batch, the last request's", "all"),
+    ("output tokens/s", "batch x output tokens / E2E: the first token counts too", "trtllm-bench, vllm bench"),
+    ("tokens/s per user", "1 / TPOT", "trtllm-bench"),
+    ("build", "the engine's build; torch_compile: first request less a usual one", "ours"),
+    ("start", "from a new process to a loaded engine, imports included", "ours"),
+    ("first token", "start + TTFT + what the first request took longer than a usual one", "ours"),
+    ("first token ever", "build + first token", "ours"),
+    ("host memory", "most that the process held, Python and libraries included", "ours"),
+    ("GPU memory", "what the GPU had more of when the process had ended: CUDA's share is in it", "ours"),
+    ("ran on", "device, and on a CPU the threads, that its process says it used", "ours"),
+    ("decode graph", "sequences in the graph that its steps ran in", "ours"),
+    ("logits off by", "largest difference to PyTorch's fp32 logits / largest logit", "ours"),
+)
+SPEED = ("TPOT, ms", "least to most, ms", "output tokens/s", "agrees")  # in tables of several records
+
+
+def memory_metric(record: Record) -> str:
+    return f"{'GPU' if record.hardware['device'] == 'cuda' else 'host'} memory, MB"
+
+
+def _work(record: Record) -> str:
+    work = record.workload
+    return f"{work.model}, {work.input_len} tokens in, {work.output_len} out"
+
+
+def _disturbed(record: Record, *batch_sizes: int) -> str:
+    remarks = [
+        remark + (f" at batch {size}" if len(batch_sizes) > 1 else "")
+        for size in batch_sizes
+        for remark in record.disturbances(size)
+    ]
+    return f". Disturbed: {'; '.join(remarks)}" if remarks else ""
+
+
+def table(record: Record, batch_size: int | None = None) -> Table:
+    """One table of a record: a column for each contender, a line for each metric. `formulas` says what they mean.
+    batch_size: without one, the smallest of the record."""
+    rows = [row for row in record.at(batch_size) if row.status != "absent"]
+    absent = [row.name for row in record.at(batch_size) if row.status == "absent"]
+    lines = [
+        [name, *(show(record, row) if row.status == "ok" else "" for row in rows)] for name, show in METRICS.items()
+    ]
+    lines = [line for line in lines if not set(line[1:]) <= {"-", ""} or line[0] == "agrees"]
+    if any(row.status != "ok" for row in rows):
+        lines.append(["failed", *(row.reason for row in rows)])
+    size = record.at(batch_size)[0].batch_size
+    caption = f"{_work(record)}, batch {size}, medians of {record.workload.repeats}; {record.place}"
     missing = f". Not on this machine: {', '.join(absent)}" if absent else ""
-    return Table(caption + missing, ("", *(row.name for row in rows)), lines)
+    return Table(caption + missing + _disturbed(record, size), ("", *(row.name for row in rows)), lines)
 
 
 def formulas() -> Table:
     """What each number of `table` is, and whose definition."""
-    rows = (
-        ("TTFT", "time from the request to its first token", "trtllm-bench, vllm bench, MLPerf"),
-        ("TPOT", "(E2E - TTFT) / (output tokens - 1)", "MLPerf, vllm bench; trtllm-bench also says ITL"),
-        ("limit", "time to read the bytes of one step once (weights, KV cache)", "ours"),
-        ("ITL", "each gap between two tokens of the first sequence; percentiles by nearest rank", "vllm bench"),
-        ("E2E", "time from the request to its last token; of a batch, the last request's", "all"),
-        ("output tokens/s", "batch x output tokens / E2E", "trtllm-bench, vllm bench"),
-        ("tokens/s per user", "1 / TPOT", "trtllm-bench"),
-        ("build", "the engine's build; torch_compile: first request less a usual one", "ours"),
-        ("start", "from a new process to a loaded engine, imports included", "ours"),
-        ("host memory", "most that the process held, Python and libraries included", "ours"),
-        ("GPU memory", "what the GPU had more of when the process had ended: CUDA's share is in it", "ours"),
-        ("logits off by", "largest difference to PyTorch's fp32 logits / largest logit", "ours"),
-    )
-    return Table("Formulas", ("number", "formula", "definition of"), rows)
+    return Table("Formulas", ("number", "formula", "definition of"), FORMULAS)
 
 
-def tpot(record: Record, batch_size: int = 1) -> Picture:
+def overview(record: Record) -> Table:
+    """All of a record in one table: a line for each contender at each batch size."""
+    speed = ("TTFT, ms", "TPOT, ms", "least to most, ms", "limit / TPOT", "output tokens/s")
+    metrics = (*speed, memory_metric(record), "agrees")
+    lines = []
+    for row in sorted(record.rows, key=lambda row: row.batch_size):
+        failed = [f"{row.status}: {row.reason}", *[""] * (len(metrics) - 1)]
+        cells = [METRICS[name](record, row) for name in metrics] if row.status == "ok" else failed
+        lines.append((row.name, row.batch_size, *cells))
+    caption = f"{_work(record)}; {record.place}{_disturbed(record, *record.batch_sizes)}"
+    return Table(caption, ("contender", "batch", *metrics), lines)
+
+
+def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -> Table:
+    """Two records side by side, contender by contender: TPOT of each, and the ratios of medians and of least times."""
+    rows = []
+    for row in mine.rows:
+        other = theirs.find(row.name, row.batch_size)
+        if other is None or row.status != "ok":
+            continue
+        a, b = row.median("tpot_s"), other.median("tpot_s")
+        least = row.spread("tpot_s")[0] / other.spread("tpot_s")[0]
+        rows.append((row.name, row.batch_size, _ms(a), _ms(b), f"{a / b:.2f}", f"{least:.2f}"))
+    settings = differences(mine, theirs, ("workload", "hardware", "threads", "versions"))
+    caption = "The records differ in: " + "; ".join(settings) if settings else "Same work, same machine, same versions."
+    ratio = f"{names[0]} / {names[1]}"
+    columns = ("contender", "batch", f"TPOT of {names[0]}, ms", f"of {names[1]}, ms", ratio, f"{ratio}, least")
+    return Table(caption, columns, rows)
+
+
+def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -> Table:
+    """This machine's results and the reference machine's in columns of their own, for every contender of either.
+
+    Raises InputError if the two did different work; how often, and on what, may differ.
+    """
+    if theirs and (different := differences(same_work(mine), same_work(theirs), ("workload",))):
+        raise InputError(
+            f"These records do not belong in one table: they differ in {'; '.join(different)}.",
+            fix="Measure the same work, or look at each record alone: comparison.overview.",
+        )
+    size = mine.at(batch_size)[0].batch_size
+    names = dict.fromkeys(row.name for r in (mine, theirs) if r for row in r.rows if row.batch_size == size)
+    rows = []
+    for contender in names:
+        cells = []
+        for record in (mine, theirs):
+            row = record.find(contender, size) if record else None
+            cells += [METRICS[m](record, row) for m in SPEED] if record and row else ["not measured", "-", "-", "-"]
+        rows.append((contender, *cells))
+    there = theirs.place + _disturbed(theirs, size) if theirs else MISSING
+    columns = ("contender", *(f"{where}: {name}" for where in ("here", "there") for name in SPEED))
+    return Table(f"Batch {size}. Here: {mine.place}{_disturbed(mine, size)}. There: {there}", columns, rows)
+
+
+def tpot(record: Record, batch_size: int | None = None) -> Picture:
     """TPOT as bars, every run as a dot, and each contender's limit as a line across its bar."""
-    rows = [row for row in record.at(batch_size) if row.status == "ok"]
+    rows = record.measured(batch_size)
     figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
     names = [row.name for row in rows]
     axes.barh(names, [row.median("tpot_s") * 1e3 for row in rows], 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
@@ -101,13 +192,15 @@ def tpot(record: Record, batch_size: int = 1) -> Picture:
         axes.plot(samples, [y] * len(samples), "o", color="black", markersize=3.5)
         limit = row.limit_s * 1e3
         axes.plot([limit, limit], [y - 0.42, y + 0.42], color=COLOURS[5], linewidth=3, label="" if y else "limit")
-        axes.text(max(samples), y, f"  {row.median('tpot_s') * 1e3:.2f} (limit {limit:.2f})", va="center")
-    axes.invert_yaxis()
+        axes.text(max(samples), y, f"  {_ms(row.median('tpot_s'))} (limit {limit:.2f})", va="center")
     axes.set_xlim(0, max(max(row.tpot_s) for row in rows) * 1e3 * 1.3)
     axes.set_xlabel("TPOT, milliseconds: median (bar, number) and every run (dots)")
     axes.legend(loc="lower right", frameon=False)
-    words = "; ".join(f"{r.name} {r.median('tpot_s') * 1e3:.2f}, limit {r.limit_s * 1e3:.2f}" for r in rows)
-    return Picture(figure, f"Bars: milliseconds per output token at batch {batch_size}. {words}.")
+    axes.invert_yaxis()
+    words = "; ".join(
+        f"{r.name} {_ms(r.median('tpot_s'))} (least {_ms(min(r.tpot_s))}), limit {_ms(r.limit_s)}" for r in rows
+    )
+    return Picture(figure, f"Bars: milliseconds per output token at batch {rows[0].batch_size}. {words}.")
 
 
 def batching(record: Record) -> Picture:
@@ -115,7 +208,8 @@ def batching(record: Record) -> Picture:
     figure, axes = new_figure(height=3.4)
     words = []
     throughputs: list[float] = []
-    for index, name in enumerate(dict.fromkeys(row.name for row in record.rows if row.status == "ok")):
+    names = dict.fromkeys(row.name for row in record.rows if row.status == "ok")
+    for index, name in enumerate(names or [row.name for row in record.measured()]):  # InputError where all failed
         rows = sorted((r for r in record.rows if r.name == name and r.status == "ok"), key=lambda r: r.batch_size)
         x, y = [r.median("tpot_s") * 1e3 for r in rows], [record.throughput(r) for r in rows]
         throughputs += y
@@ -140,97 +234,19 @@ def batching(record: Record) -> Picture:
     return Picture(figure, f"Lines: output tokens per second against time per token. {'; '.join(words)}.")
 
 
-def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -> Table:
-    """Two records side by side, contender by contender: TPOT of each, and their ratio."""
-    rows = []
-    for row in mine.rows:
-        other = theirs.find(row.name, row.batch_size)
-        if other is None or row.status != "ok":
-            continue
-        a, b = row.median("tpot_s"), other.median("tpot_s")
-        rows.append((row.name, row.batch_size, f"{a * 1e3:.2f}", f"{b * 1e3:.2f}", f"{a / b:.2f}"))
-    settings = differences(mine, theirs, ("workload", "hardware", "threads", "versions"))
-    caption = "The records differ in: " + "; ".join(settings) if settings else "Same work, same machine, same versions."
-    columns = ("contender", "batch", f"TPOT of {names[0]}, ms", f"of {names[1]}, ms", f"{names[0]} / {names[1]}")
-    return Table(caption, columns, rows)
-
-
-def overview(record: Record) -> Table:
-    """All of a record in one table: a line for each contender at each batch size."""
-    lines = []
-    for size in record.batch_sizes:
-        for row in record.at(size):
-            if row.status != "ok":
-                lines.append((row.name, size, f"{row.status}: {row.reason}", "", "", "", "", ""))
-                continue
-            memory = row.device_bytes or row.peak_host_bytes
-            lines.append(
-                (
-                    row.name,
-                    size,
-                    f"{row.median('ttft_s') * 1e3:.2f}",
-                    f"{row.median('tpot_s') * 1e3:.2f}",
-                    f"{row.limit_s / row.median('tpot_s'):.0%}",
-                    f"{record.throughput(row):,.0f}",
-                    f"{memory / 1e6:,.0f}",
-                    _AGREES[row.agrees],
-                )
-            )
-    of = "GPU" if record.hardware["device"] == "cuda" else "host"
-    columns = ("contender", "batch", "TTFT, ms", "TPOT, ms", "limit / TPOT", "tokens/s", f"{of} memory, MB", "agrees")
-    work = record.workload
-    return Table(f"{work.model}, {work.input_len} tokens in, {work.output_len} out; {record.place}", columns, lines)
-
-
-def beside(mine: Record, theirs: Record | None, batch_size: int = 1) -> Table:
-    """This machine's results and the reference machine's in columns of their own, for every contender of either.
-
-    Raises InputError if the two did different work; how often, and on what, may differ.
-    """
-    if theirs and (different := differences(same_work(mine), same_work(theirs), ("workload",))):
-        raise InputError(
-            f"These records do not belong in one table: they differ in {'; '.join(different)}.",
-            fix="Measure the same work, or look at each record alone: comparison.overview.",
-        )
-    records = [record for record in (mine, theirs) if record]
-    names = list(dict.fromkeys(row.name for record in records for row in record.at(batch_size)))
-    rows = []
-    for name in names:
-        line = [name]
-        for record in (mine, theirs):
-            row = record.find(name, batch_size) if record else None
-            if record and row:
-                line += [f"{row.median('tpot_s') * 1e3:.2f}", f"{record.throughput(row):,.0f}", _AGREES[row.agrees]]
-            else:
-                line += ["not measured", "-", "-"]
-        rows.append(line)
-    there = theirs.place if theirs else MISSING
-    columns = (
-        "contender",
-        "TPOT here, ms",
-        "tokens/s here",
-        "agrees here",
-        "TPOT there, ms",
-        "tokens/s there",
-        "agrees there",
-    )
-    return Table(f"Here: {mine.place}. There: {there}", columns, rows)
-
-
-def first_token(record: Record, batch_size: int = 1) -> Picture:
-    """Seconds from nothing to the very first token: build, then start, then the TTFT of the first request."""
-    rows = [row for row in record.at(batch_size) if row.status == "ok"]
+def first_token(record: Record, batch_size: int | None = None) -> Picture:
+    """Seconds from nothing to the very first token: build, then start, then the first request up to its token."""
+    rows = record.measured(batch_size)
     figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
     names = [row.name for row in rows]
     parts = {
         "build or compile": [row.build_s for row in rows],
         "start": [row.start_s for row in rows],
-        "TTFT": [row.median("ttft_s") for row in rows],
+        "first request": [row.first_token_s - row.start_s for row in rows],
     }
     left = [0.0] * len(rows)
-    for (part, values), colour, hatch in zip(
-        parts.items(), (COLOURS[1], COLOURS[4], COLOURS[0]), HATCHES, strict=False
-    ):
+    colours = (COLOURS[1], COLOURS[4], COLOURS[0])
+    for (part, values), colour, hatch in zip(parts.items(), colours, HATCHES, strict=False):
         axes.barh(names, values, 0.6, left=left, label=part, color=colour, hatch=hatch, edgecolor="white")
         left = [a + b for a, b in zip(left, values, strict=True)]
     for y, total in enumerate(left):
@@ -245,9 +261,9 @@ def first_token(record: Record, batch_size: int = 1) -> Picture:
     return Picture(figure, f"Bars: seconds until the first token ever. {words}.")
 
 
-def memory(record: Record, batch_size: int = 1) -> Picture:
+def memory(record: Record, batch_size: int | None = None) -> Picture:
     """Megabytes that each contender's process holds: on the host, and on the GPU if there is one."""
-    rows = [row for row in record.at(batch_size) if row.status == "ok"]
+    rows = record.measured(batch_size)
     kinds = {"host": [row.peak_host_bytes / 1e6 for row in rows]}
     if any(row.device_bytes for row in rows):
         kinds["GPU"] = [row.device_bytes / 1e6 for row in rows]

@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers.bench import records
 from helpers.bench import run as benchmark
 from helpers.bench import tables as comparison
-from helpers.bench.records import Row, Workload
+from helpers.bench.records import Workload
 from helpers.bench.run import Runner
 from helpers.model.checkpoint import BUNDLED
 
@@ -23,10 +23,8 @@ class PeerRunner(Runner):
     module = "tests.peers.onnxruntime_genai_worker"
 
     def __init__(self, workload: Workload, threads: int, precision: str, python: str, folder: Path):
-        self.workload, self.threads, self.python, self.folder = workload, threads, python, folder
-        self.row = Row(PEER, precision, batch_size=1)
-        self.rows, self.answers, self.worker = {}, {}, None
-        self.cache = tempfile.TemporaryDirectory()
+        super().__init__(workload, threads, PEER, precision)
+        self.python, self.folder = python, folder
 
     def _build(self) -> None:
         start = time.perf_counter()
@@ -40,13 +38,8 @@ class PeerRunner(Runner):
         self.row.build_s = time.perf_counter() - start
         self.row.disk_bytes = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
-    def _start(self):
-        started = time.perf_counter()
-        self.worker = benchmark.Worker(self.module, python=self.python)
-        answer = self.worker.call("load", folder=str(self.folder), threads=self.threads)
-        self.row.start_s = time.perf_counter() - started
-        self.row.load_s, self.row.versions = answer["load_s"], answer["versions"]
-        return self.worker
+    def _load_arguments(self):
+        return {"folder": str(self.folder), "threads": self.threads}
 
 
 def main() -> None:
@@ -60,18 +53,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="for all alike; 0: as the course chooses")
     parser.add_argument("--peer-threads", type=int, default=-1, help="for the peer; -1: the same; 0: its own default")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    workload = Workload("stories", given.input, given.output, given.repeats, threads=given.threads)
+    settings = parser.parse_args()
+    workload = Workload("stories", settings.input, settings.output, settings.repeats, threads=settings.threads)
+    keep = records.keeper(settings.out)
     record = benchmark.empty_record(workload)
-    peer_threads = record.threads if given.peer_threads < 0 else given.peer_threads
+    peer_threads = record.threads if settings.peer_threads < 0 else settings.peer_threads
     record.command = (
-        f"python -m tests.peers.onnxruntime_genai --threads {given.threads} --peer-threads {given.peer_threads}"
+        f"python -m tests.peers.onnxruntime_genai --threads {settings.threads} --peer-threads {settings.peer_threads}"
     )
-    runners = [benchmark.make_runner(workload, record.threads, name) for name in given.backends.split(",")]
+    runners = [benchmark.make_runner(workload, record.threads, name) for name in settings.backends.split(",")]
     with tempfile.TemporaryDirectory() as work:
-        for precision in given.precisions.split(","):
-            runners.append(PeerRunner(workload, peer_threads, precision, given.python, Path(work, precision)))
-        benchmark.run_all(record, runners, [1], keep=lambda part: records.save(part, given.out))
+        for precision in settings.precisions.split(","):
+            runners.append(PeerRunner(workload, peer_threads, precision, settings.python, Path(work, precision)))
+        benchmark.run_all(record, runners, [1], keep=keep)
     print(comparison.table(record))
 
 

@@ -23,7 +23,8 @@ def load(folder, threads):
     state["og"], state["model"] = onnxruntime_genai, onnxruntime_genai.Model(folder)
     names = ("onnxruntime-genai", "onnxruntime")
     versions = {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-    return {"load_s": time.perf_counter() - start, "versions": versions}
+    used = {"device": "cpu", "threads": threads or None, "decode_graphs": []}
+    return {"load_s": time.perf_counter() - start, "versions": versions, **used}
 
 
 def generate(ids, output_len):
@@ -49,9 +50,9 @@ def check(prompts, output_len, logits):
     params.set_search_options(max_length=len(prompts[0]) + 2)
     generator = og.Generator(state["model"], params)
     generator.append_tokens(prompts[0])
-    found = generator.get_logits()
-    found = found.reshape(-1, found.shape[-1])[-1].tolist()  # of the last position
-    return {"tokens": tokens, "logits": found, "seconds": times[-1], "host_bytes": peak_host_bytes()}
+    logits = generator.get_logits()
+    last = logits.reshape(-1, logits.shape[-1])[-1].tolist()  # of the last position
+    return {"tokens": tokens, "logits": last, "seconds": times[-1], "host_bytes": peak_host_bytes()}
 
 
 def measure(prompts, output_len):
