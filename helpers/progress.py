@@ -19,6 +19,7 @@ class Progress:
         self.title, self.quiet = title, quiet
         self.seconds: dict[str, float] = {}
         self._running: tuple[str, float] | None = None
+        self._parts: list[str] = []
         self._handle = None if quiet else _notebook_display()
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -40,6 +41,15 @@ class Progress:
         if self._handle is None:
             self._say(f"  {name:<28} {self.seconds[name]:6.1f} s")
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A piece of the running phase, named beside it and not timed by itself. Pieces may run side by side."""
+        self._parts.append(name)
+        try:
+            yield
+        finally:
+            self._parts.remove(name)
+
     def close(self) -> None:
         self._done.set()
         self._thread.join()
@@ -54,7 +64,8 @@ class Progress:
     def _lines(self) -> list[str]:
         lines = [self.title, *(f"  {name:<28} {took:6.1f} s" for name, took in self.seconds.items())]
         if running := self._running:
-            lines.append(f"  {running[0]:<28} {time.perf_counter() - running[1]:6.1f} s ...")
+            parts = ", ".join(self._parts)
+            lines.append(f"  {running[0]:<28} {time.perf_counter() - running[1]:6.1f} s ... {parts}".rstrip())
         elif self._done.is_set() and self.seconds:
             lines.append(f"  {'total':<28} {sum(self.seconds.values()):6.1f} s")
         return lines

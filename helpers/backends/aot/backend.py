@@ -1,43 +1,42 @@
 """The `aot` backend: an ahead-of-time engine by PyTorch's AOTInductor.
 
-Build: the decoder is exported once a phase and batch size and compiled to native code, a shared library in each
-.pt2 file (compile.py). Run: engine.py.
+Build: the decoder is exported once a phase and batch size and compiled to native code, a shared library in each .pt2
+file (graphs.py, compile.py), which is compared with the decoder run by PyTorch (verify.py). Run: engine.py.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
+import os
+import shlex
+import shutil
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from helpers.backends.aot.compile import (
-    PACKED,
-    WEIGHTS,
-    alias_head,
-    compile_graph,
-    compute_dtype,
-    graph_names,
-    product_form,
-)
 from helpers.backends.aot.engine import AotEngine
-from helpers.backends.aot.products import pack
+from helpers.backends.aot.graphs import compute_dtype, graph_names
+from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.base import source_digest
 from helpers.backends.report import EngineReport, write_report
-from helpers.errors import EngineMismatch, WorkerError
+from helpers.errors import BuildError, EngineMismatch, WorkerError
 from helpers.machine import hardware
 from helpers.machine.worker import Worker
-from helpers.model.checkpoint import Checkpoint, ModelConfig, read_tensors
-from helpers.model.weights import Weights, convert, rope_tables
+from helpers.model.checkpoint import Checkpoint, stored_tensors
+from helpers.model.config import ModelConfig
 from helpers.paths import PROJECT
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
 # A change in these files, or in this folder, changes what is compiled, so it makes earlier engines another engine's.
-MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "llama", "weights")]
+MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "config", "llama", "weights")]
 COMPILER = "helpers.backends.aot.compile"
 COMPILE_LIMIT = 3600.0  # seconds for one graph
 
@@ -50,7 +49,11 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """Native code depends on the processor or GPU, its vector instructions, and the versions of its libraries."""
     machine = hardware.describe(recipe.device)
     return {
-        "recipe": {"device": machine.device, "decode_batch_sizes": list(recipe.all_decode_batch_sizes)},
+        "recipe": {
+            "device": machine.device,
+            "decode_batch_sizes": list(recipe.all_decode_batch_sizes),
+            "num_threads": _threads(recipe, checkpoint, machine.device),
+        },
         "architecture": machine.architecture,
         "device_name": machine.name if machine.device == "cuda" else "",
         "instructions": " ".join(machine.instructions),
@@ -87,41 +90,58 @@ def load(recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]) -> AotEngi
 def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int]:
     """About how many seconds a build takes, and how many bytes the engine: told to the user before it starts."""
     graphs = len(graph_names(recipe, device))
-    bytes_per_weight = 1 if recipe.precision == "int8" else compute_dtype(recipe, device).itemsize
-    copies = 2 if any(product_form(recipe, device, b) == "packed" for b in recipe.all_decode_batch_sizes) else 1
-    size = copies * config.parameter_count() * bytes_per_weight
-    rounds = math.ceil(graphs / _jobs(graphs, size, device))
-    return rounds * (8 + 2.2 * config.num_hidden_layers), size + graphs * 3_000_000
+    weights = stored_bytes(recipe, config, device)
+    rounds = math.ceil(graphs / _jobs(graphs, sum(weights), device))
+    return 5 + rounds * (8 + 2.2 * config.num_hidden_layers), sum(weights) + graphs * 2_500_000
 
 
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Compile into `folder`; returns what the manifest keeps for loading. Raises BuildError."""
+    """Compile into `folder`, in worker processes; returns what the manifest keeps for loading. Raises BuildError."""
     hardware.compiler()
     device = hardware.resolve_device(recipe.device)
-    config = checkpoint.config
-    dtype = compute_dtype(recipe, device)
-    with progress.phase("load weights"):
-        weights = _convert(recipe, checkpoint, device, dtype)
-        threads = recipe.num_threads or hardware.default_threads(_bytes(weights))
-    with progress.phase("save weights"):
-        _save_weights(weights, folder)
+    threads = _threads(recipe, checkpoint, device)
     names = graph_names(recipe, device)
-    jobs = _jobs(len(names), _bytes(weights), device)
-    if jobs == 1:
-        compiled = [compile_graph(n, recipe, config, device, threads, weights, folder, progress) for n in names]
-    else:
-        with progress.phase(f"compile {len(names)} graphs, {jobs} at a time"):
-            asked = {"recipe": recipe.to_dict(), "device": device, "threads": threads, "folder": str(folder)}
-            asked["compile_threads"] = max(1, hardware.free_cores() // jobs)
-            compiled = _compile_side_by_side(names, jobs, asked)
+    jobs = _jobs(len(names), sum(stored_bytes(recipe, checkpoint.config, device)), device)
+    given = {**recipe.to_dict(), "model": checkpoint.full_name}
+    common = {"recipe": given, "device": device, "folder": str(folder)}
+    with _scratch_folder(folder) as scratch, _Compilers(jobs) as compilers:
+        own = {"threads": threads, "scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
+        try:
+            compilers.run("weights", [common], progress.phase)
+            calls = [{"name": name, **common, **own} for name in names]
+            if jobs == 1:
+                compiled = compilers.run("graph", calls, progress.phase)
+            else:
+                with progress.phase(f"compile {len(names)} graphs, {jobs} at a time"):
+                    compiled = compilers.run("graph", calls, progress.part)
+        except (WorkerError, BuildError) as error:
+            if min(shutil.disk_usage(path).free for path in (folder, scratch)) < 10e6:
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+            raise
     report = EngineReport("aot", [], [])
-    for _, part in compiled:
+    for answer in compiled:
+        part = EngineReport.from_dict(answer["report"])
         report.operations.extend(part.operations)
         report.kernels.extend(part.kernels)
         report.removed.extend(part.removed)
     write_report(report, folder)
-    graphs = {name: entry for name, (entry, _) in zip(names, compiled, strict=True)}
-    return {"graphs": graphs, "num_threads": threads, "compute_dtype": str(dtype).removeprefix("torch.")}
+    graphs = {name: answer["entry"] for name, answer in zip(names, compiled, strict=True)}
+    dtype = str(compute_dtype(recipe, device)).removeprefix("torch.")
+    return {"graphs": graphs, "num_threads": threads, "compute_dtype": dtype}
+
+
+def _threads(recipe: BuildRecipe, checkpoint: Checkpoint, device: str) -> int:
+    """CPU threads of every product and kernel. Asked for each look-up of an engine, so it reads only files' headers."""
+    if device != "cpu":
+        return 0
+    if recipe.num_threads:
+        return recipe.num_threads
+    if checkpoint.dummy:
+        parameters = checkpoint.config.parameter_count()
+    else:
+        parameters = sum(math.prod(tensor.shape) for tensor in stored_tensors(checkpoint.folder).values())
+    size = 1 if recipe.precision == "int8" else compute_dtype(recipe, device).itemsize
+    return hardware.default_threads(parameters * size)
 
 
 def _jobs(graphs: int, weight_bytes: int, device: str) -> int:
@@ -132,59 +152,61 @@ def _jobs(graphs: int, weight_bytes: int, device: str) -> int:
     return max(1, most)
 
 
-def _compile_side_by_side(
-    names: list[str], jobs: int, asked: dict[str, Any]
-) -> list[tuple[dict[str, Any], EngineReport]]:
-    """Each graph in a process of its own, since the compiler is a single thread of Python for most of its time."""
-    running: list[Worker] = []
-    stopped = threading.Event()
-
-    def one(name: str) -> tuple[dict[str, Any], EngineReport]:
-        with Worker(COMPILER) as worker:
-            running.append(worker)
-            if stopped.is_set():
-                raise WorkerError("The build was stopped.")
-            answer = worker.call("compile", name=name, time_limit=COMPILE_LIMIT, **asked)
-        return answer["entry"], EngineReport.from_dict(answer["report"])
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return list(pool.map(one, names))
-        except BaseException:  # the user's interrupt too: nothing may go on compiling
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in running:
-                worker.kill()
-            raise
+@contextlib.contextmanager
+def _scratch_folder(folder: Path) -> Iterator[str]:
+    """A folder for what the compilers write, gone after the block. Its path must hold no space (see compile.py), and
+    it must let programs run. The build's own folder comes first, since that is swept up even after a killed build."""
+    for place in (str(folder), tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        programs = not hasattr(os, "statvfs") or not os.statvfs(place).f_flag & getattr(os, "ST_NOEXEC", 0)
+        if shlex.split(place) == [place] and programs and os.access(place, os.W_OK):
+            with tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch:
+                yield scratch
+            return
+    raise BuildError(
+        f"The compiler has no folder to work in: {folder.parent} and {tempfile.gettempdir()} have a space or a quote "
+        "in their path, cannot be written, or let no program run.",
+        cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
+        fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
+    )
 
 
-def _convert(recipe: BuildRecipe, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Weights:
-    config = checkpoint.config
-    weights: Weights = {}
-    joined = {"qkv": recipe.fusion.qkv, "gate_up": recipe.fusion.gate_up}
-    int8 = recipe.precision == "int8"
-    for name, tensor in convert(read_tensors(checkpoint), config, dtype, int8=int8, **joined):
-        weights[name] = tensor.to(device)
-    weights |= {k: v.to(device) for k, v in rope_tables(config, recipe.max_seq_len, dtype).items()}
-    alias_head(weights)
-    if any(product_form(recipe, device, size) == "packed" for size in recipe.all_decode_batch_sizes):
-        for name in [n for n in weights if n.endswith(".weight")]:
-            packed = pack(weights[name])
-            if packed is not None:
-                weights[name.removesuffix("weight") + "packed"] = packed
-    return weights
+class _Compilers:
+    """Worker processes that take calls side by side, each one after the other. All end with the block, whatever ends
+    it: after the user's interrupt too, nothing goes on compiling."""
 
+    def __init__(self, jobs: int):
+        self._threads = ThreadPoolExecutor(jobs)
+        self._own = threading.local()  # .worker: the one of this thread
+        self._workers: list[Worker] = []
+        self._stopped = False
 
-def _save_weights(weights: Weights, folder: Path) -> None:
-    from safetensors.torch import save_file
+    def run(self, function: str, calls: list[dict[str, Any]], show: Callable[[str], Any]) -> list[Any]:
+        """The answer to each call. show: makes a context manager of a step's name, entered while the step runs."""
+        return list(self._threads.map(lambda call: self._call(function, call, show), calls))
 
-    packed = {k: v for k, v in weights.items() if k.endswith(".packed")}
-    tied = weights["head.weight"] is weights["embedding"]
-    left_out = {*packed, "head.weight"} if tied else {*packed}
-    save_file({k: v for k, v in weights.items() if k not in left_out}, folder / WEIGHTS)
-    if packed:
-        save_file(packed, folder / PACKED)
+    def _call(self, function: str, call: dict[str, Any], show: Callable[[str], Any]) -> Any:
+        if not hasattr(self._own, "worker"):
+            with show("start a process"):
+                self._own.worker = Worker(COMPILER)
+            self._workers.append(self._own.worker)
+        if self._stopped:
+            self._own.worker.kill()
+        steps = self._own.worker.stream(function, time_limit=COMPILE_LIMIT, **call)
+        step: str | None = next(steps)
+        answer = None
+        while step is not None:
+            with show(step):
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    step, answer = None, end.value
+        return answer
 
+    def __enter__(self) -> _Compilers:
+        return self
 
-def _bytes(weights: Weights) -> int:
-    return sum(w.numel() * w.element_size() for name, w in weights.items() if not name.endswith(".packed"))
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        for worker in self._workers:
+            worker.kill()
+        self._threads.shutdown(cancel_futures=True)

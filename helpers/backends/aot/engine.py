@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers.backends.aot.compile import empty_cache, load_graph, prefill_batch, read_weights
+from helpers.backends.aot.graphs import empty_cache, prefill_batch
+from helpers.backends.aot.loader import Graph
+from helpers.backends.aot.stored import read_weights
 from helpers.backends.base import Engine
-from helpers.model.checkpoint import Checkpoint
+from helpers.model.config import load_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.recipe import BuildRecipe
 
@@ -24,20 +26,19 @@ class AotEngine(Engine):
     """The compiled graphs, one set of weights, one KV cache for max_batch_size sequences."""
 
     def __init__(self, recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]):
-        checkpoint = Checkpoint(folder.name, folder, dummy=False)
-        config = checkpoint.config
-        super().__init__(recipe, load_tokenizer(folder), checkpoint.eos_token_ids(), config.vocab_size)
+        config = load_config(folder)
+        super().__init__(recipe, load_tokenizer(folder), config.eos_token_ids, config.vocab_size)
         details = manifest["details"]
         self.device = manifest["identity"]["recipe"]["device"]
         self.weights = read_weights(folder, self.device)
         dtype = getattr(torch, details["compute_dtype"])
         self.cache = empty_cache(recipe, config, self.device, dtype, recipe.max_batch_size)
         self.span = torch.arange(recipe.max_seq_len, device=self.device)
-        self.graphs = {name: load_graph(folder / f"{name}.pt2") for name in details["graphs"]}
+        self.graphs = {name: Graph(folder / f"{name}.pt2", self.device) for name in details["graphs"]}
         self.graph_weights = {
             name: [self.weights[w] for w in graph["weights"]] for name, graph in details["graphs"].items()
         }
-        self.num_threads = details["num_threads"]
+        self.num_threads: int = details["num_threads"]  # 0 on a GPU
         self.lengths: list[int] = []
         step = CudaGraphStep if self.device == "cuda" else DecodeStep
         self.steps: dict[int, DecodeStep] = {size: step(self, size) for size in recipe.all_decode_batch_sizes}
@@ -77,9 +78,9 @@ class AotEngine(Engine):
 
     @contextlib.contextmanager
     def _own_threads(self) -> Iterator[None]:
-        """The library products of prefill use as many threads as the generated code was compiled for."""
+        """The library's products use as many threads as the generated code was compiled for."""
         before = torch.get_num_threads()
-        torch.set_num_threads(self.num_threads if self.device == "cpu" else before)
+        torch.set_num_threads(self.num_threads or before)
         try:
             yield
         finally:
@@ -88,7 +89,8 @@ class AotEngine(Engine):
     def _decode(self, tokens: Tensor) -> Tensor:
         batch = len(self.lengths)
         step = self.steps[min(size for size in self.steps if size >= batch)]
-        logits = step(tokens, self.lengths)
+        with self._own_threads():
+            logits = step(tokens, self.lengths)
         self.lengths = [length + 1 for length in self.lengths]
         return logits[:batch]
 
@@ -106,6 +108,8 @@ class AotEngine(Engine):
         return host.tolist(), lambda: logits
 
     def _release(self) -> None:
+        for graph in self.graphs.values():
+            graph.close()
         self.steps, self.graphs, self.graph_weights, self.weights, self.cache = {}, {}, {}, {}, []
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -130,7 +134,7 @@ class DecodeStep:
         """A new batch: the next token of sequence b goes to position lengths[b]; rows without one start over."""
         self.positions.zero_()
         if len(lengths) <= self.size:
-            self.positions[: len(lengths)] = torch.tensor(lengths)
+            self.positions[: len(lengths)] = torch.tensor(lengths, device=self.positions.device)
 
     def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         self.tokens[: len(lengths)] = tokens

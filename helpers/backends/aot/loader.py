@@ -1,0 +1,93 @@
+"""A compiled graph from its .pt2 file into this process, without importing the compiler (that alone would take seconds
+and 100 MB).
+
+A .pt2 file is a ZIP archive, and the system loads a library only from a file of its own. So the library is unpacked
+into a temporary folder, which goes as soon as it is in memory: nothing is left even where this process is killed.
+
+What has been loaded stays mapped for good, because a C++ library with unique symbols cannot be unloaded. So a graph
+that an engine has given back is kept, and the next engine from the same file takes it instead of loading another copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.errors import BackendUnavailable, EngineCorrupt
+
+_idle: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)  # loaded graphs without an engine, by their file
+
+
+class Graph:
+    """One compiled graph. Its library belongs to this object alone until `close`."""
+
+    def __init__(self, path: Path, device: str):
+        status = path.stat()
+        self._file = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
+        try:
+            self._library = _idle[self._file].pop()
+        except IndexError:
+            self._library = _load(path, device)
+        self.run = self._library.run  # (tensors in the order of the graph's inputs) -> its outputs
+
+    def close(self) -> None:
+        if self._library is not None:
+            _idle[self._file].append(self._library)
+            self._library = self.run = None
+
+
+def _load(path: Path, device: str) -> Any:
+    if device == "cuda":
+        # torch's own loader unpacks too, and cleans up when it ends: the GPU's kernels are read when they first run.
+        # It is told to run single-threaded, which a CUDA graph asks for, and the class used below cannot be.
+        try:
+            return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+        except RuntimeError as error:
+            raise _explain(path, Path(tempfile.gettempdir()), error) from error
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="aot-engine-"))
+    except OSError as error:
+        raise _explain(path, None, error) from error
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if not entry.filename.endswith(".cpp"):
+                    (folder / Path(entry.filename).name).write_bytes(archive.read(entry))
+        (library,) = folder.glob("*.so")
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise _explain(path, folder, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _explain(path: Path, folder: Path | None, error: Exception) -> BackendUnavailable | EngineCorrupt:
+    """Why a graph cannot be loaded: told by what the temporary folder can do, not by the words of the error."""
+    fix = "Set TMPDIR to a folder that can be written, has room and allows programs to run; then start Python again."
+    if folder is None:
+        return BackendUnavailable(
+            f"The compiled graph {path.name} cannot be unpacked: {error}.",
+            cause="There is no temporary folder that can be written.",
+            fix=fix,
+        )
+    room = shutil.disk_usage(folder).free
+    no_programs = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
+    if no_programs or room < 2 * path.stat().st_size:
+        lacks = "lets no program run (noexec)" if no_programs else f"has {room / 1e6:.1f} MB free"
+        return BackendUnavailable(
+            f"The compiled graph {path.name} cannot be loaded: the temporary folder {folder.parent} {lacks}.",
+            cause="The engine is sound; its compiled code is unpacked there to be loaded.",
+            fix=fix,
+        )
+    return EngineCorrupt(
+        f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+        cause="It was built with another version of torch, or on another machine.",
+        fix="Remove the engine and build it again.",
+    )

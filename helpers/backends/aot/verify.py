@@ -1,0 +1,99 @@
+"""Whether a compiled graph computes what the decoder says: both run on the same random numbers.
+
+The reference is llama.py itself, run by PyTorch with the checkpoint's plain weights. So the check also covers what
+products.py and gpu_kernels.py make of the products, and how weights are joined, packed and widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from helpers.errors import BuildError
+from helpers.model import llama
+from helpers.model.weights import Weights
+
+# Largest difference between a compiled graph and the same graph run by PyTorch, as a share of the largest value.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+LENGTH = 24  # cache entries that the check looks at, and at most so many tokens in a prompt
+DRAWS = 4  # of random numbers, until there is one for which the reference stays finite
+
+Run = Callable[..., Tensor]  # a graph's inputs after the weights, to logits [B, V]; it updates the cache in place
+
+
+def check_graph(
+    name: str, run: Run, reference: llama.Decoder, weights: Weights, cache: llama.Cache, limit: int
+) -> None:
+    """BuildError unless `run` gives the logits of the reference, and leaves the same keys and values in the cache.
+
+    cache: of as many sequences as the graph takes, each [B, G, S, D]; its content is overwritten.
+    limit: the longest prompt, or for decode the cache entries in use, that the graph takes.
+    """
+    for seed in range(DRAWS):
+        inputs = _random_inputs(reference, weights, cache, limit, seed)
+        expected = _expected(reference, weights, inputs, cache)
+        if all(bool(tensor.isfinite().all()) for tensor in expected):
+            break
+    else:
+        raise BuildError(
+            f"{name} cannot be checked: for random tokens, PyTorch's own results are not finite numbers.",
+            cause="The model's numbers are too large for this precision (fp16 holds no more than 65504), or its "
+            "weights are damaged.",
+            fix="Build with precision='bf16' or 'fp32', and check the checkpoint's weights.",
+        )
+    used = expected[1].shape[2]
+    computed = [run(*inputs, cache), *(entries[:, :, :used] for entries in cache)]
+    error = max(map(relative_error, computed, expected))
+    if not error <= TOLERANCE[cache[0].dtype]:
+        raise BuildError(
+            f"The compiled graph {name} computes something else: it is off by {error:.2g} of the largest value.",
+            cause="A fault of the compiler, or of the processor or GPU.",
+            fix="Build with optimization_level=0. If that works, report the fault with this recipe.",
+        )
+
+
+def relative_error(computed: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest expected value; where all are zero, as it is. NaN counts as
+    infinitely wrong."""
+    largest = expected.abs().max().item() or 1.0
+    return ((computed.float() - expected.float()).abs().nan_to_num(nan=torch.inf).max() / largest).item()
+
+
+def _random_inputs(
+    reference: llama.Decoder, weights: Weights, cache: llama.Cache, limit: int, seed: int
+) -> list[Tensor]:
+    """The tensors between the weights and the cache; the cache gets random entries.
+
+    Every sequence has tokens of its own. Prompts have different lengths, so that most are filled up; in decode,
+    sequences are at different positions, so that most have entries before them and entries that they must not see.
+    """
+    batch, device = len(cache[0]), cache[0].device
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def whole_numbers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator, device="cpu").to(device)
+
+    used = min(LENGTH, limit)
+    for entries in cache:
+        values = torch.randn(entries[:, :, :used].shape, generator=generator, dtype=torch.float32, device="cpu") / 2
+        entries[:, :, :used] = values.to(device, entries.dtype)
+    vocabulary = len(weights["embedding"])
+    if isinstance(reference, llama.Prefill):
+        width = max(2, used)
+        return [whole_numbers(vocabulary, batch, width), width - 1 - torch.arange(batch, device=device) % (width - 1)]
+    spread = torch.arange(batch, device=device) * 5 + used // 2
+    return [whole_numbers(vocabulary, batch), spread % used, torch.arange(limit, device=device)]
+
+
+def _expected(reference: llama.Decoder, weights: Weights, inputs: list[Tensor], cache: llama.Cache) -> list[Tensor]:
+    """The reference's logits, and after them its cache: the entries in use, of a copy that is no longer."""
+    inputs = list(inputs)
+    if isinstance(reference, llama.Prefill):
+        used = inputs[0].shape[1]
+    else:
+        used = min(LENGTH, len(inputs[2]))
+        inputs[2] = inputs[2][:used]
+    copies = [entries[:, :, :used].clone() for entries in cache]
+    return [reference(weights, *inputs, copies), *copies]
