@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import math
+import shutil
+import threading
 
 import pytest
 
@@ -11,16 +13,23 @@ pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this pl
 
 from torch import nn
 
-from helpers import (
-    inspect,
-    store,
-)
+from helpers import inspect, store
 from helpers.backends.tensorrt import builder as tensorrt_builder
-from helpers.backends.tensorrt import onnx_export
+from helpers.backends.tensorrt import modules, onnx_export
 from helpers.course.recorded import recorded
 from helpers.engine import build_module, build_onnx, load_plan
-from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineNotFound, RecipeError, WorkerError
+from helpers.errors import (
+    BackendUnavailable,
+    BuildError,
+    CourseError,
+    EngineCorrupt,
+    EngineNotFound,
+    RecipeError,
+    WorkerError,
+)
 from helpers.maintain.recordings import BLOCK
+from helpers.paths import engines_folder
+from helpers.recipe.tensorrt import make_options
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
 
@@ -163,8 +172,8 @@ def test_an_equal_module_of_torchs_own_parts_is_found_without_an_export(monkeypa
 
 
 def test_a_class_of_ones_own_is_only_known_by_its_export(block):
-    assert tensorrt_builder.content_of(block, (torch.randn(8, 256),), "fp16") == ""
-    assert tensorrt_builder.content_of(block.norm, (torch.randn(8, 256),), "fp16")
+    assert modules.content_of(block, (torch.randn(8, 256),), "fp16") == ""
+    assert modules.content_of(block.norm, (torch.randn(8, 256),), "fp16")
 
 
 def test_the_module_itself_is_left_alone(build, block):
@@ -252,14 +261,85 @@ def test_a_target_that_the_provider_does_not_know(build):
         build("fp16", compute_capabilities=["9.0"])
 
 
-def test_a_cut_plan(build, tmp_path):
-    plan = tmp_path / "cut.plan"
-    plan.write_bytes((build("fp16") / "module.plan").read_bytes()[:1000])
-    with pytest.raises(EngineCorrupt, match="Serialization"):
-        load_plan(plan)
-    plan.write_bytes(b"no plan at all" * 100)
-    with pytest.raises(EngineCorrupt, match="magicTag"):
-        load_plan(plan)
+@pytest.fixture
+def copy(build, tmp_path, monkeypatch):
+    """An engine of this test's own."""
+    folder = build("fp16")
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    return shutil.copytree(folder, tmp_path / folder.name)
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "Serialization"), (b"no plan at all" * 100, "magicTag")])
+def test_what_is_no_plan_is_refused_in_tensorrts_words(copy, content, words):
+    """Even where all hashes fit, as they would if the build itself had written it."""
+    plan = copy / "module.plan"
+    plan.write_bytes(content or plan.read_bytes()[:1000])
+    manifest = store.read_manifest(copy)
+    store.save_manifest(copy, {**manifest, "files": {**manifest["files"], "module.plan": store.entry_of(plan)}})
+    with pytest.raises(EngineCorrupt, match=words):
+        load_plan(copy)
+
+
+def test_only_plans_that_the_manifest_lists_are_loaded(copy):
+    (copy / "a.plan").write_bytes(b"not of this engine")
+    with pytest.raises(EngineCorrupt, match=r"no build wrote 'a\.plan'"):
+        load_plan(copy)
+    assert tensorrt_builder.plans(store.read_manifest(copy)) == ["module.plan"]
+
+
+def test_a_timing_cache_lies_in_the_engines_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    options = make_options({"provider": "tensorrt", "timing_cache": "kernels.cache"})
+    assert tensorrt_builder.timing_cache(options) == str(tmp_path / "kernels.cache")
+    assert tensorrt_builder.timing_cache(make_options({})) == ""
+    (tmp_path / "kernels.cache").mkdir()
+    with pytest.raises(RecipeError, match="a folder"):
+        tensorrt_builder.timing_cache(options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"module": None},
+        {"module": nn.Linear},
+        {"example_inputs": torch.randn(8, 256)},  # whose rows would count as inputs
+        {"example_inputs": None},
+        {"precision": "fp64"},
+        {"precision": None},
+        {"name": 5},
+        {"time_limit": 0},
+        {"time_limit": "long"},
+        {"time_limit": math.nan},
+        {"mark_outputs": [1]},
+        {"profiles": [{"x": [[1.0, 256], [8, 256], [64, 256]]}]},
+        {"profiles": [{"x": [[True, 256], [8, 256], [64, 256]]}]},
+        {"profiles": [{"x": [[1, 256], [8, 256], [2**40, 256]]}]},
+        {"profiles": [{1: [[1, 256], [8, 256], [64, 256]]}]},
+        {"compute_capabilities": [8.9]},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_in_our_words(block, change):
+    arguments = {"module": block, "example_inputs": (torch.randn(8, 256),), "precision": "fp16", **change}
+    with pytest.raises(CourseError) as refused:
+        build_module(**arguments, quiet=True)
+    assert refused.value.fix
+
+
+def test_a_module_that_cannot_be_copied_is_refused_in_our_words():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+    with pytest.raises(BuildError, match="cannot be copied"):
+        build_module(Locked(), (torch.randn(2),), quiet=True)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/b", "", "x" * 300])
+def test_whatever_its_name_an_engine_lies_in_the_store(build, name):
+    folder = build("fp16", name=name)
+    assert folder.parent == engines_folder() and len(folder.name) < 100
 
 
 def test_a_changed_plan_never_reaches_native_code(build, tmp_path, block):

@@ -6,6 +6,7 @@ execution context: the same calls, answered by ONNX Runtime, which reads and wri
 
 import ctypes
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,10 @@ torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this platform")
 
-from helpers import (
-    BuildRecipe,
-    SamplingParams,
-    inspect,
-    load,
-    store,
-)
+from helpers import BuildRecipe, SamplingParams, inspect, load, store
 from helpers import build as build_engine
-from helpers.backends.tensorrt import (
-    backend,
-    llama_onnx,
-)
+from helpers.backends.tensorrt import backend, llama_onnx
+from helpers.engine import build_module, recipe_of
 from helpers.errors import BackendUnavailable, EngineMismatch, LimitError, RecipeError
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.model.config import save_config
@@ -96,14 +89,11 @@ def engine(bundled, sessions, tmp_path):
     folder = tmp_path / "engine"
     folder.mkdir()
     save_config(bundled.config, folder)
-    for file in ("tokenizer.json",):
-        (folder / file).write_bytes((bundled.folder / file).read_bytes())
+    shutil.copy(bundled.folder / "tokenizer.json", folder)
     manifest = {"details": {"compute_dtype": "float32"}}
-    facts = {"schema": store.SCHEMA, "recipe": {**RECIPE.to_dict(), "device": "cpu"}}
-    store.write_manifest(folder, facts, {}, manifest["details"])
     contexts = {"prefill": Context(sessions["prefill"], {"tokens": ((1, 1), (1, 16))})}
     contexts |= {f"decode_b{b}": Context(sessions["decode"], {"tokens": ((b,), (b,))}) for b in (1, 2)}
-    with backend.TensorRTEngine(folder, manifest, contexts, "cpu") as running:
+    with backend.TensorRTEngine(RECIPE, folder, manifest, contexts, "cpu") as running:
         yield running
 
 
@@ -275,16 +265,15 @@ def test_int8_plans_are_smaller_than_fp16s(small):
 @pytest.mark.parametrize("changes", [{"options": {"profiles": []}}, {"fusion": {"qkv": False}}, {"options": {"x": 1}}])
 def test_what_a_language_model_fixes_itself_is_refused(changes):
     with pytest.raises(RecipeError) as caught:
-        backend.options_of(RECIPE.replace(**changes))
+        RECIPE.replace(**changes)
     assert caught.value.fix
 
 
 def test_a_modules_engine_answers_no_prompts():
-    from helpers.backends.tensorrt.builder import build_module
-
     folder = build_module(torch.nn.Linear(64, 64), (torch.randn(1, 64),), quiet=True)
-    with pytest.raises(EngineMismatch, match="holds a module"):
-        load(folder)
+    for call in (load, recipe_of):
+        with pytest.raises(EngineMismatch, match="holds a module"):
+            call(folder)
 
 
 @pytest.mark.slow
