@@ -179,7 +179,7 @@ def compiler_version() -> str:
 @cache
 def _first_line(*command: str) -> str:
     """The command's name instead, where it says nothing within some seconds."""
-    return next(iter(commands.run(list(command), 10).stdout.splitlines()), "") or command[0]
+    return next(iter(commands.run(list(command), 4).stdout.splitlines()), "") or command[0]
 
 
 def versions() -> dict[str, str]:
