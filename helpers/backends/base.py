@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError, LimitError, OutOfMemory
+from helpers.errors import InputError, LimitError, NumericsError, OutOfMemory
 from helpers.model.sampling import Sampler, SamplingParams
+from helpers.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from torch import Tensor
+
+    Observer = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,15 @@ class BuildJob:
     identity      all that the engine depends on; its hash is the other part
     recipe        what was asked for, as plain values
     compile_into  (folder, progress): writes the engine's files; returns what the manifest keeps for loading
-    seconds       about how long it takes
-    bytes         about how large the engine becomes
+    estimate      about how many seconds it takes and how many bytes the engine becomes; asked only before a build, so
+                  it is where what cannot be built is refused
     """
 
     short_name: str
     identity: dict[str, Any]
     recipe: dict[str, Any]
     compile_into: Callable[[Path, Progress], dict[str, Any]]
-    seconds: float
-    bytes: int
+    estimate: Callable[[], tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Token:
     elapsed_s: float
 
 
+NOT_A_TOKEN = -1  # in place of a token id, where it was chosen from scores that are not finite numbers
+
+
 @dataclass
 class RunningSequence:
     """One prompt while it is answered."""
@@ -90,7 +97,13 @@ class RunningSequence:
     times: list[float] = field(default_factory=list)  # of each output token, in seconds since the request
 
     def accept(self, token: int, seconds: float, sampling: SamplingParams, end_ids: tuple[int, ...]) -> None:
-        """Take one token. An end token stops the answer and is not part of it."""
+        """Take one token. An end token stops the answer and is not part of it. For NOT_A_TOKEN see `_mark`."""
+        if token == NOT_A_TOKEN:
+            raise NumericsError(
+                f"After {len(self.prompt) + len(self.output)} tokens the model's scores are not finite numbers.",
+                cause="An intermediate result was too large for the precision; fp16 holds no more than 65504.",
+                fix="Build with precision='bf16' or 'fp32'; if it stays, the checkpoint's weights are damaged.",
+            )
         if token in end_ids and not sampling.ignore_eos:
             self.end(seconds)
             return
@@ -114,7 +127,8 @@ class Engine(ABC):
     """A loaded engine. Subclasses give the two phases; text, limits, sampling, stopping and timing are here.
 
     An engine has one KV cache, so it serves one request at a time: a lock makes other threads wait, and a stream that
-    another request has overtaken is refused when it is read on.
+    another request has overtaken is refused when it is read on. A forked process has a copy of the engine without the
+    threads that work for it, so there it is refused.
     """
 
     recipe: BuildRecipe
@@ -128,6 +142,8 @@ class Engine(ABC):
         self._lock = threading.RLock()
         self._request = 0  # the one whose keys and values are in the cache
         self._by_hand = 0  # cache entries of the longest sequence, where `prefill` was called from outside; else 0
+        self._by_hand_thread = 0  # the one that called it
+        self._process = os.getpid()
 
     # What a backend gives.
 
@@ -167,37 +183,48 @@ class Engine(ABC):
             for _ in self._run(sequences, sampling):
                 pass
         return [
-            Generation(self.detokenize(s.output), s.output, s.prompt, s.finish_reason, s.metrics()) for s in sequences
+            Generation(self.detokenize(s.output, s.prompt), s.output, s.prompt, s.finish_reason, s.metrics())
+            for s in sequences
         ]
 
-    def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[Token]:
-        """Answer one prompt token by token, each as soon as it is known."""
+    def stream(
+        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None, *, observe: Observer | None = None
+    ) -> Iterator[Token]:
+        """Answer one prompt token by token, each as soon as it is known.
+
+        observe: called with the logits [1, V] that each token is chosen from, just before it is.
+        """
         sampling = sampling or SamplingParams()
         ids = self.tokenize(prompt)
         self._check_limits([ids], sampling.max_tokens)
-        return self._stream(ids, sampling)
+        return self._stream(ids, sampling, observe)
 
     def logits(self, prompt: str | Sequence[int]) -> Tensor:
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
-        return self.prefill([self.tokenize(prompt)])[0].float().cpu()
+        with self._lock:
+            logits = self.prefill([self.tokenize(prompt)])[0].float().cpu()
+            self._by_hand = 0  # so that a `decode` of somebody who called `prefill` before is refused
+        return logits
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """The first phase by hand: read the prompts into an empty KV cache; logits [B, V] after each one's last token.
 
         It begins a request of its own, as `generate` does.
         """
-        batch = [self.tokenize(prompt) for prompt in prompts]
+        batch = [self.tokenize(prompt) for prompt in _as_list(prompts)]
         self._check_limits(batch, 1)
         with self._lock:
             self._claim()
             logits = self._guarded(self._prefill, batch)
-            self._by_hand = max(map(len, batch))
+            self._by_hand, self._by_hand_thread = max(map(len, batch)), threading.get_ident()
         return logits
 
     def decode(self, tokens: Tensor) -> Tensor:
         """The second phase by hand: append one token [B] to each sequence of `prefill`; logits [B, V] after it."""
+        self._check_usable()
         with self._lock:
-            if not self._by_hand or self.closed:
+            self._check_usable()
+            if not self._by_hand or self._by_hand_thread != threading.get_ident():
                 raise InputError(
                     "There is nothing to append a token to.",
                     cause="`decode` goes on after a `prefill`, and another request has begun since, or none has yet.",
@@ -208,15 +235,17 @@ class Engine(ABC):
             self._by_hand += 1
             return self._guarded(self._decode, tokens)
 
-    def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+    def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt. Without add_special_tokens, the tokenizer puts no BOS token before a text."""
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("The prompt is empty.", fix="Give at least one word.")
-            ids = list(self._need_tokenizer().encode(prompt).ids)
-        elif isinstance(prompt, Sequence) and all(type(i) is int for i in prompt):
-            ids = [int(i) for i in prompt]
+            ids = self._need_tokenizer().encode(prompt, add_special_tokens)
         else:
-            raise InputError(f"A prompt is a text or a list of token ids, not {prompt!r:.80}.")
+            ids = _plain_list(prompt)
+            if not all(map(_is_id, ids)):
+                raise _no_prompt(prompt)
+            ids = [int(i) for i in ids]
         if not ids:
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
@@ -228,11 +257,15 @@ class Engine(ABC):
             )
         return ids
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True) if self.tokenizer else ""
+    def detokenize(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of token ids as it reads after those of `after`, such as the prompt's; alone without them."""
+        return self.tokenizer.decode(ids, after) if self.tokenizer else ""
 
     def close(self) -> None:
         """Give back the engine's memory. Closing twice is fine; using a closed engine is refused."""
+        if os.getpid() != self._process:  # what there is to give back is the first process's
+            self.closed = True
+            return
         with self._lock:
             if not self.closed:
                 self.closed = True
@@ -249,7 +282,9 @@ class Engine(ABC):
 
     # The loop.
 
-    def _run(self, sequences: list[RunningSequence], sampling: SamplingParams) -> Iterator[int]:
+    def _run(
+        self, sequences: list[RunningSequence], sampling: SamplingParams, observe: Observer | None = None
+    ) -> Iterator[int]:
         """The generation loop: prefill, then one decode step a token until every sequence has finished.
 
         Yields after each step, so that a stream can hand out its token before the next one is computed.
@@ -259,7 +294,9 @@ class Engine(ABC):
         sampler = Sampler(sampling, [s.prompt for s in sequences])
         logits = self._guarded(self._prefill, [s.prompt for s in sequences])  # [B, V]
         for step in range(sampling.max_tokens):
-            tokens = sampler(logits)  # [B]
+            if observe:
+                observe(logits)
+            tokens = _mark(sampler(logits), logits)  # [B]
             ids, next_logits = self._guarded(self._take, tokens, step + 1 == sampling.max_tokens)
             for sequence, token in zip(sequences, ids, strict=True):
                 if not sequence.finish_reason:
@@ -270,33 +307,55 @@ class Engine(ABC):
             self._check_not_overtaken(request)
             logits = self._guarded(next_logits)
 
-    def _stream(self, ids: list[int], sampling: SamplingParams) -> Iterator[Token]:
+    def _stream(self, ids: list[int], sampling: SamplingParams, observe: Observer | None) -> Iterator[Token]:
         sequence = RunningSequence(ids)
-        steps = self._run([sequence], sampling)
-        shown = ""
+        steps = self._run([sequence], sampling, observe)
+        detokenizer = IncrementalDetokenizer(self.tokenizer, ids)
+        held: Token | None = None  # ends inside a character; if it is the last, it brings what there is of that one
         while True:
+            if not sequence.finish_reason:
+                self._check_usable()
             with self._lock:
-                if next(steps, None) is None or sequence.finish_reason == "stop":
-                    return
-            text = self.detokenize(sequence.output)
-            # A character of several bytes may span tokens: it is held back until it is whole or nothing follows.
-            complete = bool(sequence.finish_reason) or not text.endswith("\ufffd")
-            yield Token(sequence.output[-1], text[len(shown) :] if complete else "", sequence.times[-1])
-            shown = text if complete else shown
+                ended = next(steps, None) is None or sequence.finish_reason == "stop"
+            if held:
+                yield replace(held, text=held.text + detokenizer.end()) if ended else held
+            if ended:
+                return
+            text = detokenizer.add(sequence.output[-1])
+            if sequence.finish_reason:
+                text += detokenizer.end()
+            token = Token(sequence.output[-1], text, sequence.times[-1])
+            held = token if detokenizer.holds_back else None
+            if not held:
+                yield token
 
     def _claim(self) -> int:
-        """Begin a request: the cache is its own from here on."""
+        """Begin a request: the cache is its own from here on. Call it with the lock held."""
+        self._check_usable()
         self._request += 1
         self._by_hand = 0
         return self._request
 
     def _check_not_overtaken(self, request: int) -> None:
         """Only a stream can be overtaken: between two of its tokens, somebody else may use the engine."""
-        if self.closed or self._request != request:
+        self._check_usable()
+        if self._request != request:
             raise InputError(
-                f"This stream cannot go on: its engine {'is closed' if self.closed else 'answers another prompt'}.",
+                "This stream cannot go on: its engine answers another prompt.",
                 cause="An engine has one KV cache; each request starts it anew.",
                 fix="Read a stream to its end before the next request, or give all prompts to generate at once.",
+            )
+
+    def _check_usable(self) -> None:
+        """InputError where the engine is closed, or is a forked process's copy. Needs no lock: a copied one may be
+        held by a thread that the copy does not have."""
+        if self.closed:
+            raise InputError("This engine is closed.", fix="Load it again: load(name).")
+        if os.getpid() != self._process:
+            raise InputError(
+                "This engine was loaded by another process, of which this one is a fork.",
+                cause="A fork has the memory of its parent, but not the threads and the GPU that it works with.",
+                fix="Load the engine in this process, or start processes with multiprocessing's method 'spawn'.",
             )
 
     def _need_tokenizer(self) -> Tokenizer:
@@ -310,8 +369,7 @@ class Engine(ABC):
 
     def _check_limits(self, batch: list[list[int]], max_tokens: int) -> None:
         recipe = self.recipe
-        if self.closed:
-            raise InputError("This engine is closed.", fix="Load it again: load(name).")
+        self._check_usable()
         if not batch:
             raise InputError("There are no prompts.", fix="Give at least one.")
         if len(batch) > recipe.max_batch_size:
@@ -324,9 +382,10 @@ class Engine(ABC):
             raise _limit(f"prompt {words}", longest + max_tokens, "tokens", "max_seq_len", recipe.max_seq_len)
 
     def _guarded(self, phase: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a phase; where the device has no more memory, say so in our words."""
+        """Run a phase, whatever settings of torch its caller has; where memory runs out, say so in our words."""
         try:
-            return phase(*arguments)
+            with contextlib.nullcontext() if _is_plain() else plain_torch():
+                return phase(*arguments)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
                 raise
@@ -336,6 +395,43 @@ class Engine(ABC):
                 f"max_seq_len={self.recipe.max_seq_len} do not fit beside what else is in memory.",
                 fix="Close other engines, send fewer or shorter prompts, or build with smaller limits.",
             ) from error
+
+
+def _mark(tokens: Tensor, logits: Tensor) -> Tensor:
+    """tokens [B], with NOT_A_TOKEN where logits [B, V] are not finite. Fetches nothing, so a GPU need not wait for it.
+
+    A row that holds NaN or infinity adds up to NaN or infinity, and these alone are not zero less themselves.
+    """
+    total = logits.sum(-1)
+    return tokens.masked_fill((total - total) != 0, NOT_A_TOKEN)
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """torch as it starts: no autocast, no inference mode, float32 and the CPU by default. What a notebook sets for its
+    own tensors must not change an engine's."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _is_plain() -> bool:
+    """Whether the settings that can change from step to step are as torch starts. Takes a quarter of a microsecond."""
+    import torch
+
+    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return not cast and torch.get_default_dtype() == torch.float32
 
 
 def source_digest(*paths: Path) -> str:
@@ -349,10 +445,31 @@ def _as_list(prompts: Any) -> list[Any]:
     """One prompt, or several: a text, a list of ids, a list of texts, a list of lists of ids."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise InputError(f"Prompts are texts or lists of token ids, not {prompts!r:.80}.")
-    prompts = list(prompts)
-    return [prompts] if prompts and all(isinstance(p, int) for p in prompts) else prompts
+    prompts = _plain_list(prompts)
+    return [prompts] if prompts and all(map(_is_id, prompts)) else prompts
+
+
+def _plain_list(values: Any) -> list[Any]:
+    """A list, a tuple or an array (numpy, torch) as a list. Nothing else is taken, because the keys of a dict or the
+    bytes of a text would pass for prompts."""
+    if hasattr(values, "dtype") and hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise _no_prompt(values)
+    return list(values)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _no_prompt(value: Any) -> InputError:
+    fix = "Give a str, or a list of ints such as engine.tokenize(text) returns."
+    if isinstance(value, Mapping) and "input_ids" in value:
+        fix = "Give its ids alone: prompt['input_ids']."
+    elif isinstance(value, (bytes, bytearray)):
+        fix = "Give it as text: prompt.decode()."
+    return InputError(f"A prompt is a text or a list of token ids, not {type(value).__name__}: {value!r:.80}.", fix=fix)
 
 
 def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:

@@ -20,13 +20,15 @@ from helpers.backends.base import Engine, RunningSequence
 from helpers.errors import InputError
 from helpers.machine.worker import Worker
 from helpers.model.sampling import SamplingParams
+from helpers.model.tokenizer import Tokenizer
 from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokenizers import Tokenizer
     from torch import Tensor
+
+    from helpers.backends.base import Observer
 
 TIME_LIMIT_S = 3600.0  # of one request
 
@@ -72,8 +74,12 @@ class RemoteEngine(Engine):
     def _release(self) -> None:
         self.worker.close()
 
-    def _run(self, sequences: list[RunningSequence], sampling: SamplingParams) -> Iterator[int]:
+    def _run(
+        self, sequences: list[RunningSequence], sampling: SamplingParams, observe: Observer | None = None
+    ) -> Iterator[int]:
         """As in base.py, but the loop runs in the worker: each step's tokens arrive as one event."""
+        if observe:
+            raise self._no_steps()
         self._finish()
         request = self._claim()
         events = self._events = self.worker.stream(

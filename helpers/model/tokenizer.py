@@ -1,17 +1,197 @@
-"""Text to token ids and back, by the tokenizers library alone."""
+"""Text to token ids and back, as transformers does it for a checkpoint, by the tokenizers library alone.
+
+The file tokenizer.json is not the whole tokenizer. A training run leaves its truncation and padding in it, and tokens
+that were added later may be named only in the files beside it. Its post-processor decides whether a BOS or EOS token is
+added, as in transformers 5; that of tokenizer_config.json's add_bos_token was read by 4.57 for a few classes only.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from helpers.errors import InputError, ModelError
+from helpers.model.config import read_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import tokenizers
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no whole character
+LONGEST_WAIT = 64  # tokens; bytes that are no character after so many will not become one
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of tokenizers with byte fallback
+
+
+class Tokenizer:
+    """Text to token ids and back. Special tokens, such as the end of a text, are no part of a decoded text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids. With add_special_tokens, a BOS token comes first where the model expects one; a text
+        that begins with it already, as one from a chat template may, gets no second one."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"The text holds a half character at position {error.start}.",
+                cause="It was read with another encoding than it was written in.",
+                fix="Read it as UTF-8.",
+            ) from error
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        ids = encoding.ids
+        doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]  # 1: added, 0: from the text
+        return ids[1:] if doubled else ids
+
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of the ids, as it reads after those of `after`: the same as an IncrementalDetokenizer gives."""
+        detokenizer = IncrementalDetokenizer(self, after)
+        text = detokenizer.add(*ids) + detokenizer.end()
+        if INCOMPLETE in text:  # byte fallback spoils a whole run of bytes for one that is missing; token by token not
+            detokenizer = IncrementalDetokenizer(self, after)
+            text = "".join([detokenizer.add(token) for token in ids]) + detokenizer.end()
+        return text
+
+    def decode_alone(self, ids: list[int]) -> str:
+        """The text of the ids as a text of its own: a decoder takes the space from its first word."""
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def has_text(self, token: int) -> bool:
+        return token not in self._special and self._backend.id_to_token(token) is not None
+
+    def is_byte(self, token: int) -> bool:
+        return bool(BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or ""))
+
+
+class IncrementalDetokenizer:
+    """The text of an answer, token by token, as it reads after the prompt's ids.
+
+    What a token's text is depends on its neighbours: a decoder takes the space from the first word of a text, and a
+    character's bytes may lie in several tokens. So new tokens are decoded behind one token of the text before them,
+    and the text of that one is cut off. What is no whole character yet is held back. A step decodes a few tokens,
+    however long the answer is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, after: Sequence[int]):
+        self._tokenizer = tokenizer  # None: there is no text
+        self._context: list[int] = []  # the token before, or none at the beginning of a text
+        self._waiting: list[int] = []  # tokens whose text is not complete
+        self._handed_out = 0  # characters of their text
+        self._remember(after[:-8])
+        for token in after[-8:]:  # if the prompt ends inside a character, the answer begins with that character
+            self.add(token)
+
+    def add(self, *tokens: int) -> str:
+        """The text that is complete with these tokens."""
+        self._waiting += tokens
+        text = self._text()
+        return self._hand_out(text, text if len(self._waiting) > LONGEST_WAIT else text.rstrip(INCOMPLETE))
+
+    def end(self) -> str:
+        """What was held back, when no token follows."""
+        return self._hand_out(self._text(), self._text())
+
+    @property
+    def holds_back(self) -> bool:
+        return bool(self._waiting)
+
+    def _text(self) -> str:
+        if self._tokenizer is None:
+            return ""
+        before = self._tokenizer.decode_alone(self._context)
+        return self._tokenizer.decode_alone(self._context + self._waiting)[len(before) :]
+
+    def _hand_out(self, text: str, complete: str) -> str:
+        new = complete[self._handed_out :]
+        self._handed_out = len(complete)
+        if complete == text:
+            self._remember(self._waiting)
+            self._waiting, self._handed_out = [], 0
+        return new
+
+    def _remember(self, tokens: Sequence[int]) -> None:
+        """Keep the last of the tokens that has text. A byte token is kept only if there was no other before: it would
+        make one run with bytes that follow, which are then decoded together."""
+        if self._tokenizer is None:
+            return
+        has_text, is_byte = self._tokenizer.has_text, self._tokenizer.is_byte
+        last = next((i for i in reversed(tokens) if has_text(i) and not is_byte(i)), None)
+        if last is not None:
+            self._context = [last]
+        elif not self._context:
+            self._context = [i for i in tokens[-LONGEST_WAIT:] if has_text(i)]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint or engine folder; None if it has none."""
-    from tokenizers import Tokenizer
+    """The tokenizer of a checkpoint or engine folder, None if it has none. ModelError if it cannot be read."""
+    import tokenizers
 
     path = folder / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        for token in _declared_tokens(folder, backend):
+            backend.add_tokens([token])
+        backend.encode_special_tokens = bool(_config(folder).get("split_special_tokens", False))
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises nothing more exact
+        cause = f"A file is damaged, or written for a newer library than tokenizers {tokenizers.__version__}."
+        fix = "Fetch the checkpoint again, or update tokenizers."
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"version https://git-lfs"):
+                cause = "tokenizer.json is a Git LFS pointer: the repository was cloned without its large files."
+                fix = "Run `git lfs pull` in that folder."
+        what = f"The tokenizer of {folder.name!r} cannot be read: {error}."
+        raise ModelError(what, cause=cause, fix=fix) from error
+    return Tokenizer(backend)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _declared_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
+    """The tokens that files beside tokenizer.json name, in the order in which transformers numbers them.
+
+    Older checkpoints have special_tokens_map.json and added_tokens.json; newer ones name all tokens in
+    tokenizer_config.json, under added_tokens_decoder, and then the two others do not count.
+    """
+    from tokenizers import AddedToken
+
+    config = _config(folder)
+    older = "added_tokens_decoder" not in config
+    map_file, added_file = folder / "special_tokens_map.json", folder / "added_tokens.json"
+    if older and map_file.exists():
+        config |= read_json(map_file)
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else extra
+    named = [_added_token(entry) for entry in [*map(config.get, NAMED_TOKENS), *extra] if entry]
+    names = {token.content for token in named}
+    if older:
+        ids = read_json(added_file) if added_file.exists() else {}
+        declared = [
+            AddedToken(content, special=content in names, normalized=content not in names)
+            for content in sorted(ids, key=ids.__getitem__)
+        ]
+    else:
+        entries = sorted(config["added_tokens_decoder"].items(), key=lambda entry: int(entry[0]))
+        declared = [_added_token(entry, special=entry["content"] in names or entry["special"]) for _, entry in entries]
+    known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *declared]}
+    return declared + [token for token in named if token.content not in known]
+
+
+def _added_token(entry: str | dict[str, Any], special: bool = True) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    fields = {"content": entry} if isinstance(entry, str) else {k: v for k, v in entry.items() if k != "__type"}
+    return AddedToken(**{**fields, "special": special})

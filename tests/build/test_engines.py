@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import GREEDY, PROMPTS, STORIES, limits
+from conftest import GREEDY, PROMPTS, STORIES, Scripted, limits
 
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.errors import EngineMismatch, InputError, LimitError
-from helpers.model.checkpoint import BUNDLED
 
 
 @pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
@@ -198,44 +197,6 @@ def test_a_stream_gives_the_tokens_and_the_text_of_generate(engine, sampling):
     assert "".join(token.text for token in tokens) == answer.text
     elapsed = [token.elapsed_s for token in tokens]
     assert elapsed == sorted(elapsed) and elapsed[0] > 0
-
-
-class Scripted:
-    """A backend whose next tokens are given, to see what the loop around it makes of them."""
-
-    def __new__(cls, script, end_ids=(2,)):
-        from helpers.backends.base import Engine
-        from helpers.model.tokenizer import load_tokenizer
-
-        class Engine_(Engine):
-            def _prefill(self, prompts):
-                self.at = [0] * len(prompts)
-                return self._decode(None)
-
-            def _decode(self, tokens):
-                wanted = torch.tensor([script[min(at, len(script) - 1)] for at in self.at])
-                self.at = [at + 1 for at in self.at]
-                return torch.nn.functional.one_hot(wanted, 2048) * 100.0
-
-        return Engine_(BuildRecipe(**limits()), load_tokenizer(BUNDLED), end_ids, 2048)
-
-
-def test_a_streamed_character_of_several_tokens_comes_whole():
-    engine = Scripted([])
-    script = [i for i in engine.tokenize("naïve 你好 \N{PARTY POPPER}!") if i > 2]
-    engine = Scripted(script)
-    tokens = list(engine.stream("x", SamplingParams(temperature=0, max_tokens=len(script))))
-    assert len(tokens) > len({token.text for token in tokens}), "no character of this text spans tokens"
-    assert "".join(token.text for token in tokens).strip() == "naïve 你好 \N{PARTY POPPER}!"
-    assert not any("\ufffd" in token.text for token in tokens)
-
-
-def test_a_stream_cut_within_a_character_still_gives_the_text_of_generate():
-    script = [i for i in Scripted([]).tokenize("好") if i > 2][:-1]
-    cut = SamplingParams(temperature=0, max_tokens=len(script))
-    assert script
-    streamed = "".join(token.text for token in Scripted(script).stream("x", cut))
-    assert streamed == Scripted(script).generate("x", cut)[0].text
 
 
 def test_an_end_token_at_once_is_an_empty_answer():

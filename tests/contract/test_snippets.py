@@ -115,19 +115,20 @@ OWN = [
 @pytest.mark.parametrize(("notebook", "cells"), OWN)
 def test_where_tensorrt_llm_is_the_notebooks_own_cells_use_it(standin, notebook, cells, capsys):
     """The cells as they stand, with what the cells before them made."""
+    from transformers import AutoTokenizer
+
     from helpers import BuildRecipe, SamplingParams, backends, build, load
     from helpers.course.pictures import show_text
-    from helpers.model.tokenizer import load_tokenizer
 
     prompts = ["Once upon a time", "Long ago"]
-    tokenizer = load_tokenizer(BUNDLED)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)  # as the notebook
     names = {
         "recipe": BuildRecipe(max_batch_size=4, max_input_len=64, max_seq_len=256),
         "greedy": SamplingParams(temperature=0, max_tokens=8),
         "sampling": SamplingParams(temperature=0.8, seed=1, max_tokens=8),
         "prompts": prompts,
         "tokenizer": tokenizer,
-        "batch_input_ids": [tokenizer.encode(prompt).ids for prompt in prompts],
+        "batch_input_ids": [tokenizer.encode(prompt) for prompt in prompts],
         **{"backends": backends, "build": build, "load": load, "show_text": show_text},
     }
     path = notebooks.NOTEBOOKS / f"{notebook}.ipynb"
