@@ -10,6 +10,7 @@ from conftest import limits
 
 from helpers import BuildRecipe, store
 from helpers import recipe as recipes
+from helpers.backends.base import Engine
 from helpers.cli import main
 from helpers.engine import locate
 
@@ -65,8 +66,17 @@ def test_list_of_nothing_says_what_to_do(tmp_path, monkeypatch, capsys):
 def test_inspect_shows_every_graph_and_file(engine, capsys):
     assert main(["inspect", engine[:8]]) == 0
     shown = capsys.readouterr().out
-    for word in ("prefill", "decode_b1", "operations", "weights.safetensors", "decode_b1.pt2"):
+    for word in ("prefill", "decode_b1", "operations", "weights.safetensors", "decode_b1.pt2", "the largest kernels"):
         assert word in shown
+
+
+def test_verify_reads_all_and_names_what_is_damaged(engine, capsys):
+    assert main(["verify"]) == 0 and main(["verify", engine[:8]]) == 0
+    assert capsys.readouterr().out == f"whole    {engine}\n" * 2
+    weights = locate(engine) / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main(["verify"]) == 1
+    assert "weights.safetensors is not the file that was built" in capsys.readouterr().out
 
 
 def test_generate_prints_prompt_and_answer_and_streams_the_same(engine, capsys):
@@ -106,6 +116,48 @@ def test_an_error_is_told_in_our_words_with_a_fix_and_exit_status_1(engine, argu
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert words in said and "Fix:" in said and "Traceback" not in said
+
+
+def test_a_models_control_characters_do_not_reach_the_terminal(engine, capsys, monkeypatch):
+    monkeypatch.setattr(Engine, "detokenize", lambda self, ids, *_: "\x1b[2J\x9b31m\a" * bool(ids))
+    for options in ([], ["--stream"]):
+        assert main(["generate", engine, "Once\x1b[1m", "--max-tokens", "2", *options]) == 0
+        shown = capsys.readouterr().out
+        assert "\\x1b[1m" in shown and not {"\x1b", "\x9b", "\a"} & set(shown)
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(engine):
+    code = f"import sys; from helpers.cli import main; sys.exit(main(['inspect', {engine!r}, '--kernels', '100000']))"
+    command = f'"{sys.executable}" -c "{code}" | head -1'
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 141 and done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_lacks_characters_gets_them_spelled_out(engine, encoding, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    done = run_module("helpers", "generate", engine, "Once \N{PARTY POPPER}", "--max-tokens", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once \\U0001f389") and done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["remove"], ["build"], ["build", "--model"]], ids=" ".join)
+def test_arguments_that_are_no_text_are_refused_in_our_words(engine, arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", *arguments, b"caf\xe9"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (1, 2) and "caf" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bench_refuses_a_place_for_its_record_before_it_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("helpers.bench.run.run", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "missing" / "record.json", tmp_path / "file" / "record.json", tmp_path):
+        assert main(["bench", "--out", str(place)]) == 1
+        assert "Fix:" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_an_unknown_command_is_refused_by_the_parser(capsys):
