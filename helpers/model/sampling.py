@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from helpers.errors import InputError
+from helpers.errors import InputError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,14 +56,15 @@ class SamplingParams:
 
 
 def _number(name: str, value: float, allowed: Callable[[float], bool], words: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not allowed(value):
-        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a number, {words}.")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not number or not allowed(value):
+        raise InputError(f"SamplingParams.{name} is {shown(value)}.", fix=f"Give a number, {words}.")
 
 
 def _whole(name: str, value: int, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         words = f"at least {low}" + (f", at most {high}" if high is not None else "")
-        raise InputError(f"SamplingParams.{name} is {value!r}.", fix=f"Give a whole number, {words}.")
+        raise InputError(f"SamplingParams.{name} is {shown(value)}.", fix=f"Give a whole number, {words}.")
 
 
 def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]]) -> Tensor:

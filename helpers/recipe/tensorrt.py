@@ -112,8 +112,9 @@ class Options:
 
 
 def make_options(options: Mapping[str, Any]) -> Options:
-    """Checked settings from plain values, as a recipe or a call gives them."""
-    check_options(LIBRARY, {k: v for k, v in options.items() if v is not None}, KINDS)
+    """Checked settings from plain values, as a recipe or a call gives them; None is the default."""
+    options = {name: value for name, value in options.items() if value is not None}
+    check_options(LIBRARY, options, KINDS)
     return Options(**options)
 
 

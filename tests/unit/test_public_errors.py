@@ -1,0 +1,169 @@
+"""Every public function, called with arguments of many wrong kinds: it works, or refuses in our words.
+
+What passes: a CourseError, and TypeError for a call whose arguments have the wrong names or number. Nothing here
+builds: what would be a valid build is answered by a stand-in.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import helpers
+from helpers import BuildRecipe, SamplingParams, engine, store
+from helpers import recipe as recipes
+from helpers.errors import CourseError
+from helpers.recipe.fields import Fusion, RecipeFields
+from helpers.recipe.tensorrt import KINDS, make_options
+from helpers.recipe.tensorrt_llm import PLUGINS, PYTORCH_SETTINGS, REFUSED, SETTINGS
+
+
+class Hostile:
+    """Whatever is asked of it fails."""
+
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+HUGE = 10**5000  # which Python refuses to spell out
+NESTED: list = []
+NESTED.append(NESTED)
+ODD = [
+    None, True, False, 0, -1, 1, 2**63, HUGE, -HUGE, 0.0, -0.5, 1e308, math.nan, math.inf, 1j, "", " ", "\0",
+    "x" * 5000, "../..", "/", "~nobody/x", "caf\udce9", "\ud800", "stories", "dummy:", "a/b", "owner/name/more",
+    b"stories", b"", [], [1], ["x"], [None], NESTED, {}, {"x": 1}, {1: 2}, {"model": {}}, (), (1, 2), {1}, object(),
+    Hostile(), Hostile, len, Path("nowhere"), Path("x" * 300), Path(), Path("/dev/null"), torch.zeros(2),
+    torch.nn.Linear(2, 2), Fusion(kernels=5), SamplingParams(), range(3), iter([1]), Exception("x"),
+]  # fmt: skip
+odd = st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=20)
+odd = odd | st.lists(odd, max_size=3) | st.dictionaries(st.text(max_size=5), odd, max_size=3)
+SETTINGS_OF_A_WALK = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_builds(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine, "_run", lambda job, force, quiet: store.name_of(job.short_name, job.identity))
+
+
+def refuses_in_our_words(call, *arguments, **named):
+    try:
+        return call(*arguments, **named)
+    except CourseError as error:
+        assert error.what and str(error).isprintable() or "\n" in str(error)
+        return None
+
+
+TAKE_ONE = {
+    "build": helpers.build,
+    "load": helpers.load,
+    "load with tokenizer": lambda value: helpers.load("stories", tokenizer=value),
+    "inspect": helpers.inspect,
+    "locate": engine.locate,
+    "recipe_of": engine.recipe_of,
+    "load_plan": engine.load_plan,
+    "build_onnx": engine.build_onnx,
+    "build_module": lambda value: engine.build_module(value, (torch.zeros(2, 2),)),
+    "find": store.find,
+    "remove": store.remove,
+    "read": recipes.read,
+    "write": lambda value: recipes.write(value, "r.toml"),
+    "write to": lambda value: recipes.write(BuildRecipe(), value),
+    "from_dict": recipes.from_dict,
+    "find_checkpoint": lambda value: helpers.build(BuildRecipe(model=value)),
+}
+
+
+@pytest.mark.parametrize("call", TAKE_ONE.values(), ids=TAKE_ONE)
+def test_functions_of_one_argument(call):
+    for value in ODD:
+        refuses_in_our_words(call, value)
+
+
+def fields_of(kind):
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+@SETTINGS_OF_A_WALK
+@given(st.dictionaries(st.sampled_from(fields_of(SamplingParams)), odd, max_size=3))
+@example({"temperature": HUGE})
+@example({"seed": HUGE})
+@example({"top_p": -HUGE})
+def test_sampling_params(fields):
+    params = refuses_in_our_words(SamplingParams, **fields)
+    if params is not None:  # and then a sampler takes them
+        from helpers.model.sampling import filter_logits
+
+        filter_logits(torch.randn(1, 8), params, [[1]])
+
+
+@SETTINGS_OF_A_WALK
+@given(st.dictionaries(st.sampled_from(fields_of(RecipeFields)), odd, max_size=4))
+def test_recipes(fields):
+    recipe = refuses_in_our_words(BuildRecipe, **fields)
+    if recipe is not None:
+        hash(recipe)
+        assert recipes.from_dict(recipe.to_dict()) == recipe
+        if refuses_in_our_words(recipes.write, recipe, "r.toml"):
+            assert recipes.read("r.toml") == recipe
+        refuses_in_our_words(helpers.build, recipe, quiet=True)
+
+
+BACKENDS_OPTIONS = {
+    "tensorrt": list(KINDS),
+    "tensorrt_llm": [*PLUGINS, *REFUSED, *SETTINGS],
+    "tensorrt_llm_pytorch": list(PYTORCH_SETTINGS),
+    "vllm": list(recipes.options.VLLM),
+    "aot": ["x"],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS_OPTIONS)
+@SETTINGS_OF_A_WALK
+@given(data=st.data())
+def test_options_of_each_backend(backend, data):
+    options = data.draw(st.dictionaries(st.sampled_from(BACKENDS_OPTIONS[backend]), odd, max_size=3))
+    refuses_in_our_words(BuildRecipe, backend=backend, precision="bf16", options=options)
+    if backend == "tensorrt":
+        refuses_in_our_words(make_options, options)
+
+
+@SETTINGS_OF_A_WALK
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={"precision": odd, "name": odd, "time_limit": odd, **dict.fromkeys(("profiles", "mark_outputs"), odd)},
+    )
+)
+def test_modules(named):
+    refuses_in_our_words(engine.build_module, torch.nn.ReLU(), (torch.zeros(2, 2),), **named)
+
+
+@SETTINGS_OF_A_WALK
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+@example(b"max_batch_size = " + b"9" * 5000)
+@example(b"fusion = 1979-05-27")
+@example(b"[aot]\n[tensorrt]")
+def test_recipe_files(content):
+    Path("fuzzed.toml").write_bytes(content)
+    refuses_in_our_words(recipes.read, "fuzzed.toml")
+
+
+def test_a_wrong_name_is_a_type_error():
+    for call in (BuildRecipe, SamplingParams, functools.partial(helpers.build, BuildRecipe())):
+        with pytest.raises(TypeError, match="nonsense"):
+            call(nonsense=1)
