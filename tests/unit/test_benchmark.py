@@ -108,6 +108,8 @@ def test_a_contender_is_asked_for_what_it_can_obey():
     assert workload.decode_batch_sizes == (2,)  # the other two are there anyway
     recipe = workload.recipe("aot", "fp32", 2)
     assert (recipe.num_threads, recipe.all_decode_batch_sizes) == (2, (1, 2, 4))
+    runner = benchmark.make_runner(dataclasses.replace(workload, device="cpu"), 2, "aot:int8")
+    assert (runner.recipe.precision, runner.recipe.num_threads) == ("int8", 2)
     for backend, precision in (("pytorch", "fp32"), ("torch_compile", "bf16"), ("tensorrt", "fp32")):
         assert workload.recipe(backend, precision, 2).num_threads == 0
     gpu = dataclasses.replace(workload, device="cuda")
@@ -488,7 +490,7 @@ def test_comparing_says_what_differs():
 
 @pytest.fixture(scope="module")
 def record():
-    return benchmark.run(SMALL, ["pytorch", "vllm"], [1, 2], quiet=True)
+    return benchmark.run(dataclasses.replace(SMALL, threads=2), ["pytorch", "vllm"], [1, 2], quiet=True)
 
 
 def test_a_run_measures_what_it_promises(record):
@@ -505,7 +507,7 @@ def test_a_run_measures_what_it_promises(record):
     for ttft, tpot, e2e in zip(row.ttft_s, row.tpot_s, row.e2e_s, strict=True):
         assert e2e == pytest.approx(ttft + (SMALL.output_len - 1) * tpot)
     assert row.start_s > row.load_s > 0 and row.peak_host_bytes > 100e6 and row.limit_s < row.median("tpot_s")
-    assert (row.device, row.threads, row.decode_graph) == ("cpu", record.threads, None)
+    assert (row.device, row.threads, record.threads, row.decode_graph) == ("cpu", 2, 2, None)
     assert record.host.processor and record.host.cores >= 1
 
 
