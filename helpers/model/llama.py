@@ -3,7 +3,8 @@
 Two entry points, one for each phase: `Prefill` reads a whole prompt, `Decode` one token a sequence. Both update
 the KV cache in place. Weights come in as arguments, so every graph compiled from here shares one set of them.
 
-Shapes: B sequences, T prompt tokens, S cache length, E hidden size, H heads, G KV heads, D head size, V vocabulary.
+Shapes: B sequences, T prompt tokens, S cache length, E hidden size, H heads, G KV heads, D head size, V vocabulary,
+I intermediate size. M rows go through the layers: B * T tokens in prefill, B in decode.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D]
 
 
 def scale_and_bias(weights: Weights, name: str, y: Tensor) -> Tensor:
-    """What follows a product of int8 weights, of weights with a bias, or neither."""
+    """What follows a product of int8 weights, of weights with a bias, or neither: y [M, N] stays [M, N]."""
     if f"{name}.scale" in weights:
         y = y * weights[f"{name}.scale"].to(y.dtype)
     if f"{name}.bias" in weights:
@@ -32,6 +33,7 @@ def scale_and_bias(weights: Weights, name: str, y: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., E] over the root of its mean square, times weight [E]. In float32, because squares overflow in fp16."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -41,7 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Swapping the halves is a change of index, not a copy: it fuses into the product.
     """
-    halves = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    halves = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # [..., 2, D/2], swapped, [..., D]
     return (x * cos + halves * sin).to(x.dtype)
 
 
@@ -61,12 +63,12 @@ class Decoder(nn.Module):
         return x
 
     def project(self, weights: Weights, norm: str, names: Iterable[str], x: Tensor) -> list[Tensor]:
-        """x [M, E], normalized, times the transpose of each of the named weights."""
+        """x [M, E], normalized, times the transpose of each of the named weights [N, E]: several [M, N]."""
         x = self.keep(rms_norm(x, weights[norm], self.config.rms_norm_eps))
         return [self.matmul(weights, name, x) for name in names]
 
     def add(self, weights: Weights, name: str, h: Tensor, x: Tensor) -> Tensor:
-        """The residual connection: x plus h times the transpose of the named weight."""
+        """The residual connection: x [M, E] plus h [M, N] times the transpose of the named weight [E, N]: [M, E]."""
         return self.keep(x + self.matmul(weights, name, self.keep(h)))
 
     def heads(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
@@ -75,31 +77,33 @@ class Decoder(nn.Module):
         projected = self.project(
             weights, layer + "attention_norm", stored_names(weights, layer, "qkv", "q", "k", "v"), x
         )
-        heads = torch.cat(projected, -1) if len(projected) > 1 else projected[0]
-        heads = heads.unflatten(-1, (-1, c.head_dim))
+        heads = torch.cat(projected, -1) if len(projected) > 1 else projected[0]  # [M, (H + G + G) * D]
+        heads = heads.unflatten(-1, (-1, c.head_dim))  # [M, H + G + G, D]
         if not c.qk_norm:
             return heads
-        q, k, v = self.split(heads)
+        q, k, v = self.split(heads)  # [M, H, D], [M, G, D], [M, G, D]
         q = rms_norm(q, weights[layer + "q_norm"], c.rms_norm_eps)
         k = rms_norm(k, weights[layer + "k_norm"], c.rms_norm_eps)
-        return torch.cat([q, k, v], 1)
+        return torch.cat([q, k, v], 1)  # [M, H + G + G, D]
 
     def split(self, heads: Tensor) -> tuple[Tensor, ...]:
+        """[M, H + G + G, D] to queries [M, H, D], keys [M, G, D] and values [M, G, D]."""
         return heads.split((self.config.num_attention_heads, *[self.config.num_key_value_heads] * 2), 1)
 
     def gated(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
-        """The gated half of the MLP: x [M, E] to silu(gate) * up [M, intermediate_size]."""
+        """The gated half of the MLP: x [M, E] to silu(gate) * up [M, I]."""
         projected = self.project(weights, layer + "mlp_norm", stored_names(weights, layer, "gate_up", "gate", "up"), x)
-        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)
+        gate, up = projected if len(projected) == 2 else projected[0].chunk(2, -1)  # [M, I] each, out of [M, 2 * I]
         return F.silu(gate) * up
 
     def layers(
         self, weights: Weights, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, positions: Tensor, *rest: Tensor
     ) -> Tensor:
+        """x [M, E] through all layers: [M, E]. cos, sin, positions and the rest are what attention needs."""
         for i in range(self.config.num_hidden_layers):
             layer = f"layers.{i}."
-            heads = self.heads(weights, layer, x)
-            h = self.attend(heads, cos, sin, cache[2 * i], cache[2 * i + 1], positions, *rest)
+            heads = self.heads(weights, layer, x)  # [M, H + G + G, D]
+            h = self.attend(heads, cos, sin, cache[2 * i], cache[2 * i + 1], positions, *rest)  # [M, H * D]
             x = self.add(weights, layer + "o", h, x)
             x = self.add(weights, layer + "down", self.gated(weights, layer, x), x)
         return x
@@ -109,14 +113,15 @@ class Decoder(nn.Module):
         return self.project(weights, "norm", ["head"], x)[0].float()
 
     def attend(self, heads: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-        """Rotate queries and keys to their positions, then attention: to [M, H * D]."""
-        q, k, v = self.split(heads)
+        """Rotate queries and keys to their positions, then attention: [M, H + G + G, D] to [M, H * D]."""
+        q, k, v = self.split(heads)  # [M, H, D], [M, G, D], [M, G, D]
         return self.attention(self.keep(rotate(q, cos, sin)), rotate(k, cos, sin), v, *rest)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         raise TypeError("Decoder has two phases: use Prefill or Decode")
 
     def embed(self, weights: Weights, tokens: Tensor) -> Tensor:
+        """Token ids [M] to their rows of the embedding [V, E]: [M, E]."""
         return self.keep(weights["embedding"][tokens])
 
 
@@ -129,21 +134,23 @@ class Prefill(Decoder):
 
     def forward(self, weights: Weights, tokens: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
         batch, length = tokens.shape
-        x = self.embed(weights, tokens.flatten())
-        tables = weights["rope.cos"][:length], weights["rope.sin"][:length]
-        cos, sin = (table[None].expand(batch, -1, -1).flatten(0, 1)[:, None] for table in tables)
+        x = self.embed(weights, tokens.flatten())  # [B * T, E]
+        tables = weights["rope.cos"][:length], weights["rope.sin"][:length]  # [T, D]
+        cos, sin = (table[None].expand(batch, -1, -1).flatten(0, 1)[:, None] for table in tables)  # [B * T, 1, D]
         x = self.layers(weights, x, cos, sin, cache, torch.arange(length, device=x.device))
-        last = x.unflatten(0, (batch, length))[torch.arange(batch, device=x.device), lengths - 1]
-        return self.logits(weights, last)
+        x = x.unflatten(0, (batch, length))  # [B, T, E]
+        last = x[torch.arange(batch, device=x.device), lengths - 1]  # [B, E]
+        return self.logits(weights, last)  # [B, V]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        keys[:, :, positions] = self.sequences(k, keys)
+        """q [B * T, H, D], k and v [B * T, G, D], cache [B, G, S, D], positions [T]: to [B * T, H * D]."""
+        keys[:, :, positions] = self.sequences(k, keys)  # [B, G, T, D]
         values[:, :, positions] = self.sequences(v, keys)
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         k, v = (x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2) for x in (k, v))  # [B * T, H, D]
-        q, k, v = (self.sequences(x, keys) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        q, k, v = (self.sequences(x, keys) for x in (q, k, v))  # [B, H, T, D]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, D]
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)  # [B, T, H, D], [B, T, H * D], [B * T, H * D]
 
     def sequences(self, x: Tensor, keys: Tensor) -> Tensor:
         """[B * T, H, D] to [B, H, T, D], for the B of a cache."""
@@ -157,24 +164,28 @@ class Decode(Decoder):
     """
 
     def forward(self, weights: Weights, tokens: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
-        x = self.embed(weights, tokens)
-        cos, sin = weights["rope.cos"][positions, None], weights["rope.sin"][positions, None]
+        x = self.embed(weights, tokens)  # [B, E]
+        cos, sin = weights["rope.cos"][positions, None], weights["rope.sin"][positions, None]  # [B, 1, D]
         hidden = span[None] > positions[:, None]  # [B, n]: entries that lie in the future, or in no sequence
-        x = self.layers(weights, x, cos, sin, cache, positions, hidden)
-        return self.logits(weights, x)
+        x = self.layers(weights, x, cos, sin, cache, positions, hidden)  # [B, E]
+        return self.logits(weights, x)  # [B, V]
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *rest: Tensor
     ) -> Tensor:
-        """Grouped heads read their keys and values directly, as products and sums that the compiler fuses."""
+        """q [B, H, D], k and v [B, G, D], cache [B, G, S, D], positions [B], hidden [B, n]: to [B, H * D].
+
+        Grouped heads read their keys and values directly, as products and sums that the compiler fuses.
+        """
         (hidden,) = rest
         batch, (_, kv_heads, _, size) = q.shape[0], keys.shape
         rows = torch.arange(batch, device=q.device)
-        keys[rows, :, positions] = k
+        keys[rows, :, positions] = k  # one entry [G, D] of each sequence
         values[rows, :, positions] = v
         n = hidden.shape[1]
         k, v = keys[:, :, None, :n], values[:, :, None, :n]  # [B, G, 1, n, D]
         q = q.view(batch, kv_heads, -1, 1, size)  # [B, G, H/G, 1, D]
         scores = (q.float() * k.float()).sum(-1) * size**-0.5  # [B, G, H/G, n]
-        weights = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)
-        return (weights[..., None] * v.float()).sum(-2).to(q.dtype).flatten(1)
+        weights = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)  # [B, G, H/G, n]
+        out = (weights[..., None] * v.float()).sum(-2)  # [B, G, H/G, D]
+        return out.to(q.dtype).flatten(1)  # [B, H * D]
