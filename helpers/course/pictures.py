@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.display import COLOURS, HATCHES, Picture, Table, new_figure
+from helpers.errors import printable
 
 if TYPE_CHECKING:
     from helpers.backends.base import Engine
@@ -25,8 +26,8 @@ def versions(*packages: str) -> None:
     """Print the versions of Python and of these packages, and the machine: the first thing a notebook shows."""
     from helpers.machine import hardware
 
-    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-    print(", ".join(f"{name} {version}" for name, version in found.items()))
+    every = [("python", platform.python_version()), *((name, metadata.version(name)) for name in packages)]
+    print(", ".join(f"{name} {version}" for name, version in every))
     print(f"machine: {hardware.describe()}")
 
 
@@ -52,6 +53,7 @@ def _purpose(name: str) -> str:
         "tensorrt_llm/rank0.engine": "TensorRT's plan, with the weights in it",
         "tokenizer.json": "text to token ids and back",
         "tokenizer_config.json": "settings of the tokenizer",
+        "special_tokens_map.json": "tokens that are no text",
     }
     batch = name.removesuffix(".pt2").rpartition("_b")[2]
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"
@@ -87,7 +89,7 @@ def part_sizes(report: EngineReport) -> dict[str, int]:
 def sizes(reports: Mapping[str, EngineReport]) -> Picture:
     """Bytes of several engines, part by part."""
     figure, axes = new_figure(height=0.9 + 0.55 * len(reports))
-    names = list(reports)
+    names = list(map(_plain, reports))
     lefts = [0.0] * len(names)
     for index, part in enumerate(next(iter(map(part_sizes, reports.values())))):
         widths = [part_sizes(report)[part] / 1e6 for report in reports.values()]
@@ -100,18 +102,18 @@ def sizes(reports: Mapping[str, EngineReport]) -> Picture:
     axes.set_xlim(0, max(lefts) * 1.12)
     axes.set_xlabel("MB on disk")
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    words = "; ".join(f"{name} {total:.1f} MB" for name, total in zip(names, lefts, strict=True))
+    words = "; ".join(f"{name} {total:.1f} MB" for name, total in zip(reports, lefts, strict=True))
     return Picture(figure, f"Bars: size of each engine on disk. {words}.")
 
 
 def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
     """How long each phase of a build took, from the manifest's `seconds`."""
     figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
-    bars = axes.barh(list(seconds), list(seconds.values()), color=COLOURS[0])
+    bars = axes.barh(list(map(_plain, seconds)), list(seconds.values()), color=COLOURS[0])
     axes.bar_label(bars, fmt=" %.1f")
     axes.invert_yaxis()
     axes.set_xlim(0, max(seconds.values()) * 1.12)
-    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_title(_plain(title), loc="left", fontsize="medium")
     axes.set_xlabel("seconds")
     longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
     words = ", ".join(f"{name} {took:.1f} s" for name, took in longest)
@@ -132,7 +134,7 @@ def fusion(reports: Mapping[str, EngineReport]) -> Picture:
             bars = axes.barh(row + 0.36 * (index - 0.5), count, 0.34, color=COLOURS[index], hatch=HATCHES[index])
             axes.bar_label(bars, fmt=" %d")
             bars.set_label(label if row == 0 else "")
-    axes.set_yticks(range(len(reports)), list(reports))
+    axes.set_yticks(range(len(reports)), list(map(_plain, reports)))
     axes.invert_yaxis()
     axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     axes.set_xlabel("count")
@@ -177,7 +179,7 @@ def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds pe
     samples are in seconds; the picture is in milliseconds.
     """
     figure, axes = new_figure(height=0.8 + 0.5 * len(samples))
-    names = list(samples)
+    names = list(map(_plain, samples))
     medians = [statistics.median(values) * 1e3 for values in samples.values()]
     axes.barh(names, medians, 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
     for row, values in enumerate(samples.values()):
@@ -185,14 +187,14 @@ def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds pe
         axes.text(max(values) * 1e3, row, f"  median {medians[row]:.2f}", va="center")
     axes.invert_yaxis()
     axes.set_xlim(0, max(max(values) for values in samples.values()) * 1e3 * 1.22)
-    axes.set_xlabel(f"{what}: median (bar) and every run (dots)")
-    words = "; ".join(f"{name} {median:.2f}" for name, median in zip(names, medians, strict=True))
+    axes.set_xlabel(f"{_plain(what)}: median (bar) and every run (dots)")
+    words = "; ".join(f"{name} {median:.2f}" for name, median in zip(samples, medians, strict=True))
     return Picture(figure, f"Bars: {what}, median of {len(next(iter(samples.values())))} runs. {words}.")
 
 
 def show_text(text: str, width: int = 100) -> None:
-    """Print a generated text, wrapped."""
-    print(textwrap.fill(text.strip(), width))
+    """Print a generated text, wrapped, without what could steer a terminal."""
+    print(textwrap.fill(printable(text.strip()), width))
 
 
 # The choice of the next token
@@ -204,31 +206,42 @@ def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingPa
 
     logits, ids = engine.logits(prompt), engine.tokenize(prompt)
     order = logits.topk(count).indices.tolist()  # the same tokens in every panel, so that they compare
-    labels = [engine.detokenize([token]).strip() or "(end)" for token in order]
+    labels = [_label(engine.detokenize([token], ids)) for token in order]
     figure, first = new_figure(height=2.6)
     first.remove()
     words = []
-    panels = figure.subplots(1, len(settings), sharey=True)
-    for axes, (name, params) in zip(panels if len(settings) > 1 else [panels], settings.items(), strict=True):
+    for axes, (name, params) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.items(), strict=True):
         values = next_token_distribution(logits, params, ids)[order].tolist()
-        bars = axes.barh(labels, values, color=COLOURS[0])
+        bars = axes.barh(range(count), values, color=COLOURS[0])
         axes.bar_label(bars, [f"{value:.2f}" if value else "-" for value in values], padding=2, fontsize="small")
-        axes.set_title(name, fontsize="medium")
+        axes.set_yticks(range(count), [_plain(label) for label in labels])
+        axes.label_outer()
+        axes.set_title(_plain(name), fontsize="medium")
         axes.set_xlim(0, 1.25)
         axes.set_xticks([0, 0.5, 1])
+        axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         likely = ", ".join(f"{label} {value:.2f}" for label, value in zip(labels[:3], values[:3], strict=True))
         words.append(f"{name}: {likely}")
-    (panels if len(settings) == 1 else panels[0]).invert_yaxis()
     figure.supxlabel("probability", fontsize="medium")
     return Picture(figure, f"Bars: probability of the {count} likeliest next tokens. {'; '.join(words)}.")
+
+
+def _plain(text: str) -> str:
+    """Text for a picture, where "$" would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def _label(token: str) -> str:
+    """A token's text beside its bar."""
+    return printable(token.strip()) or (repr(token) if token else "(end)")
 
 
 def sampled_text(engine: Engine, prompt: str, sampling: SamplingParams) -> Picture:
     """A text drawn with these settings, over the distribution of its first token: a widget's picture for the web."""
     name = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}"
-    text = prompt + engine.generate(prompt, sampling)[0].text
+    text = printable(prompt + engine.generate(prompt, sampling)[0].text)
     picture = distributions(engine, prompt, {f"the token after the prompt ({name})": sampling})
-    picture.figure.suptitle(textwrap.fill(text, 92), x=0.01, ha="left", fontsize="medium")
+    picture.figure.suptitle(_plain(textwrap.fill(text, 92)), x=0.01, ha="left", fontsize="medium")
     picture.figure.set_size_inches(7.5, 3.6)
     return Picture(picture.figure, f"Text: {text} {picture.alt}")

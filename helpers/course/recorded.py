@@ -3,7 +3,7 @@
     folder = recorded("block", "fp16")       # says in one line when, where and by what it was built
     inspect(folder)                          # its report, as that of any engine
 
-A record is an engine's folder without its plan file: the report, and the manifest with the word "recorded" in it.
+A recording is an engine's folder without its plan file: the report, and the manifest with the word "recorded" in it.
 helpers/maintain/recordings.py writes them.
 """
 
@@ -18,11 +18,11 @@ FOLDER = Path(__file__).parent / "recordings"
 
 
 def recorded(label: str, kind: str, *, quiet: bool = False) -> Path:
-    """The folder of a recorded engine: "block" and one of BLOCK. Raises EngineNotFound."""
+    """The folder of a recorded engine: "block" and how it was built. Raises EngineNotFound."""
+    names = sorted(path.name for path in FOLDER.iterdir())
+    if f"{label}-{kind}" not in names:
+        raise EngineNotFound(f"There is no recording of '{label}-{kind}'.", fix=f"There are: {', '.join(names)}.")
     folder = FOLDER / f"{label}-{kind}"
-    if not (folder / store.MANIFEST).exists():
-        names = ", ".join(sorted(path.name for path in FOLDER.iterdir()))
-        raise EngineNotFound(f"There is no record of {folder.name!r}.", fix=f"Recorded are: {names}.")
     if not quiet:
         print(f"Recorded engine {folder.name}: {words(folder)}. It was not built on this machine.")
     return folder

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from helpers.model.checkpoint import find_checkpoint
 
 
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()  # goes when Python ends
+
+
 def copy_of(folder: Path) -> Path:
-    """A copy of an engine or checkpoint in a new temporary folder, to be damaged at will."""
-    return Path(shutil.copytree(folder, Path(tempfile.mkdtemp()) / folder.name))
+    """A copy of an engine or checkpoint in a temporary folder of its own, to be damaged at will."""
+    return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(dir=_scratch().name)) / folder.name))
 
 
 def other_tokenizer(name: str = "stories") -> Path:

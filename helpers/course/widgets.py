@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import CourseError
-from helpers.model.sampling import Sampler, SamplingParams, next_token_distribution
+from helpers.model.sampling import SamplingParams, next_token_distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,37 +30,39 @@ class Choice:
     candidates: list[tuple[str, float]]  # the likeliest tokens, and the chosen one, with their probabilities
 
 
-def candidates(engine: Engine, probabilities: Tensor, count: int = 8) -> list[tuple[str, float]]:
-    """The `count` likeliest tokens of a distribution [V] as text, likeliest first."""
+def candidates(
+    engine: Engine, probabilities: Tensor, count: int = 8, after: Sequence[int] = ()
+) -> list[tuple[str, float]]:
+    """The `count` likeliest tokens of a distribution [V], likeliest first, as text that follows the tokens `after`."""
     top = probabilities.topk(count)
-    return [(engine.detokenize([token]), p) for token, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [(engine.detokenize([token], after), probability) for token, probability in pairs]
 
 
 def next_tokens(engine: Engine, prompt: str, sampling: SamplingParams, count: int = 8) -> list[tuple[str, float]]:
     """What the token after the prompt would be drawn from, under these settings."""
-    distribution = next_token_distribution(engine.logits(prompt), sampling, engine.tokenize(prompt))
-    return candidates(engine, distribution, count)
+    ids = engine.tokenize(prompt)
+    return candidates(engine, next_token_distribution(engine.logits(prompt), sampling, ids), count, ids)
 
 
 def stream_choices(engine: Engine, prompt: str, sampling: SamplingParams, count: int = 8) -> Iterator[Choice]:
-    """Generate token by token, showing each choice. Gives the same text as `engine.stream`."""
-    engine.stream(prompt, sampling)  # not consumed: it refuses what this engine cannot serve, before any work
-    ids = engine.tokenize(prompt)
-    output: list[int] = []
-    sampler = Sampler(sampling, [ids])
-    logits = engine.prefill([ids])
-    while len(output) < sampling.max_tokens:
-        distribution = next_token_distribution(logits[0], sampling, ids + output)
-        token = sampler(logits)
-        if token.item() in engine.end_ids and not sampling.ignore_eos:
-            return
-        output.append(int(token.item()))
-        chosen, options = engine.detokenize(output[-1:]), candidates(engine, distribution, count)
+    """`engine.stream`, showing for each token what it was chosen from."""
+    seen: deque[Tensor] = deque()  # logits [V] of the tokens that were chosen and not handed out yet
+
+    def keep(logits: Tensor) -> None:
+        seen.append(logits[0].cpu().float().clone())  # the engine writes the next step's into the same memory
+
+    before = engine.tokenize(prompt)
+    text = ""
+    for token in engine.stream(prompt, sampling, observe=keep):
+        distribution = next_token_distribution(seen.popleft(), sampling, before)  # [V]
+        options = candidates(engine, distribution, count, before)
+        chosen = engine.detokenize([token.token_id], before)
         if chosen not in dict(options):  # an unlikely one was drawn
-            options.append((chosen, distribution[output[-1]].item()))
-        yield Choice(engine.detokenize(output), chosen, options)
-        if len(output) < sampling.max_tokens:
-            logits = engine.decode(token)
+            options.append((chosen, distribution[token.token_id].item()))
+        before.append(token.token_id)
+        text += token.text
+        yield Choice(text, chosen, options)
 
 
 def bars(options: list[tuple[str, float]], chosen: str | None = None) -> str:
@@ -132,9 +135,10 @@ class SamplingExplorer:
         prompt = self.prompt.value
         if self._logits is None or self._logits[0] != prompt:
             self._logits = (prompt, self.engine.logits(prompt))
-        distribution = next_token_distribution(self._logits[1], self.sampling(), self.engine.tokenize(prompt))
+        ids = self.engine.tokenize(prompt)
+        distribution = next_token_distribution(self._logits[1], self.sampling(), ids)
         self._show_text("")
-        self.chart.value = "The token after the prompt:" + bars(candidates(self.engine, distribution))
+        self.chart.value = "The token after the prompt:" + bars(candidates(self.engine, distribution, after=ids))
 
     def run(self) -> None:
         """Generate, showing each choice as it is made."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from helpers.bench.records import REFERENCES, Record, read
 from helpers.display import COLOURS, HATCHES, new_figure
 from helpers.paths import PROJECT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PICTURE = PROJECT / "docs" / "payoff.png"
 RECORDS = {  # and what is said of the model
@@ -19,7 +24,7 @@ WORDS = {
 }
 
 
-def draw(axes, record: Record, model: str) -> None:
+def draw(axes: Axes, record: Record, model: str) -> None:
     """Bars: the median time per token at batch 1; lines: the least and the most of the samples."""
     rows = sorted(
         (row for row in record.at(1) if row.status == "ok"), key=lambda row: row.median("tpot_s"), reverse=True

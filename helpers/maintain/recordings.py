@@ -23,7 +23,7 @@ BLOCK: dict[str, dict[str, Any]] = {
 }
 
 
-def record(engine: Path, name: str) -> Path:
+def keep(engine: Path, name: str) -> Path:
     """Keep an engine's report and manifest under recordings/NAME; its plan stays behind."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -41,7 +41,7 @@ def main() -> None:
     example = (torch.randn(8, 256),)
     for kind, options in BLOCK.items():
         engine = build_module(block, example, name="block", force=True, quiet=True, **options)
-        print(words(record(engine, f"block-{kind}")), file=sys.stderr)
+        print(words(keep(engine, f"block-{kind}")), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 import base64
 
 import pytest
+import torch
 
 pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
 
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.course import widgets
-from helpers.errors import LimitError
+from helpers.errors import InputError, LimitError, NumericsError
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,38 @@ def test_there_is_a_picture_for_readers_without_a_kernel(explorer):
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert widgets.START in data["text/plain"] and about["image/png"]["alt"] == data["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in data
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def test_a_stream_that_choices_have_overtaken_is_refused(engine):
+    stream = engine.stream("Long ago", GREEDY)
+    next(stream)
+    assert len(list(widgets.stream_choices(engine, widgets.START, GREEDY))) == 12
+    with pytest.raises(InputError):
+        next(stream)
+
+
+@pytest.mark.parametrize("other", [lambda e: e.generate("Long ago", GREEDY), lambda e: e.logits("Long ago")])
+def test_choices_that_another_request_has_overtaken_are_refused(engine, other):
+    choices = widgets.stream_choices(engine, widgets.START, GREEDY)
+    next(choices)
+    other(engine)
+    with pytest.raises(InputError):
+        next(choices)
+
+
+def test_scores_that_are_no_numbers_are_refused(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_prefill", lambda prompts: torch.full((1, engine.vocab_size), torch.nan))
+    with pytest.raises(NumericsError):
+        next(widgets.stream_choices(engine, widgets.START, GREEDY))
+
+
+def test_two_that_show_choices_do_not_mix(engine):
+    first, second = (widgets.stream_choices(engine, prompt, GREEDY) for prompt in (widgets.START, "Long ago"))
+    next(first)
+    next(second)
+    with pytest.raises(InputError):
+        next(first)
+    assert len(list(second)) == 11
