@@ -285,12 +285,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors one after the other, on the CPU, so that no second model is ever in memory."""
+def read_tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that the configuration asks for, one after the other, so that no second model is ever in memory.
+
+    config: the checkpoint's, given because a worker process has it from the engine's folder, without transformers.
+    """
     import torch
     from safetensors import safe_open
 
-    shapes = expected_shapes(checkpoint.config)
+    shapes = expected_shapes(config)
     if checkpoint.dummy:
         # Type and device are named, because a notebook may have set others as torch's defaults.
         generator = torch.Generator("cpu").manual_seed(0)

@@ -111,12 +111,21 @@ def read_fields(folder: Path) -> dict[str, Any]:
 def transformers_config(folder: Path) -> Any:
     """transformers' configuration of a checkpoint's folder. No code of the checkpoint is run, nothing is fetched."""
     given = read_fields(folder)
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, __version__
+    from transformers.utils import logging
 
+    rope = given.get("rope_parameters")
+    if __version__ < "5" and isinstance(rope, dict) and not given.get("rope_scaling"):
+        # 5 writes this field alone; 4 does not know it, and would read 5's checkpoints with rope_theta's default.
+        given |= {"rope_scaling": rope} | {name: value for name, value in rope.items() if name == "rope_theta"}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings would repeat in a terminal whatever the file says
     try:
         return CONFIG_MAPPING[given["model_type"]].from_dict(given)
     except Exception as error:  # what its classes and validators raise for wrong values differs between versions
         raise _not_understood(folder, " ".join(str(error).split())) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -199,8 +208,7 @@ def unsupported(what: str, fix: str) -> ModelError:
 
 
 def _rope(folder: Path, config: Any) -> dict[str, Any]:
-    """transformers 5 has all in rope_parameters; 4 has rope_theta, and rope_scaling for scaled kinds, and does not
-    know rope_parameters, though checkpoints that 5 wrote have nothing else."""
+    """transformers 5 has all in rope_parameters; 4 has rope_theta, and rope_scaling for scaled kinds."""
     given = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     if not isinstance(given, dict):
         raise _not_understood(folder, f"its position encoding is {given!r:.80}")
@@ -262,7 +270,7 @@ def _check_size(folder: Path, name: str, value: Any, most: int, least: int = 1) 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
 
 
 def _not_understood(folder: Path, why: str) -> ModelError:

@@ -93,7 +93,8 @@ def rope_tables(config: ModelConfig, length: int, dtype: torch.dtype) -> Weights
     """
     rope, size = config.rope, config.head_dim
     # Type and device are named, because a notebook may have set others as torch's defaults.
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    # As transformers rounds them: far into a text, the last bit of a frequency turns a head by a thousandth.
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
     if rope["rope_type"] == "linear":
         frequencies = frequencies / rope["factor"]
     elif rope["rope_type"] == "llama3":

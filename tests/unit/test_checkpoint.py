@@ -1,12 +1,615 @@
-"""What a checkpoint is taken to be: its files, their digests, its configuration as transformers reads it."""
+"""What a checkpoint is taken to be: its configuration as transformers reads it, the files that hold its weights, their
+digests; and what is refused."""
 
+import json
 import os
+import random
+import shutil
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_models import PROMPT, Ours, assert_close, change_config, reference, tensors_of
 
-from helpers import digests
+from helpers import BuildRecipe, SamplingParams, digests, load
+from helpers.backends import pytorch
 from helpers.digests import file_digest
+from helpers.errors import EngineCorrupt, ModelError
+from helpers.model import checkpoint as checkpoints
+from helpers.model.checkpoint import find_checkpoint
+from helpers.model.config import FIELDS, MODEL_FILE, SIZES, load_config, read_config, save_config
+from helpers.model.sampling import Sampler
+from helpers.model.weights import rope_tables
+
+# ---- configurations of public models ----------------------------------------------------------------------
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
+
+
+def config_of(kind, hidden, intermediate, layers, heads, kv_heads, positions, vocabulary, **more):
+    """The fields of a config.json that all have; None leaves one out."""
+    fields = {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "vocab_size": vocabulary,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "bfloat16",
+        **more,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+QWEN25 = config_of(
+    *("qwen2", 896, 4864, 24, 14, 2, 32768, 151936),
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "eos_token_id": 151645},
+    **{"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21},
+)
+# As their authors publish them; the number is the longest sequence.
+PUBLIC = {
+    "Llama-2-7b": (config_of("llama", 4096, 11008, 32, 32, 32, 4096, 32000, pretraining_tp=1, eos_token_id=2), 4096),
+    "Llama-2-7b without KV heads": (config_of("llama", 4096, 11008, 32, 32, None, 4096, 32000), 4096),
+    "Llama-3.1-8B": (
+        config_of(
+            *("llama", 4096, 14336, 32, 32, 8, 131072, 128256),
+            **{"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}, "attention_bias": False},
+            **{"mlp_bias": False, "eos_token_id": [128001, 128008, 128009], "tie_word_embeddings": False},
+        ),
+        131072,
+    ),
+    "Llama-3.2-1B": (
+        config_of(
+            *("llama", 2048, 8192, 16, 32, 8, 131072, 128256),
+            **{"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "factor": 32.0, "rope_type": "llama3"}},
+            **{"head_dim": 64, "tie_word_embeddings": True},
+        ),
+        131072,
+    ),
+    "TinyLlama-1.1B": (json.loads((checkpoints.SHAPES / "tinyllama-1.1b" / "config.json").read_text()), 2048),
+    "SmolLM2-135M": (
+        config_of(
+            *("llama", 576, 1536, 30, 9, 3, 8192, 49152),
+            **{"rope_theta": 100000, "rope_interleaved": False, "is_llama_config": True, "tie_word_embeddings": True},
+        ),
+        8192,
+    ),
+    "vicuna-7b-v1.5-16k": (
+        config_of(*("llama", 4096, 11008, 32, 32, 32, 4096, 32000), rope_scaling={"factor": 4.0, "type": "linear"}),
+        16384,
+    ),
+    "Mistral-7B-v0.1": (config_of("mistral", 4096, 14336, 32, 32, 8, 32768, 32000, sliding_window=4096), 4096),
+    "Mistral-7B without sliding_window": (config_of("mistral", 4096, 14336, 32, 32, 8, 32768, 32000), 4096),
+    "Mistral-7B-v0.3": (
+        config_of("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, rope_theta=1e6) | {"sliding_window": None},
+        32768,
+    ),
+    "Qwen2.5-0.5B": (QWEN25, 32768),
+    "Qwen2.5-0.5B with its window": (
+        QWEN25 | {"use_sliding_window": True, "sliding_window": 4096, "attention_bias": True},
+        4096,
+    ),
+    "Qwen2.5-0.5B with a window on no layer": (
+        QWEN25 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 24},
+        32768,
+    ),
+    "Qwen3-0.6B": (
+        config_of(
+            *("qwen3", 1024, 3072, 28, 16, 8, 40960, 151936),
+            **{"head_dim": 128, "rope_theta": 1000000, "tie_word_embeddings": True, "attention_bias": False},
+            **{"rms_norm_eps": 1e-6, "use_sliding_window": False, "max_window_layers": 28},
+        )
+        | {"rope_scaling": None, "sliding_window": None},
+        40960,
+    ),
+    "saved by transformers 5": (
+        config_of(
+            *("llama", 2048, 8192, 16, 32, 8, 131072, 128256),
+            rope_parameters={**LLAMA3, "rope_type": "llama3", "rope_theta": 500000.0},
+            dtype="bfloat16",
+        ),
+        131072,
+    ),
+    "rope_scaling beside rope_parameters": (
+        config_of(
+            *("llama", 4096, 11008, 32, 32, 32, 4096, 32000),
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+        ),
+        8192,
+    ),
+}
+REFUSED = {
+    "Phi-3-mini": (config_of("phi3", 3072, 8192, 32, 32, 32, 4096, 32064), "'phi3'"),
+    "gemma-2b": (config_of("gemma", 2048, 16384, 18, 8, 1, 8192, 256000, hidden_act="gelu"), "'gemma'"),
+    "Mixtral-8x7B": (config_of("mixtral", 4096, 14336, 32, 32, 8, 32768, 32000, num_local_experts=8), "'mixtral'"),
+    "Qwen2-57B-A14B": (config_of("qwen2_moe", 3584, 18944, 28, 28, 4, 32768, 151936), "'qwen2_moe'"),
+    "Qwen2.5 with yarn": (QWEN25 | {"rope_scaling": YARN}, "'yarn'"),
+    "Qwen2.5 with yarn beside rope_parameters": (
+        QWEN25 | {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "'yarn'",
+    ),
+    "Llama with dynamic scaling": (
+        config_of("llama", 64, 96, 2, 4, 2, 64, 128, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "'dynamic'",
+    ),
+    "Llama with longrope": (
+        config_of(
+            *("llama", 64, 96, 2, 4, 2, 64, 128),
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        ),
+        "'longrope'",
+    ),
+    "Llama that rotates half of each head": (
+        config_of("llama", 64, 96, 2, 4, 2, 64, 128, partial_rotary_factor=0.5),
+        "a part of each head",
+    ),
+    "gptq": (QWEN25 | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
+    "Qwen2 with another kind of layer": (QWEN25 | {"layer_types": ["chunked_attention"] * 24}, "chunked_attention"),
+}
+
+
+def written(folder, fields):
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def theirs(folder):
+    from transformers import AutoConfig, __version__
+
+    if __version__ < "5" and "rope_parameters" in json.loads((folder / "config.json").read_text()):
+        pytest.skip("transformers 4 does not know rope_parameters")
+    return AutoConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_field_is_as_transformers_reads_it(tmp_path, name):
+    fields, longest = PUBLIC[name]
+    ours, config = read_config(written(tmp_path, fields)), theirs(tmp_path)
+    same = {*SIZES, "model_type", "rms_norm_eps", "tie_word_embeddings"} - {"head_dim"}
+    assert {n: getattr(ours, n) for n in same} == {n: getattr(config, n) for n in same}
+    assert ours.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    ends = config.eos_token_id
+    assert list(ours.eos_token_ids) == (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    assert ours.max_length == longest
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_positions_turn_as_in_transformers(tmp_path, name):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields, _ = PUBLIC[name]
+    ours = rope_tables(read_config(written(tmp_path, fields)), 4096, torch.float32)
+    cos, sin = LlamaRotaryEmbedding(config=theirs(tmp_path))(torch.zeros(1), torch.arange(4096)[None])
+    half = cos.shape[-1] // 2
+    torch.testing.assert_close(ours["rope.cos"], cos[0])
+    torch.testing.assert_close(ours["rope.sin"], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_tiny_version_has_transformers_logits(tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    fields = dict(PUBLIC[name][0])
+    fields |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    fields |= {"eos_token_id": 2, "num_attention_heads": 4}
+    fields |= {"num_key_value_heads": 2} if "num_key_value_heads" in fields else {}
+    fields |= {"head_dim": 32} if "head_dim" in fields else {}
+    model = AutoModelForCausalLM.from_config(theirs(written(tmp_path, fields)), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, weight in model.named_parameters():
+        weight.normal_(1.0 if "norm" in parameter_name else 0.0, 0.1, generator=generator)
+    model.save_pretrained(tmp_path)
+    written(tmp_path, fields)
+    ours = Ours(tmp_path)
+    assert_close(ours.prefill(PROMPT, ours.cache(1)), model(PROMPT[None]).logits[0, -1])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
+    fields, words = REFUSED[name]
+    with pytest.raises(ModelError, match=words) as refused:
+        read_config(written(tmp_path, fields))
+    assert refused.value.fix
+
+
+def test_either_name_of_the_position_encoding_is_read_by_every_transformers(tmp_path):
+    """The pytorch backend too, which is given the same configuration."""
+    older = {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}}
+    newer = {"rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 500000.0}}
+    shape = config_of("llama", 64, 96, 2, 4, 2, 131072, 128)
+    turns, logits = [], []
+    for fields in (older, newer):
+        found = find_checkpoint(f"dummy:{written(tmp_path, shape | fields)}")
+        turns.append(rope_tables(found.config, 100, torch.float32)["rope.cos"])
+        logits.append(pytorch.load_model(found, torch.float32, "cpu")(PROMPT[None]).logits)
+    assert torch.equal(*turns) and torch.equal(*logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_field_of_transformers_classes_is_read_or_changes_no_number(family):
+    """A newer transformers with one more field fails here."""
+    import inspect
+
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    harmless = {"initializer_range", "use_cache", "pretraining_tp", "attention_dropout", "pad_token_id", "bos_token_id"}
+    names = inspect.signature(CONFIG_MAPPING[family]).parameters.keys()
+    base = inspect.signature(PretrainedConfig).parameters.keys()
+    assert set(names) - set(base) - {"kwargs"} <= FIELDS | harmless
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation_config", "expected"),
+    [
+        (2, None, (2,)),
+        ([2, 5], None, (2, 5)),
+        (2, {"eos_token_id": [2, 7]}, (2, 7)),
+        (2, {"eos_token_id": 9}, (9,)),
+        (2, {"eos_token_id": None}, (2,)),
+        (2, {"temperature": 0.6}, (2,)),
+        (..., None, (2,)),  # LlamaConfig's default
+        (None, None, ()),
+    ],
+    ids=str,
+)
+def test_end_tokens(tmp_path, in_config, in_generation_config, expected):
+    written(tmp_path, PUBLIC["Llama-2-7b"][0])
+    change_config(tmp_path, eos_token_id=in_config)
+    if in_generation_config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(in_generation_config))
+    assert read_config(tmp_path).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, true]}', "\xff"])
+def test_a_broken_generation_config_is_refused_before_a_build(tmp_path, content):
+    written(tmp_path, PUBLIC["Llama-2-7b"][0])
+    (tmp_path / "generation_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match="generation_config.json|eos_token_id") as refused:
+        read_config(tmp_path)
+    assert refused.value.fix
+
+
+# ---- what an engine keeps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_an_engine_reads_back_what_its_build_wrote(tmp_path, name):
+    config = read_config(written(tmp_path, PUBLIC[name][0]))
+    save_config(config, tmp_path)
+    assert load_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"model_type": "llama"}', "\xff"])
+def test_a_damaged_model_file_is_refused(tmp_path, content):
+    (tmp_path / MODEL_FILE).write_bytes(content.encode("latin-1"))
+    with pytest.raises(EngineCorrupt, match="model.json"):
+        load_config(tmp_path)
+
+
+def test_finding_an_engine_and_loading_its_model_do_without_transformers(tmp_path, tiny_llama):
+    save_config(find_checkpoint(str(tiny_llama)).config, tmp_path)
+    code = """
+import sys
+from pathlib import Path
+from helpers import BuildRecipe, engine, load
+from helpers.backends.aot import engine as running
+from helpers.errors import EngineNotFound
+from helpers.model.config import load_config
+try:
+    engine.locate(BuildRecipe(sys.argv[1], max_input_len=16, max_seq_len=32))
+except EngineNotFound:
+    pass
+load_config(Path(sys.argv[2]))
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, tiny_llama, tmp_path], check=True, timeout=120)
+
+
+# ---- hostile configurations -------------------------------------------------------------------------------
+
+VALUES = [10**12, 10**400, -1, 0, True, "64", 1.5, [64], {}, None, "x" * 10000, float("inf"), 1e308, [[]] * 100]
+
+
+@pytest.mark.parametrize("field", [*SIZES, "max_window_layers", "sliding_window"])
+@pytest.mark.parametrize("value", [10**12, 10**400, -1, True, "64", 1.5, [64], {}], ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_size_that_is_none_is_refused_at_once(tmp_path, field, value, kind):
+    with pytest.raises(ModelError, match=field) as refused:
+        find_checkpoint(f"dummy:{written(tmp_path, PUBLIC['Llama-2-7b'][0] | {'model_type': kind, field: value})}")
+    assert refused.value.fix and len(str(refused.value)) < 1000
+
+
+def test_mutated_configurations_are_read_or_refused(tmp_path):
+    """Any field, any value: a ModelConfig whose sizes are bounded, or a ModelError."""
+    draw = random.Random(7)
+    families = [PUBLIC[name][0] for name in ("Llama-3.1-8B", "Mistral-7B-v0.1", "Qwen2.5-0.5B", "Qwen3-0.6B")]
+    read = 0
+    for _ in range(400):
+        fields = json.loads(json.dumps(draw.choice(families)))
+        for _ in range(draw.choice([1, 1, 1, 2, 3])):
+            name = draw.choice(sorted({*fields, *FIELDS, "num_labels", "id2label", "dtype", "attn_implementation"}))
+            rope = fields.get("rope_scaling")
+            if isinstance(rope, dict) and draw.random() < 0.3:
+                rope[draw.choice([*LLAMA3, "rope_type", "rope_theta"])] = draw.choice(VALUES)
+            else:
+                fields[name] = draw.choice(VALUES)
+        try:
+            config = read_config(written(tmp_path, fields))
+        except ModelError as error:
+            assert error.fix and len(str(error)) < 1500
+        else:
+            read += 1
+            assert all(1 <= getattr(config, name) <= most for name, most in SIZES.items())
+            assert rope_tables(replace(config, num_hidden_layers=1), 8, torch.float32)["rope.cos"].isfinite().all()
+    assert 40 < read < 360
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200000, '{"hidden_size": ' + "9" * 5000 + "}", '{"rms_norm_eps": NaN}', " " * (1 << 27)], ids=len
+)
+def test_hostile_json_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match="not valid JSON"):
+        read_config(tmp_path)
+
+
+@torch.no_grad()
+def test_what_a_configuration_asks_of_transformers_is_not_done(checkpoint, tmp_path):
+    """Another attention (which may be code from the Hub), other weights, other code, a trillion labels."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    expected = reference(folder)(PROMPT[None]).logits[0, -1]
+    other = {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "other.safetensors", metadata={"format": "pt"})
+    change_config(
+        folder,
+        attn_implementation="nobody/no-kernel",
+        _attn_implementation="nobody/no-kernel",
+        auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+        transformers_weights="other.safetensors",
+        num_labels=10**12,
+        dtype="hub",
+        torch_dtype="hub",
+    )
+    (folder / "code.py").write_text("raise SystemExit('the checkpoint ran code')")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": -1, "num_beams": 0}))
+    recipe = BuildRecipe(str(folder), backend="pytorch", device="cpu", max_input_len=48, max_seq_len=64)
+    with load(recipe) as engine:
+        assert engine.model.config._attn_implementation == "sdpa"
+        assert_close(engine.logits(PROMPT.tolist()), expected)
+
+
+# ---- the files that hold the weights ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(checkpoint, tmp_path):
+    """A checkpoint in several shards, and its model."""
+    model = reference(checkpoint("llama"))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    return tmp_path / "sharded", model
+
+
+def assert_as_transformers(folder):
+    ours, model = tensors_of(find_checkpoint(str(folder))), reference(folder).state_dict()
+    assert ours.keys() <= model.keys() and all(torch.equal(ours[name], model[name]) for name in ours)
+
+
+def test_shards_of_an_earlier_save_are_ignored(sharded):
+    folder, model = sharded
+    before = find_checkpoint(str(folder)).digest()
+    earlier = {name: tensor * 2 for name, tensor in model.state_dict().items()}
+    save_file(earlier, folder / "model-00001-of-00099.safetensors", metadata={"format": "pt"})
+    save_file(earlier, folder / "consolidated.safetensors", metadata={"format": "pt"})
+    assert_as_transformers(folder)
+    assert find_checkpoint(str(folder)).digest() == before
+
+
+def test_a_backup_beside_the_model_is_ignored(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    earlier = {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name in ("model_old.safetensors", "a.safetensors", "z.safetensors"):
+        save_file(earlier, folder / name, metadata={"format": "pt"})
+    assert_as_transformers(folder)
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(sharded):
+    folder, model = sharded
+    save_file(
+        {name: tensor * 2 for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert_as_transformers(folder)
+
+
+def test_a_tensor_in_two_shards_is_the_later_ones_as_in_transformers(sharded):
+    folder, model = sharded
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for name, factor in (("aaa.safetensors", 2), ("zzz.safetensors", 3)):
+        save_file({"model.norm.weight": model.model.norm.weight * factor}, folder / name, metadata={"format": "pt"})
+        index["weight_map"][name] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    "shard", ["gone.safetensors", "../model.safetensors", "/etc/passwd", "", ".", 3, None, "a\\b", "sub/x.safetensors"]
+)
+def test_an_index_that_names_no_file_of_the_folder_is_refused(sharded, shard):
+    folder, _ = sharded
+    shutil.copy(next(folder.glob("*.safetensors")), folder.parent / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"] | {"x": shard}}))
+    with pytest.raises(ModelError, match="which is no file of this folder") as refused:
+        find_checkpoint(str(folder)).digest()
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\xff"])
+def test_a_broken_index_is_refused(sharded, content):
+    folder, _ = sharded
+    (folder / "model.safetensors.index.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError) as refused:
+        find_checkpoint(str(folder)).check(32)
+    assert refused.value.fix
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_head_beside_tied_embeddings_counts_where_it_is_another(checkpoint, tmp_path, factor):
+    """As transformers 5 computes it; and the pytorch backend does with every version."""
+    folder = shutil.copytree(checkpoint("llama", tie_word_embeddings=True), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = find_checkpoint(str(folder))
+    found.check(32)
+    assert found.config.tie_word_embeddings == (factor == 1.0)
+    ours = Ours(folder)
+    logits = ours.prefill(PROMPT, ours.cache(1))
+    hidden = reference(folder).model(PROMPT[None])[0][0, -1]
+    assert_close(logits, torch.nn.functional.linear(hidden, tensors["lm_head.weight"]))
+    assert_close(pytorch.load_model(found, torch.float32, "cpu")(PROMPT[None]).logits[0, -1], logits)
+
+
+# ---- identity ---------------------------------------------------------------------------------------------
+
+
+def test_another_end_token_is_another_engine(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    seen = set()
+    for content in ('{"eos_token_id": 2}', '{"eos_token_id": [2, 3]}', None):
+        path = folder / "generation_config.json"
+        path.write_text(content) if content else path.unlink()
+        seen |= {find_checkpoint(str(folder)).digest(), find_checkpoint(f"dummy:{folder}").digest()}
+    assert len(seen) == 6
+
+
+def test_the_digest_counts_every_file_that_is_read_and_no_other(sharded):
+    folder, _ = sharded
+    seen = [find_checkpoint(str(folder)).digest()]
+    for path in [folder / "config.json", *checkpoints.weight_files(folder)]:
+        original = path.read_bytes()
+        path.write_bytes(original.replace(b"silu", b"gelu") if path.suffix == ".json" else original[:-1] + b"x")
+        seen.append(find_checkpoint(str(folder)).digest())
+        path.write_bytes(original)
+    assert len(set(seen)) == len(seen)
+    (folder / "README.md").write_text("new")
+    assert find_checkpoint(str(folder)).digest() == seen[0]
+
+
+# ---- what a notebook has set ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["float64", "bfloat16", "meta"])
+def defaults(request):
+    """torch's default type or device is another one."""
+    before = torch.get_default_dtype()
+    if request.param == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(getattr(torch, request.param))
+    yield request.param
+    torch.set_default_dtype(before)
+    torch.set_default_device(None)
+
+
+class Plain:
+    """What the functions give while nothing is set, computed before `defaults` sets it."""
+
+    def __init__(self, folder):
+        self.dummy = tensors_of(find_checkpoint(f"dummy:{folder}"))
+        self.real = tensors_of(find_checkpoint(str(folder)))
+        self.rope = rope_tables(find_checkpoint(str(folder)).config, 16, torch.float32)
+        self.draws = Sampler(SamplingParams(seed=5), [[1], [2]])(torch.zeros(2, 97, device="cpu", dtype=torch.float32))
+        with load(self.recipe(folder)) as engine:
+            self.logits = engine.logits(PROMPT.tolist())
+
+    @staticmethod
+    def recipe(folder):
+        return BuildRecipe(str(folder), backend="pytorch", device="cpu", max_input_len=48, max_seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint):
+    folder = checkpoint("llama")
+    return folder, Plain(folder)
+
+
+def test_torchs_defaults_change_nothing(plain, defaults):
+    folder, expected = plain
+    changed = Plain(folder)
+    for name in ("dummy", "real", "rope"):
+        one, other = getattr(expected, name), getattr(changed, name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert torch.equal(expected.draws, changed.draws)
+    assert torch.equal(expected.logits, changed.logits)
+
+
+@pytest.mark.parametrize("prefix", ["", "dummy:"])
+def test_loading_a_model_leaves_the_random_numbers_of_the_user_alone(checkpoint, prefix):
+    found = find_checkpoint(f"{prefix}{checkpoint('llama')}")
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    one = pytorch.load_model(found, torch.float32, "cpu").state_dict()
+    assert torch.equal(torch.rand(4), expected)
+    other = pytorch.load_model(found, torch.float32, "cpu").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- the Hub ----------------------------------------------------------------------------------------------
+
+
+def hub_errors():
+    import httpx
+    from huggingface_hub import errors
+
+    answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.example"))
+    return {
+        "gated": (errors.GatedRepoError("403 Client Error", response=answer), "licence"),
+        "unknown": (errors.RepositoryNotFoundError("404 Client Error", response=answer), "private"),
+        "name": (errors.HFValidationError("Repo id must be in the form"), "owner/name"),
+        "offline": (errors.LocalEntryNotFoundError("Cannot find"), "cannot be reached"),
+        "server": (errors.HfHubHTTPError("502 Server Error", response=answer), "refused"),
+        "network": (httpx.ConnectError("[Errno 111] Connection refused"), "network"),
+        "disk": (OSError(28, "No space left on device"), "disk is full"),
+    }
+
+
+@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "network", "disk"])
+def test_a_download_that_fails_says_why_and_what_to_do(monkeypatch, name):
+    import huggingface_hub
+
+    error, words = hub_errors()[name]
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match="was not downloaded") as refused:
+        checkpoints.download_checkpoint("owner/name")
+    assert words in refused.value.cause and refused.value.fix
+
+
+def test_the_download_command_without_a_network_prints_no_traceback(tmp_path):
+    surroundings = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "helpers", "download", "owner/name"]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "'owner/name' was not downloaded" in done.stderr and "Fix: " in done.stderr
+
 
 # ---- digests ----------------------------------------------------------------------------------------------
 

@@ -51,13 +51,17 @@ def reference(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def tensors_of(checkpoint):
+    return dict(read_tensors(checkpoint, checkpoint.config))
+
+
 class Ours:
     """Prefill and Decode run by PyTorch as they are, without a compiler."""
 
     def __init__(self, folder, product="library", length=64, qkv=True, gate_up=True):
         checkpoint = find_checkpoint(str(folder))
         self.config = c = checkpoint.config
-        converted = convert(read_tensors(checkpoint), c, torch.float32, int8=False, qkv=qkv, gate_up=gate_up)
+        converted = convert(read_tensors(checkpoint, c), c, torch.float32, int8=False, qkv=qkv, gate_up=gate_up)
         self.weights = dict(converted) | rope_tables(c, length, torch.float32)
         self.weights.setdefault("head.weight", self.weights["embedding"])
         if product == "packed":
@@ -160,8 +164,9 @@ def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, 
 def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
     found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=True)))
     settings = {"qkv": False, "gate_up": False}
-    plain = dict(convert(read_tensors(found), found.config, torch.float32, int8=False, **settings))
-    int8 = dict(convert(read_tensors(found), found.config, torch.float32, int8=True, **settings))
+    config = found.config
+    plain = dict(convert(read_tensors(found, config), config, torch.float32, int8=False, **settings))
+    int8 = dict(convert(read_tensors(found, config), config, torch.float32, int8=True, **settings))
     scales = [name for name in int8 if name.endswith(".scale")]
     assert len(scales) == 7 * 2 + 1  # every product of two layers, and the head
     for name in scales:
@@ -193,7 +198,7 @@ def test_weights_in_several_files_are_one_checkpoint(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(weight_files(tmp_path)) > 1
-    whole, sharded = (dict(read_tensors(find_checkpoint(str(f)))) for f in (folder, tmp_path))
+    whole, sharded = (tensors_of(find_checkpoint(str(f))) for f in (folder, tmp_path))
     assert whole.keys() == sharded.keys() and all(torch.equal(whole[k], sharded[k]) for k in whole)
     weight_files(tmp_path)[1].unlink()
     with pytest.raises(ModelError, match="is no file of this folder"):
@@ -202,11 +207,12 @@ def test_weights_in_several_files_are_one_checkpoint(checkpoint, tmp_path):
 
 def test_dummy_weights_have_the_checkpoints_shapes_and_are_always_the_same(checkpoint):
     folder = checkpoint("qwen3")
-    real = {name: tuple(t.shape) for name, t in read_tensors(find_checkpoint(str(folder)))}
+    real = {name: tuple(t.shape) for name, t in tensors_of(find_checkpoint(str(folder))).items()}
     (folder / "model.safetensors").unlink()
     dummy = find_checkpoint(f"dummy:{folder}")
-    assert {name: tuple(t.shape) for name, t in read_tensors(dummy)} == real
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(read_tensors(dummy), read_tensors(dummy), strict=True))
+    one, other = tensors_of(dummy), tensors_of(dummy)
+    assert {name: tuple(t.shape) for name, t in one.items()} == real
+    assert all(torch.equal(one[name], other[name]) for name in real)
     assert dummy.config.parameter_count() == sum(
         torch.Size(s).numel() for n, s in real.items() if "q_norm" not in n and "k_norm" not in n
     )

@@ -17,16 +17,25 @@ from helpers.backends.base import source_digest
 from helpers.backends.remote import RemoteEngine
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import layers
+from helpers.digests import file_digest
 from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, ModelError
 from helpers.machine import environments
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
-from helpers.model.config import ModelConfig, load_config, read_config
+from helpers.model.config import ModelConfig, load_config, read_config, read_fields
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import load_tokenizer
 from helpers.progress import Progress, say
 from helpers.recipe import BuildRecipe
-from helpers.recipe.tensorrt_llm import CALIBRATED, check_calibration, plugins, settings
+from helpers.recipe.tensorrt_llm import (
+    CALIBRATED,
+    CALIBRATION_FILE,
+    CALIBRATION_NAME,
+    calibrated,
+    check_calibration,
+    plugins,
+    settings,
+)
 
 WORKER = "helpers.backends.tensorrt_llm.worker"
 FOLDER = "tensorrt_llm"  # TensorRT-LLM's own engine folder, inside ours: config.json and rank0.engine
@@ -70,8 +79,10 @@ def check_available() -> None:
 def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """TensorRT-LLM's config.json holds its own version and no more; a plan depends on the GPU and on TensorRT too."""
     here = machine()
+    texts = Path(settings(recipe)["calib_dataset"]).expanduser() / CALIBRATION_FILE
     return {
         "recipe": {"device": "cuda", "decode_batch_sizes": []},
+        "calibration": file_digest(texts) if calibrated(recipe) and texts.is_file() else "",
         "architecture": architecture(here),
         "device_name": here["gpu"],
         "versions": here["versions"],
@@ -113,10 +124,10 @@ def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[flo
 
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
     """Let TensorRT-LLM build into `folder`/tensorrt_llm; returns what the manifest keeps."""
-    check_calibration(recipe)
-    _check_head(checkpoint)
+    _check_reading(checkpoint)
     here = machine()
     _check_gpu(recipe, here["compute_capability"])
+    check_calibration(recipe, checkpoint.folder)
     chosen = settings(recipe)
     engine_dir = folder / FOLDER
     with start_worker() as worker, tempfile.TemporaryDirectory(dir=folder) as workspace:
@@ -227,7 +238,7 @@ def dtype_of(recipe: BuildRecipe) -> str:
 def _load_pytorch(recipe: BuildRecipe) -> RemoteEngine:
     checkpoint = find_checkpoint(recipe.model)
     checkpoint.check(recipe.max_seq_len)
-    _check_head(checkpoint)
+    _check_reading(checkpoint)
     _check_gpu(recipe, machine()["compute_capability"])
     chosen = settings(recipe)
     bounds = limits(recipe)
@@ -310,7 +321,15 @@ def _check_gpu(recipe: BuildRecipe, capability: str) -> None:
         )
 
 
-def _check_head(checkpoint: Checkpoint) -> None:
+def _check_reading(checkpoint: Checkpoint) -> None:
+    """ModelError where TensorRT-LLM, which reads the folder by itself with transformers 4, would compute otherwise."""
+    given = read_fields(checkpoint.folder)
+    if "rope_parameters" in given and "rope_theta" not in given:
+        raise ModelError(
+            f"TensorRT-LLM 1.2.1 would not see the position encoding of {checkpoint.name!r}.",
+            cause="transformers 5 saved it as rope_parameters in config.json, and version 4 reads another field.",
+            fix="Write into config.json: rope_theta, and for a scaled encoding rope_scaling, as in rope_parameters.",
+        )
     if read_config(checkpoint.folder).tie_word_embeddings != checkpoint.config.tie_word_embeddings:
         raise ModelError(
             f"TensorRT-LLM would leave out the output head of {checkpoint.name!r}.",
@@ -327,7 +346,11 @@ def _quantization(recipe: BuildRecipe) -> dict[str, str]:
 
 
 def _calibration(recipe: BuildRecipe) -> dict[str, Any]:
-    if recipe.precision not in CALIBRATED or recipe.model.startswith("dummy:"):
+    if not calibrated(recipe):
         return {}
     chosen = settings(recipe)
-    return {name: chosen[name] for name in ("calib_dataset", "calib_batches", "calib_max_seq_length")}
+    dataset = chosen["calib_dataset"]
+    if dataset != CALIBRATION_NAME:
+        dataset = str(Path(dataset).expanduser().resolve())
+    say(f"Calibrating with {dataset}{', fetched from the Hub' if dataset == CALIBRATION_NAME else ''}.")
+    return {"calib_dataset": dataset} | {name: chosen[name] for name in ("calib_batches", "calib_max_seq_length")}
