@@ -321,10 +321,7 @@ class Engine(ABC):
                 yield replace(held, text=held.text + detokenizer.end()) if ended else held
             if ended:
                 return
-            text = detokenizer.add(sequence.output[-1])
-            if sequence.finish_reason:
-                text += detokenizer.end()
-            token = Token(sequence.output[-1], text, sequence.times[-1])
+            token = Token(sequence.output[-1], detokenizer.add(sequence.output[-1]), sequence.times[-1])
             held = token if detokenizer.holds_back else None
             if not held:
                 yield token

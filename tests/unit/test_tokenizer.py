@@ -262,6 +262,15 @@ def test_tokens_named_beside_tokenizer_json_are_those_of_transformers(tmp_path, 
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
+def test_tokens_of_added_tokens_json_are_met_in_the_normalized_text_unless_they_are_special(tmp_path):
+    backend = make("byte-level")
+    backend.normalizer = normalizers.Lowercase()
+    files = {"added_tokens": {"<A>": SIZE, "<B>": SIZE + 1}, "special_tokens_map": {"pad_token": "<B>"}}
+    folder = saved(tmp_path, backend, **files)
+    text = "<a> <A> <b> <B>"
+    assert load_tokenizer(folder).encode(text) == AutoTokenizer.from_pretrained(folder)(text).input_ids
+
+
 @pytest.mark.parametrize(
     "setting",
     [
