@@ -10,6 +10,8 @@ release; not run by us.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from helpers.errors import RecipeError
@@ -76,7 +78,7 @@ SETTINGS: dict[str, Any] = {
     "free_gpu_memory_fraction": 0.5,  # of the memory that is free once the weights are loaded; TensorRT-LLM says 0.9
     "kv_cache_quant_algo": "",  # "FP8" or "INT8"; with precision fp8 it is FP8 anyway
     "gather_generation_logits": False,  # lets engine.logits answer; costs memory and time
-    "calib_dataset": "",  # a folder or a Hub name; fp8 and int4 are calibrated with it
+    "calib_dataset": "",  # what fp8 and int4 are calibrated with: a folder with train.jsonl, or CALIBRATION_NAME
     "calib_batches": 256,
     "calib_max_seq_length": 256,
 }
@@ -86,6 +88,12 @@ PYTORCH_SETTINGS: dict[str, Any] = {
     "cuda_graphs": True,
 }
 CALIBRATED = ("fp8", "int4")  # ModelOpt measures activations for FP8 and W4A16_AWQ
+# TensorRT-LLM 1.2.1 goes by the data set's name (quantization/quantize_by_modelopt.py, get_calib_dataloader). These
+# names stand for data of their own, wherever they occur in it: cnn_dailymail for configuration 3.0.0 and its column
+# "article". Any other folder is read as split "train" and column "text", and any other name is a NotImplementedError.
+CALIBRATION_NAME = "cnn_dailymail"
+CALIBRATION_FILE = "train.jsonl"
+OTHER_LAYOUTS = (CALIBRATION_NAME, "scienceqa", "science_qa", "pileval")
 
 
 def check(recipe: RecipeFields) -> None:
@@ -175,16 +183,72 @@ def _check_engine(recipe: RecipeFields) -> None:
         raise _wrong("kv_cache_quant_algo", algo, "FP8 or INT8")
 
 
-def check_calibration(recipe: RecipeFields) -> None:
-    """Asked when a build begins: RecipeError if it would have to fetch a dataset that nobody asked for."""
-    dummy = recipe.model.startswith("dummy:")
-    if recipe.precision in CALIBRATED and not dummy and not recipe.options.get("calib_dataset"):
+def calibrated(recipe: RecipeFields) -> bool:
+    return recipe.precision in CALIBRATED and not recipe.model.startswith("dummy:")
+
+
+def check_calibration(recipe: RecipeFields, checkpoint: Path) -> None:
+    """Asked when a build begins: RecipeError if TensorRT-LLM would fetch what nobody asked for, run code that comes
+    with data or weights (it loads both with trust_remote_code=True), or fail on its data set after minutes."""
+    if not calibrated(recipe):
+        return
+    dataset = recipe.options.get("calib_dataset", "")
+    layout = (
+        f'a folder that holds {CALIBRATION_FILE}, one JSON object with a text under "text" a line, and nothing else'
+    )
+    fix = f"Set the option calib_dataset: {layout}; or {CALIBRATION_NAME!r}, to fetch that data set from the Hub."
+    if not dataset:
         raise RecipeError(
             f"Precision {recipe.precision!r} is calibrated with texts, and the recipe names none.",
             cause="ModelOpt, which quantizes for TensorRT-LLM, would fetch the dataset cnn_dailymail from the Hub; "
             "this course downloads nothing without being asked.",
-            fix="Set the option calib_dataset: a folder with a dataset, or 'cnn_dailymail' to fetch that one.",
+            fix=fix,
         )
+    if problem := _dataset_problem(dataset):
+        raise RecipeError(
+            f"TensorRT-LLM cannot calibrate with {dataset!r}: {problem}.",
+            cause="It takes one layout of a folder only, runs scripts that it finds there, and knows few names.",
+            fix=fix,
+        )
+    if code := _own_code(checkpoint):
+        raise RecipeError(
+            f"The checkpoint brings code of its own ({code}), which TensorRT-LLM would run while it calibrates.",
+            cause="Its calibration loads model and tokenizer with trust_remote_code=True.",
+            fix=f"Use a checkpoint without, or another precision than {' and '.join(CALIBRATED)}.",
+        )
+
+
+def _dataset_problem(dataset: str) -> str:
+    """What keeps a data set from being loaded, and loaded as data only; "" if nothing does."""
+    folder = Path(dataset).expanduser()
+    if dataset == CALIBRATION_NAME:
+        return "a folder or file of that name is here and would be taken for it" if folder.exists() else ""
+    if not folder.is_dir():
+        return "it is no folder"
+    if name := next((name for name in OTHER_LAYOUTS if name in str(folder.resolve()).lower()), ""):
+        return f"its path contains {name!r}, which stands for a layout of its own"
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name != CALIBRATION_FILE)
+    if others:  # a script would be run, a README can name other files, a second data file can be another split
+        return f"beside {CALIBRATION_FILE} it holds {others[0]!r}"
+    try:
+        with (folder / CALIBRATION_FILE).open(encoding="utf-8") as lines:
+            first = json.loads(next(lines, ""))
+    except (OSError, ValueError, RecursionError):
+        return f"it holds no readable {CALIBRATION_FILE}"
+    if not (isinstance(first, dict) and isinstance(first.get("text"), str)):
+        return f"the first line of {CALIBRATION_FILE} has no text under 'text'"
+    return ""
+
+
+def _own_code(checkpoint: Path) -> str:
+    """What of a checkpoint makes transformers run code from it, or from another place that it names."""
+    for file in sorted(checkpoint.glob("*.py")):
+        return file.name
+    for name in ("config.json", "tokenizer_config.json"):
+        file = checkpoint / name
+        if file.is_file() and '"auto_map"' in file.read_text(encoding="utf-8", errors="replace"):
+            return f"auto_map in {name}"
+    return ""
 
 
 def _wrong(name: str, value: Any, allowed: str) -> RecipeError:

@@ -6,6 +6,7 @@ Each test names the file of github.com/NVIDIA/TensorRT-LLM, around version 1.2.1
 
 import inspect as python_inspect
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from helpers.errors import (
     RecipeError,
     WorkerError,
 )
+from helpers.model.checkpoint import BUNDLED
 from helpers.paths import engines_folder
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -98,19 +100,84 @@ def test_the_timing_cache_does_not_land_in_the_current_folder(standin, tmp_path,
         ("fp8", {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}),
     ],
 )
-def test_precision_becomes_quant_config(standin, precision, quantization):
+def test_precision_becomes_quant_config(standin, texts, precision, quantization):
     """examples/llm-api/_tensorrt_engine/llm_quantization.py; quantization/mode.py."""
-    chosen = {"calib_dataset": "texts"} if precision in ("int4", "fp8") else {}
+    chosen = {"calib_dataset": str(texts)} if precision in ("int4", "fp8") else {}
     _, config = built(precision=precision, options=chosen)
     assert config["pretrained_config"]["quantization"] == quantization
 
 
-def test_calibration_downloads_nothing_without_being_asked(standin):
+@pytest.fixture
+def texts(tmp_path):
+    """A data set in the one layout that calibrates."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "Once upon a time"}\n')
+    return folder
+
+
+def test_calibration_downloads_nothing_without_being_asked(standin, texts):
     """llmapi/llm_utils.py: FP8 and AWQ run ModelOpt, whose default dataset comes from the Hub."""
     with pytest.raises(RecipeError, match="calibrated"):
         build(recipe(precision="fp8"), quiet=True)
     folder, _ = built(model="dummy:stories", precision="fp8")  # random weights need none
     assert folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: folder / "nowhere", "no folder"),
+        (lambda folder: folder.rename(folder.with_name("my-cnn_dailymail")), "stands for a layout"),
+        (lambda folder: folder.rename(folder.with_name("ScienceQA")), "stands for a layout"),
+        (lambda folder: (folder / "texts.py").touch(), "texts.py"),  # load_dataset would run it
+        (lambda folder: (folder / "README.md").touch(), "README.md"),  # its header can name any file
+        (lambda folder: (folder / "test.jsonl").touch(), "test.jsonl"),
+        (lambda folder: (folder / "train.jsonl").unlink(), "no readable"),
+        (lambda folder: (folder / "train.jsonl").write_text(""), "no readable"),
+        (lambda folder: (folder / "train.jsonl").write_text('{"article": "A"}\n'), "no text under 'text'"),
+    ],
+)
+def test_a_data_set_that_cannot_work_or_would_run_code_is_refused_before_the_build(standin, texts, change, words):
+    """quantization/quantize_by_modelopt.py, get_calib_dataloader: it goes by the name, with trust_remote_code=True."""
+    changed = change(texts)
+    dataset = changed if isinstance(changed, Path) else texts
+    with pytest.raises(RecipeError, match=words) as refused:
+        build(recipe(precision="fp8", options={"calib_dataset": str(dataset)}), quiet=True)
+    assert "train.jsonl" in refused.value.fix
+    assert not store.list_engines()
+
+
+def test_other_texts_make_another_engine(standin, texts):
+    """The texts decide the scales, so they are a part of what the engine depends on."""
+    options = {"calib_dataset": str(texts)}
+    folder, _ = built(precision="fp8", options=options)
+    (texts / "train.jsonl").write_text('{"text": "Long ago"}\n')
+    assert built(precision="fp8", options=options)[0] != folder
+
+
+@pytest.mark.parametrize("name", ["pileval", "derek-thomas/ScienceQA", "wikitext", "someone/cnn_dailymail"])
+def test_other_names_on_the_hub_are_refused(standin, name):
+    with pytest.raises(RecipeError, match="no folder"):
+        build(recipe(precision="int4", options={"calib_dataset": name}), quiet=True)
+
+
+def test_the_one_name_on_the_hub_is_taken_unless_something_here_has_it(standin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert built(precision="fp8", options={"calib_dataset": "cnn_dailymail"})[0].exists()
+    (tmp_path / "cnn_dailymail").mkdir()
+    with pytest.raises(RecipeError, match="would be taken for it"):
+        build(recipe(precision="fp8", options={"calib_dataset": "cnn_dailymail"}), quiet=True, force=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("modeling.py", ""), ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')]
+)
+def test_a_checkpoint_with_code_of_its_own_is_not_calibrated(standin, texts, tmp_path, file, text):
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    (model / file).write_text(text)
+    with pytest.raises(RecipeError, match="code of its own"):
+        build(recipe(model=str(model), precision="fp8", options={"calib_dataset": str(texts)}), quiet=True)
 
 
 def test_fused_mlp_and_fast_build_follow_from_the_common_fields(standin):

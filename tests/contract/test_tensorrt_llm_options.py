@@ -36,7 +36,7 @@ def test_every_field_of_plugin_config_is_taken_or_refused_with_a_reason():
         ({"options": {"max_num_tokens": 8}}, "64 or more"),
         ({"options": {"free_gpu_memory_fraction": 1.5}}, "between 0 and 1"),
         ({"fusion": {"kernels": False}}, "no switch"),
-        ({"batch_sizes": [2]}, "multiple_profiles"),
+        ({"decode_batch_sizes": [2]}, "decode_batch_sizes"),
         ({"optimization_level": 2}, "fast_build"),
         ({"device": "cpu"}, "aot"),
     ],

@@ -26,7 +26,7 @@ for _name, _value in {
     "TLLM_LOG_LEVEL": "WARNING",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",  # NVIDIA's container runs as root
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "HF_HUB_OFFLINE": "1",  # nothing is downloaded; build() lifts it for a dataset that the recipe names
+    "HF_HUB_OFFLINE": "1",  # nothing is downloaded; build() lifts it for a data set on the Hub that the recipe names
     "TRANSFORMERS_OFFLINE": "1",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -116,7 +116,7 @@ def build(
 
     The same way as NVIDIA's `trtllm-bench build` (bench/build/build.py): one BuildConfig, LLM(...), save, shutdown.
     """
-    if calibration:
+    if calibration and not Path(calibration["calib_dataset"]).is_absolute():  # a name on the Hub, asked for
         os.environ["HF_HUB_OFFLINE"] = "0"
         os.environ["HF_DATASETS_OFFLINE"] = "0"
     from tensorrt_llm._tensorrt_engine import LLM
