@@ -48,7 +48,7 @@ class Checkpoint:
     @property
     def _is_local(self) -> bool:
         """Given as a folder, not as a name that means the same on every machine."""
-        return self._plain_name != "stories" and Path(self._plain_name).expanduser().is_dir()
+        return Path(self._plain_name).expanduser().resolve() == self.folder
 
     @cached_property
     def config(self) -> ModelConfig:

@@ -1,5 +1,6 @@
 """Recipes: what is refused, and that writing and reading give the same recipe back."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from helpers import BuildRecipe
 from helpers import recipe as recipes
 from helpers.engine import recipe_of
 from helpers.errors import RecipeError, shown
+from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe import tensorrt_llm
 
 RECIPES = Path(__file__).parents[2] / "engines" / "recipes"
@@ -197,7 +199,16 @@ def test_the_engines_name_is_one_visible_folder(model):
     assert len(f".building-{name}-12345678".encode()) <= 255  # what file systems allow
 
 
-def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
+@pytest.mark.parametrize("name", ["stories", "dummy:stories", "dummy:tinyllama-1.1b"])
+def test_a_folder_here_does_not_change_what_a_plain_name_means(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = name.removeprefix("dummy:")
+    shutil.copytree(find_checkpoint(name).folder, tmp_path / plain)
+    assert find_checkpoint(name).full_name == name
+    written = name.replace(plain, f"./{plain}")
+    assert find_checkpoint(written).full_name == name.replace(plain, str(tmp_path / plain))
 
+
+def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
     recipe = recipe_of(tiny_engine)
     assert recipe.device == "cpu" and recipe.model == str(tiny_llama) and recipe.max_seq_len == 48
