@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import backends, store
-from helpers.backends.base import BuildJob, Engine
+from helpers.backends.base import BuildJob, Engine, plain_torch
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
     BuildError,
@@ -113,7 +113,8 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     ids mean nothing to a model that was trained with others.
     """
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
-        return backends.module(engine.backend).load(engine)
+        with plain_torch():
+            return backends.module(engine.backend).load(engine)
     folder = locate(engine)
     with store.reading(folder):
         manifest = _read_language_model(folder)
@@ -122,7 +123,8 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         if tokenizer is not None:
             _check_tokenizer(folder, manifest, tokenizer)
         store.verify(folder, manifest)
-        return backend.load(from_dict(manifest["recipe"]), folder, manifest)
+        with plain_torch():
+            return backend.load(from_dict(manifest["recipe"]), folder, manifest)
 
 
 def load_plan(engine: Path | str) -> dict[str, Any]:

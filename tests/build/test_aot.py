@@ -1,5 +1,6 @@
 """The aot engine itself: how its graphs are compiled and run, what lower precision costs, what is inside."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,8 +12,12 @@ import pytest
 import torch
 from conftest import GREEDY, PROMPTS, STORIES, limits
 
-from helpers import BuildRecipe, build, inspect, load, store
-from helpers.errors import WorkerError
+from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
+from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, WorkerError
+
+
+def tiny(model, **changes):
+    return BuildRecipe(str(model), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +48,8 @@ def bf16(bf16_folder):
 def test_graphs_compiled_side_by_side_make_the_same_engine(tiny_engine, tiny_llama, tmp_path, monkeypatch):
     """On machines with many cores; here two at a time, whatever the cores."""
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
-    monkeypatch.setattr("helpers.backends.aot._jobs", lambda *_: 2)
-    limited = limits(max_batch_size=1, max_input_len=16, max_seq_len=48)
-    folder = build(BuildRecipe(model=str(tiny_llama), **limited), quiet=True)
+    monkeypatch.setattr("helpers.backends.aot.backend._jobs", lambda *_: 2)
+    folder = build(tiny(tiny_llama), quiet=True)
     assert folder.name == tiny_engine.name and folder != tiny_engine
     ours, other = inspect(folder), inspect(tiny_engine)
     assert (ours.operations, ours.kernels, ours.removed) == (other.operations, other.kernels, other.removed)
@@ -53,21 +57,148 @@ def test_graphs_compiled_side_by_side_make_the_same_engine(tiny_engine, tiny_lla
         assert one.generate([3, 14, 15], GREEDY)[0].token_ids == two.generate([3, 14, 15], GREEDY)[0].token_ids
 
 
-def test_a_graph_that_fails_in_its_process_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_graph_that_fails_in_its_process_leaves_nothing(tiny_llama, tmp_path, monkeypatch, jobs):
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
-    monkeypatch.setattr("helpers.backends.aot._jobs", lambda *_: 2)
-    monkeypatch.setattr("helpers.backends.aot.graph_names", lambda *_: ["prefill", "decode_bX"])
-    limited = limits(max_batch_size=1, max_input_len=16, max_seq_len=48)
+    monkeypatch.setattr("helpers.backends.aot.backend._jobs", lambda *_: jobs)
+    monkeypatch.setattr("helpers.backends.aot.backend.graph_names", lambda *_: ["prefill_bX", "decode_b1"])
     with pytest.raises(WorkerError, match="invalid literal"):
-        build(BuildRecipe(model=str(tiny_llama), **limited), quiet=True)
-    assert [path.name for path in tmp_path.iterdir()] == [".locks"]
-    assert not [child for child in psutil.Process().children() if "aot_compile" in " ".join(child.cmdline())]
+        build(tiny(tiny_llama), quiet=True)
+    assert not [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != ".locks"]
+    assert not [child for child in psutil.Process().children() if "aot.compile" in " ".join(child.cmdline())]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in compiler is a shell script that kills its parent")
+def test_a_crash_while_compiling_ends_a_worker_and_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nkill -SEGV $PPID\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
+    with pytest.raises(WorkerError, match="SIGSEGV"):
+        build(tiny(tiny_llama), quiet=True)
+    assert not [path.name for path in (tmp_path / "engines").iterdir() if path.is_dir() and path.name != ".locks"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it lists what a build has left in /tmp")
+def test_a_build_in_a_folder_with_a_space_under_odd_settings_leaves_nothing_behind(tiny_llama, tmp_path, monkeypatch):
+    """A space in the paths of the engines, of the temporary folder and of the environment; autocast, another default
+    type and another default device in the process that asks for the build."""
+    libraries, temporary = tmp_path / "my env", tmp_path / "my temporary files"
+    libraries.symlink_to(Path(torch.__file__).parents[1])
+    temporary.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(libraries))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "my engines"))
+    before = set(Path("/tmp").iterdir())
+    with odd_settings():
+        folder = build(tiny(tiny_llama, optimization_level=0), quiet=True)
+        with load(folder) as engine:
+            under_odd_settings = engine.generate([3, 14, 15], GREEDY)[0].token_ids
+    assert not list(temporary.iterdir())
+    new = [path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith((".compile", "aot", "cc"))]
+    assert not [path for path in new if path.owner() == Path.home().owner() and "torchinductor" in path.name]
+    assert {path.name for path in folder.iterdir()} >= {"prefill.pt2", "decode_b1.pt2", "manifest.json"}
+    assert not [path for path in folder.rglob("*") if path.is_dir()]
+    monkeypatch.setenv("PYTHONPATH", "")
+    with load(folder) as engine:
+        assert engine.generate([3, 14, 15], GREEDY)[0].token_ids == under_odd_settings
+
+
+def test_there_is_an_error_that_names_the_space_where_no_folder_is_without(tmp_path, monkeypatch):
+    from helpers.backends.aot.backend import _scratch_folder
+
+    folder = tmp_path / "my engines" / ".building-x"
+    folder.mkdir(parents=True)
+    with _scratch_folder(folder) as scratch:
+        assert " " not in scratch and not Path(scratch).is_relative_to(folder)
+    assert not Path(scratch).exists()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(BuildError, match="space") as refused, _scratch_folder(folder):
+        pass
+    assert "TMPDIR" in refused.value.fix
+
+
+@contextlib.contextmanager
+def odd_settings():
+    """What a notebook may have set for its own tensors."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_settings_of_the_notebook_change_no_answer(tiny_engine):
+    with load(tiny_engine) as engine:
+        exact = [engine.generate([3, 14, 15], s)[0].token_ids for s in (GREEDY, SamplingParams(seed=1, max_tokens=9))]
+        with odd_settings():
+            same = [
+                engine.generate([3, 14, 15], s)[0].token_ids for s in (GREEDY, SamplingParams(seed=1, max_tokens=9))
+            ]
+    assert exact == same
+    with odd_settings():
+        loaded = load(tiny_engine)
+    assert loaded.generate([3, 14, 15], GREEDY)[0].token_ids == exact[0]
+    loaded.close()
+
+
+# Each field at the ends of what it may be, beside others at theirs.
+CORNERS = [
+    {"max_input_len": 1, "max_seq_len": 3, "precision": "int8", "optimization_level": 3},
+    {"max_input_len": 2, "max_seq_len": 3, "max_batch_size": 5, "optimization_level": 0},
+    {"max_input_len": 3, "max_seq_len": 4, "optimization_level": 1},
+    {"max_input_len": 4, "max_seq_len": 5, "max_batch_size": 2, "precision": "bf16", "optimization_level": 2},
+    {"max_input_len": 5, "max_seq_len": 6, "precision": "fp16"},
+    {"max_input_len": 6, "max_seq_len": 7, "max_batch_size": 8, "decode_batch_sizes": [2, 8]},
+    {"max_input_len": 1, "max_seq_len": 64, "fusion": {"kernels": False, "qkv": False, "gate_up": False}},
+    {"max_input_len": 63, "max_seq_len": 64, "fusion": {"qkv": False}, "max_batch_size": 3, "precision": "int8"},
+]
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=lambda corner: f"{corner['max_input_len']}-{corner['max_seq_len']}")
+def test_every_recipe_can_be_exported_and_serves_all_its_lengths(checkpoint, corner):
+    """As far as torch.export: its program is run at both ends of each open length."""
+    from helpers.backends.aot import graphs, stored
+    from helpers.backends.aot.verify import check_graph
+    from helpers.model import llama
+    from helpers.model.checkpoint import find_checkpoint, read_tensors
+    from helpers.model.weights import rope_tables
+
+    recipe = BuildRecipe(str(checkpoint("llama")), device="cpu", **corner)
+    found = find_checkpoint(recipe.model)
+    weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
+    dtype = weights["norm"].dtype
+    weights |= rope_tables(found.config, recipe.max_seq_len, dtype)
+    for name in graphs.graph_names(recipe, "cpu"):
+        module = graphs.graph_module(name, recipe, found.config, "cpu")
+        needed = graphs.weights_for(module, weights)
+        cache = graphs.empty_cache(recipe, found.config, "cpu", dtype, graphs.sequences(name))
+        program = graphs.export(name, module, recipe, needed, cache).module()
+        prefill = name.startswith("prefill")
+        reference = (llama.Prefill if prefill else llama.Decode)(found.config)
+        for limit in {1, 2, recipe.max_input_len} if prefill else {2, 3, recipe.max_seq_len}:
+            with torch.no_grad():
+                check_graph(name, lambda *inputs, p=program, n=needed: p(n, *inputs), reference, weights, cache, limit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("corner", CORNERS[:2], ids=lambda corner: str(corner["max_input_len"]))
+def test_the_smallest_engines_can_be_built_and_answer(built, tiny_llama, corner):
+    with load(built(BuildRecipe(str(tiny_llama), device="cpu", **corner))) as engine:
+        longest = engine.recipe.max_input_len
+        full = SamplingParams(temperature=0, max_tokens=3 - longest, ignore_eos=True)
+        for prompts in ([[5]], [list(range(3, 3 + longest))] * engine.recipe.max_batch_size):
+            assert all(len(answer.token_ids) == 3 - longest for answer in engine.generate(prompts, full))
 
 
 def test_prompts_read_together_answer_as_alone(built, checkpoint, monkeypatch):
     """What engines on a GPU do, by the same graph compiled for a CPU: three at once, of up to five."""
-    for module in ("aot", "aot_compile"):
-        monkeypatch.setattr(f"helpers.backends.{module}.prefill_batch", lambda recipe, device: 3)
+    for module in ("graphs", "engine"):
+        monkeypatch.setattr(f"helpers.backends.aot.{module}.prefill_batch", lambda recipe, device: 3)
     recipe = BuildRecipe(str(checkpoint("llama")), **limits(max_batch_size=5, max_input_len=16, max_seq_len=48))
     prompts = [[3, 14, 15], [92], [65, 35, 89, 79, 3, 23, 84, 62], [6], [4, 33]]
     tokens = torch.tensor([31, 41, 59, 26, 5])
@@ -132,10 +263,93 @@ def test_an_engine_is_no_larger_than_promised(stories_fp32):
     assert store.size(stories_fp32) <= 2.2 * 4 * parameters + 15e6
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("level", [0, 3])
+def test_the_size_of_the_weights_is_known_before_a_build(checkpoint, tmp_path, precision, tied, level):
+    """The head of tied embeddings is the embedding: it is counted, and kept, once. A file's header is left out."""
+    from helpers.backends.aot import stored
+    from helpers.model.checkpoint import find_checkpoint, read_tensors
+
+    found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=tied)))
+    recipe = BuildRecipe(found.name, precision=precision, optimization_level=level, max_input_len=16, max_seq_len=48)
+    plain, packed = stored.stored_bytes(recipe, found.config, "cpu")
+    weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
+    stored.save_weights(weights, recipe, found.config, tmp_path)
+    for name, size in ((stored.WEIGHTS, plain), (stored.PACKED, packed)):
+        written = (tmp_path / name).stat().st_size if (tmp_path / name).exists() else 0
+        assert size <= written <= size + 4096
+
+
+# ---- threads ----------------------------------------------------------------------------------------------
+
+
+def test_the_threads_that_a_recipe_comes_to_are_part_of_the_engine(tiny_llama):
+    from helpers.engine import identity
+    from helpers.model.checkpoint import find_checkpoint
+
+    found = find_checkpoint(str(tiny_llama))
+    threads = [identity(tiny(tiny_llama, num_threads=n), found)["recipe"]["num_threads"] for n in (0, 1, 2)]
+    assert threads == [1, 1, 2]  # 0: chosen, and this model's weights fit in a cache
+
+
+def test_both_phases_run_on_the_engines_threads_whatever_the_notebook_has(tiny_engine):
+    with load(tiny_engine) as engine:
+        assert engine.num_threads == store.read_manifest(tiny_engine)["identity"]["recipe"]["num_threads"] == 1
+        used = []
+        for graph in engine.graphs.values():
+            plain = graph.run
+            graph.run = lambda inputs, plain=plain: used.append(torch.get_num_threads()) or plain(inputs)
+        engine.num_threads = 3
+        engine.generate([5, 6], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert used == [3, 3, 3] and torch.get_num_threads() == 1
+
+
+# ---- loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_loading_and_closing_keeps_nothing_and_loaded_code_needs_no_file(tiny_engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    load(tiny_engine).close()
+    before = mappings()
+    for _ in range(5):
+        with load(tiny_engine) as engine:
+            assert not list(tmp_path.iterdir())  # so nothing is left if this process is killed
+            engine.generate([5, 6], GREEDY)
+    assert mappings() <= before + 2  # 3 a graph and cycle, if they stayed
+
+
+def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(tiny_engine, tmp_path, monkeypatch):
+    from helpers.backends.aot.loader import Graph
+
+    package = tmp_path / "decode_b1.pt2"
+    package.write_bytes((tiny_engine / package.name).read_bytes()[:-5000])
+    with pytest.raises(EngineCorrupt, match="decode_b1.pt2"):
+        Graph(package, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 1000}))
+        with pytest.raises(BackendUnavailable, match="has 0.0 MB free") as refused:
+            Graph(package, "cpu")
+        assert "TMPDIR" in refused.value.fix
+    with monkeypatch.context() as patch:
+        patch.setattr("helpers.backends.aot.loader.lets_programs_run", lambda folder: False)
+        with pytest.raises(BackendUnavailable, match="noexec"):
+            Graph(package, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+        with pytest.raises(BackendUnavailable, match="No such file"):
+            Graph(package, "cpu")
+
+
 # ---- a process that only loads and generates --------------------------------------------------------------
 
 
-def test_running_an_engine_imports_no_model_code_and_no_compiler_and_stays_small(stories_fp32, engines_folder):
+def test_running_an_engine_imports_no_model_code_and_no_compiler_and_stays_small(stories_fp32):
     script = """
         import sys
         from pathlib import Path
@@ -149,7 +363,7 @@ def test_running_an_engine_imports_no_model_code_and_no_compiler_and_stays_small
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), stories_fp32.name],
-        env={**os.environ, "COURSE_ENGINES": str(engines_folder)},
+        env={**os.environ},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

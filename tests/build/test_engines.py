@@ -1,11 +1,17 @@
 """Every backend beside transformers: the same tokens, whatever the batch, the phase or the way of asking."""
 
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import GREEDY, PROMPTS, STORIES, Scripted, limits
 
 from helpers import BuildRecipe, SamplingParams, load
-from helpers.errors import EngineMismatch, InputError, LimitError
+from helpers.errors import EngineMismatch, InputError, LimitError, NumericsError
 
 
 @pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
@@ -226,6 +232,137 @@ def test_metrics_obey_their_definitions(engine):
         assert 0 < m.ttft_s < m.e2e_s
         assert m.tpot_s == pytest.approx((m.e2e_s - m.ttft_s) / 23)
     assert engine.generate(PROMPTS[0], SamplingParams(max_tokens=1))[0].metrics.tpot_s == 0
+
+
+# ---- numbers that are none --------------------------------------------------------------------------------
+
+
+class Overflowing:
+    """A backend whose logits, for one sequence of the batch and from one step on, are not all finite numbers."""
+
+    def __new__(cls, value, row, step):
+        engine = Scripted([7, 8, 2, 9, 9, 9])
+        plain = engine._decode
+
+        def decode(tokens):
+            logits = plain(tokens)
+            if engine.at[0] > step:
+                logits[row, 100] = value
+            return logits
+
+        engine._decode = decode
+        return engine
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=1, repetition_penalty=1.2, ignore_eos=True)])
+def test_logits_that_are_no_numbers_are_an_error_and_no_answer(value, sampling):
+    for step in (0, 2):
+        engine = Overflowing(value, 1, step)
+        with pytest.raises(NumericsError, match="not finite") as refused:
+            engine.generate([[3, 4], [5]], sampling)
+        assert "bf16" in refused.value.fix
+        stream = Overflowing(value, 0, step).stream([3, 4], sampling)
+        assert len([next(stream) for _ in range(step)]) == step
+        with pytest.raises(NumericsError):
+            next(stream)
+
+
+def test_numbers_behind_the_end_of_an_answer_do_not_matter():
+    answers = Overflowing(float("nan"), 0, 3).generate([[3], [4]], SamplingParams(temperature=0, max_tokens=8))
+    assert [answer.token_ids for answer in answers] == [[7, 8], [7, 8]]
+
+
+# ---- one engine, several threads and processes ------------------------------------------------------------
+
+
+def test_threads_that_share_an_engine_get_their_own_answers(aot):
+    alone = {prompt: aot.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS[:3]}
+
+    def ask(prompt):
+        return [aot.generate(prompt, GREEDY)[0].token_ids == alone[prompt] for _ in range(20)]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(all(right) for right in pool.map(ask, alone))
+
+
+def test_what_one_thread_began_by_hand_another_does_not_go_on_with():
+    engine = Scripted([7])
+    engine.prefill([[3]])
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(InputError, match="nothing to append"):
+            pool.submit(engine.decode, torch.tensor([7])).result()
+        pool.submit(engine.prefill, [[4]]).result()
+    with pytest.raises(InputError, match="nothing to append"):
+        engine.decode(torch.tensor([7]))
+
+
+def test_closing_waits_for_the_request_that_is_answered_and_refuses_the_ones_that_wait(tiny_engine):
+    engine = load(tiny_engine)
+    long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+    def ask(_):
+        try:
+            return len(engine.generate([5, 6], long)[0].token_ids)
+        except InputError as error:
+            return error.what
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, i) for i in range(40)]
+        answers[0].result()
+        engine.close()
+        assert {answer.result() for answer in answers} <= {40, "This engine is closed."}
+    assert ask(0) == "This engine is closed."
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_is_refused_the_engine_of_its_parent(tiny_engine):
+    """Its threads were not copied: a product of the library would wait for them for ever."""
+    engine = load(tiny_engine)
+    stream = engine.stream([5, 6], GREEDY)
+    next(stream)
+    held = threading.Event()
+    let_go = threading.Event()
+
+    def hold():
+        with engine._lock:
+            held.set()
+            let_go.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for use in (
+            lambda: engine.generate([5]),
+            lambda: engine.prefill([[5]]),
+            lambda: engine.decode(torch.tensor([5])),
+            lambda: engine.logits([5]),
+            lambda: next(stream),
+        ):
+            try:
+                use()
+            except InputError as error:
+                refused += "fork" in error.what
+        engine.close()
+        os._exit(refused)
+    try:
+        for _ in range(300):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+        assert done and os.waitstatus_to_exitcode(status) == 5
+    finally:
+        let_go.set()
+        holder.join()
+    assert len(engine.generate([5, 6], GREEDY)[0].token_ids) == 24
+    engine.close()
 
 
 # ---- opening and closing ----------------------------------------------------------------------------------

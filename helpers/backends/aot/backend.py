@@ -10,7 +10,6 @@ import contextlib
 import errno
 import math
 import os
-import shlex
 import shutil
 import tempfile
 import threading
@@ -21,8 +20,10 @@ from typing import Any
 
 import torch
 
+from helpers.backends.aot.compile import is_one_word
 from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import compute_dtype, graph_names
+from helpers.backends.aot.loader import lets_programs_run
 from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.base import source_digest
 from helpers.backends.report import EngineReport, write_report
@@ -157,8 +158,7 @@ def _scratch_folder(folder: Path) -> Iterator[str]:
     """A folder for what the compilers write, gone after the block. Its path must hold no space (see compile.py), and
     it must let programs run. The build's own folder comes first, since that is swept up even after a killed build."""
     for place in (str(folder), tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        programs = not hasattr(os, "statvfs") or not os.statvfs(place).f_flag & getattr(os, "ST_NOEXEC", 0)
-        if shlex.split(place) == [place] and programs and os.access(place, os.W_OK):
+        if is_one_word(place) and os.access(place, os.W_OK) and lets_programs_run(Path(place)):
             with tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch:
                 yield scratch
             return

@@ -7,7 +7,7 @@ as torch's default type, that belong to the notebook. The functions yield the na
 from __future__ import annotations
 
 import os
-import shlex
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -71,6 +71,11 @@ def compile_graph(
 CALLS = {"weights": prepare_weights, "graph": compile_graph}
 
 
+def is_one_word(path: str) -> bool:
+    """Whether a command line can hold the path without quotes."""
+    return not re.search(r"""[\s'"\\]""", path)
+
+
 @cache
 def _weights(folder: str, device: str) -> Weights:
     """The same for all graphs that this process compiles."""
@@ -89,7 +94,7 @@ def _use_private_folder(scratch: Path) -> None:
     from torch._inductor.cpp_builder import BuildOptionsBase
 
     def without_spaces(options: Any) -> list[str]:
-        return [path if shlex.split(path) == [path] else _link_to(path, scratch) for path in plain(options)]
+        return [path if is_one_word(path) else _link_to(path, scratch) for path in plain(options)]
 
     plain = BuildOptionsBase.get_libraries_dirs
     BuildOptionsBase.get_libraries_dirs = without_spaces  # type: ignore[assignment,method-assign]

@@ -43,6 +43,11 @@ class Graph:
             self._library = self.run = None
 
 
+def lets_programs_run(folder: Path) -> bool:
+    """False for a folder that is mounted with noexec: no library can be loaded from there."""
+    return not (hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
+
+
 def _load(path: Path, device: str) -> Any:
     if device == "cuda":
         # torch's own loader unpacks too, and cleans up when it ends: the GPU's kernels are read when they first run.
@@ -77,10 +82,9 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> BackendUnavai
             cause="There is no temporary folder that can be written.",
             fix=fix,
         )
-    room = shutil.disk_usage(folder).free
-    no_programs = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
-    if no_programs or room < 2 * path.stat().st_size:
-        lacks = "lets no program run (noexec)" if no_programs else f"has {room / 1e6:.1f} MB free"
+    room, runs = shutil.disk_usage(folder).free, lets_programs_run(folder)
+    if not runs or room < 2 * path.stat().st_size:
+        lacks = f"has {room / 1e6:.1f} MB free" if runs else "lets no program run (noexec)"
         return BackendUnavailable(
             f"The compiled graph {path.name} cannot be loaded: the temporary folder {folder.parent} {lacks}.",
             cause="The engine is sound; its compiled code is unpacked there to be loaded.",
