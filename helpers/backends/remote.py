@@ -12,12 +12,14 @@ Tokens, text, limits, stopping and metrics are those of base.py, so they mean th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from helpers.backends.base import Engine, RunningSequence
-from helpers.errors import InputError
+from helpers.errors import CourseError, InputError, WorkerError
 from helpers.machine.worker import Worker
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ TIME_LIMIT_S = 3600.0  # of one request
 class RemoteEngine(Engine):
     """The face over a worker that generates by itself. It owns the worker, and ends it when it is closed."""
 
+    device = "cuda"  # TensorRT-LLM and vLLM run on nothing else
     versions: dict[str, str] | None = None  # of the libraries in the worker, where it says so
 
     def __init__(
@@ -56,13 +59,15 @@ class RemoteEngine(Engine):
         ids = self.tokenize(prompt)
         self._check_limits([ids], 1)
         with self._lock:
-            self._finish()
-            return torch.tensor(self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids))
+            self._finish_request()
+            scores = self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids)
+        with self._checked(scores):
+            return torch.tensor(scores, dtype=torch.float32).reshape(self.vocab_size)
 
     def memory(self) -> dict[str, int]:
         """The most bytes that the worker has held so far, on the host and on the GPU."""
         with self._lock:
-            self._finish()
+            self._finish_request()
             return self.worker.call("memory")
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
@@ -80,7 +85,7 @@ class RemoteEngine(Engine):
         """As in base.py, but the loop runs in the worker: each step's tokens arrive as one event."""
         if observe:
             raise self._no_steps()
-        self._finish()
+        self._finish_request()
         request = self._claim()
         events = self._events = self.worker.stream(
             "generate",
@@ -89,33 +94,47 @@ class RemoteEngine(Engine):
             sampling={**asdict(sampling), "end_ids": list(self.end_ids)},
         )
         try:
-            step = 0
-            while True:
+            for step in itertools.count():
                 try:
                     tokens = next(events)
-                except StopIteration as done:
-                    self._close_sequences(sequences, done.value)
+                except StopIteration as end:
+                    self._end_sequences(sequences, end.value)
                     return
-                for index, token, seconds in tokens:
-                    if not sequences[index].finish_reason:
-                        sequences[index].accept(token, seconds, sampling, self.end_ids)
+                with self._checked(tokens):
+                    for index, token, seconds in tokens:
+                        if not sequences[index].finish_reason:
+                            sequences[index].accept(int(token), float(seconds), sampling, self.end_ids)
                 yield step
-                step += 1
                 self._check_not_overtaken(request)
         finally:
-            if not self.closed:  # a stream that nobody reads on still runs in the worker; the next request waits for it
-                for _ in events:
-                    pass
+            if not self.closed:  # a stream that nobody reads on still runs in the worker, and its errors are nobody's
+                with suppress(CourseError):
+                    self._finish_request()
 
-    def _close_sequences(self, sequences: list[RunningSequence], ended: dict[str, Any]) -> None:
+    def _end_sequences(self, sequences: list[RunningSequence], ended: dict[str, Any]) -> None:
         """A sequence that the worker ended before max_tokens met an end token that it did not hand out."""
-        for sequence, seconds in zip(sequences, ended["seconds"], strict=True):
-            if not sequence.finish_reason:
-                sequence.end(seconds)
+        with self._checked(ended):
+            for sequence, seconds in zip(sequences, ended["seconds"], strict=True):
+                if not sequence.finish_reason:
+                    sequence.end(float(seconds))
 
-    def _finish(self) -> None:
+    def _finish_request(self) -> None:
+        """Wait until the worker has answered the request that it is busy with."""
         for _ in self._events:
             pass
+
+    @contextmanager
+    def _checked(self, answer: Any) -> Iterator[None]:
+        """WorkerError, and the end of the worker, where its answer is not what was asked for."""
+        try:
+            yield
+        except (TypeError, ValueError, LookupError, RuntimeError, OverflowError):
+            self.worker.kill("it answered nonsense")
+            raise WorkerError(
+                f"{self.worker.name} answered {answer!r:.200}, which is no answer of an engine; it was ended.",
+                cause="The library in its environment is of another version than the course is made for.",
+                fix="`helpers doctor` names the versions; make the environment anew: helpers env create.",
+            ) from None
 
     def _no_steps(self) -> InputError:
         return InputError(

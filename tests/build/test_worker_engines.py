@@ -195,3 +195,29 @@ def test_an_engine_whose_parent_dies_in_the_middle_of_an_answer_ends_too(served,
     while psutil.pid_exists(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize(
+    "served_code",
+    [
+        "def generate(**_): yield 5; return {'seconds': [0.0]}",
+        "def generate(**_): yield [[7, 1, 0.0]]; return {'seconds': [0.0]}",  # a sequence that was not asked for
+        "def generate(**_): yield [[0, 'a', 0.0]]; return {'seconds': [0.0]}",
+        "def generate(**_): yield [[0, 1, None]]; return {'seconds': [0.0]}",
+        "def generate(**_): return None; yield",
+        "def generate(**_): return {'seconds': []}; yield",
+    ],
+)
+def test_an_answer_that_is_no_engines_is_a_worker_error(tmp_path, monkeypatch, served_code):
+    (tmp_path / "library.py").write_text(
+        f"{served_code}\nCALLS = {{'generate': generate, 'logits': lambda **_: ['x']}}"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    recipe = BuildRecipe(backend="pytorch", **limits())
+    with RemoteEngine(recipe, None, (0,), 100, Worker("library")) as engine:
+        with pytest.raises(WorkerError, match="no answer of an engine"):
+            engine.generate([5, 6], GREEDY)
+        assert not psutil.pid_exists(engine.worker.pid)
+    again = RemoteEngine(recipe, None, (0,), 100, Worker("library"))
+    with again, pytest.raises(WorkerError, match="no answer of an engine"):
+        again.logits([5, 6])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.backends.tensorrt import builder
 from helpers.backends.tensorrt_llm.errors import explain_import
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.machine import environments, hardware
@@ -69,6 +70,27 @@ def test_the_variable_comes_before_the_folder(project, monkeypatch):
     assert environments.python_of("vllm") == own
     monkeypatch.setenv("COURSE_VLLM_PYTHON", "/elsewhere/python")
     assert environments.python_of("vllm") == Path("/elsewhere/python")
+
+
+@pytest.mark.parametrize("name", environments.ENVIRONMENTS)
+def test_a_named_python_that_cannot_be_started_is_refused_by_its_name(project, monkeypatch, tmp_path, name):
+    """By the same error, whichever backend asks."""
+    (tmp_path / "no-program").touch()
+    for path, words in [("nowhere", "does not exist"), ("no-program", "no program"), (".", "no program")]:
+        monkeypatch.setenv(environments.variable(name), str(tmp_path / path))
+        with pytest.raises(BackendUnavailable, match="not here") as refused:
+            environments.need_python(name)
+        assert str(tmp_path / path) in refused.value.cause and words in refused.value.cause
+        assert environments.describe()[list(environments.ENVIRONMENTS).index(name)][1] == "broken"
+    named = script(tmp_path / "python", "")
+    monkeypatch.setenv(environments.variable(name), str(named))
+    assert environments.need_python(name) == str(named)
+
+
+def test_a_python_for_tensorrt_that_cannot_be_started_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setenv("COURSE_TENSORRT_PYTHON", "/nowhere/python")
+    with pytest.raises(BackendUnavailable, match="/nowhere/python cannot be started"):
+        builder.start_worker()
 
 
 def test_an_environment_that_is_still_being_made_is_not_taken(project):

@@ -30,18 +30,18 @@ def explain_import(message: str, what: str) -> CourseError:
     return explain(message, what, otherwise=BackendUnavailable)
 
 
-def explain(said: str, what: str, log: str = "", otherwise: type[CourseError] = WorkerError) -> CourseError:
+def explain(message: str, what: str, log: str = "", otherwise: type[CourseError] = WorkerError) -> CourseError:
     """Our error for an exception's text or, where that says too little, for what the library logged meanwhile."""
     complaints = "\n".join(line for line in log.splitlines() if re.search("error|assert|allocated", line, re.I))
-    pointer = any(words in said.lower() for words in _POINTERS) or not said.strip()
-    for text in (complaints, said) if pointer else (said, complaints):
+    pointer = any(words in message.lower() for words in _POINTERS) or not message.strip()
+    for text in (complaints, message) if pointer else (message, complaints):
         for entry in KNOWN:
             if entry["words"] in text.lower():
                 line, fix = _line_with(text, entry["words"]), FIXES.get(entry["fix"], entry["fix"])
                 kind: type[CourseError] = getattr(errors, entry["error"])
                 return kind(f"{what} TensorRT-LLM says: {line}", cause=entry["cause"], fix=fix)
     return otherwise(
-        f"{what} TensorRT-LLM says: {said.strip()[:1500] or 'nothing'}",
+        f"{what} TensorRT-LLM says: {message.strip()[:1500] or 'nothing'}",
         cause="This message is not among those that the course knows.",
         fix="Search for it in the issues of NVIDIA/TensorRT-LLM; the version here is 1.2.1.",
     )

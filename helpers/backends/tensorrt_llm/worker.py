@@ -65,8 +65,8 @@ def _translated(what: str, otherwise: type[CourseError]) -> Generator[None, None
     except CourseError:
         raise
     except Exception as error:  # the boundary to the library: AssertionError, RuntimeError, ValueError, ImportError ...
-        said = f"{type(error).__name__}: {error}" if str(error) else ""
-        raise explain(said, what, _log_since(start), otherwise) from error
+        message = f"{type(error).__name__}: {error}" if str(error) else ""
+        raise explain(message, what, _log_since(start), otherwise) from error
 
 
 @explained("TensorRT-LLM cannot be used here.", BackendUnavailable)
@@ -352,8 +352,8 @@ def _cache_settings(fraction: float) -> dict[str, Any]:
 
 def _log_size() -> int:
     """Bytes that native code and we have written to standard error so far; 0 where that is no file."""
-    found = os.fstat(2)
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    status = os.fstat(2)
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _log_since(start: int) -> str:

@@ -76,12 +76,12 @@ def logits(prompt: list[int]) -> list[float]:
         _submit([prompt], temperature=0.0, max_tokens=1, logprobs=-1)
     except ValueError as error:  # vLLM's own check of the request
         raise InputError(f"vLLM hands out no log-probabilities: {error}") from error
-    found: dict[int, Any] = {}
+    scores: dict[int, Any] = {}  # by token id
     for _, output in _steps():
-        found = output.logprobs[0] if output.logprobs else found
-    if sorted(found) != list(range(len(found))) or not found:
-        raise InputError(f"vLLM handed out {len(found)} log-probabilities, and not one for each token.")
-    return [found[token].logprob for token in range(len(found))]
+        scores = output.logprobs[0] if output.logprobs else scores
+    if sorted(scores) != list(range(len(scores))) or not scores:
+        raise InputError(f"vLLM handed out {len(scores)} log-probabilities, and not one for each token.")
+    return [scores[token].logprob for token in range(len(scores))]
 
 
 def memory() -> dict[str, int]:
