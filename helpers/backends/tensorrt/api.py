@@ -1,4 +1,4 @@
-"""The calls into TensorRT itself. They run in a worker process (backends/worker.py), never in the notebook.
+"""The calls into TensorRT itself. They run in a worker process (machine/worker.py), never in the notebook.
 
 One Python API, two providers: `tensorrt_rtx` (TensorRT for RTX, which builds without a GPU) and `tensorrt` (which
 needs one). Neither torch nor onnx is imported here, so that a worker starts in a fraction of a second, and another
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes.util
 import importlib
+import json
 import os
 import sys
 import time
@@ -19,84 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineCorrupt, EngineMismatch
+from helpers import errors
+from helpers.errors import BackendUnavailable, BuildError, CourseError
 
 # What TensorRT says (part of it), the error it becomes, why, and the way out.
-KNOWN: tuple[tuple[str, type[CourseError], str, str], ...] = (
-    (
-        "magicTag",
-        EngineCorrupt,
-        "The file is no TensorRT engine, or another version or system wrote it.",
-        "Build the engine again here.",
-    ),
-    (
-        "IPluginCreator not found",
-        BackendUnavailable,
-        "The plan holds plugins, such as TensorRT-LLM's, and the library that has them is not loaded.",
-        "Load an engine of TensorRT-LLM with load(folder): its worker imports tensorrt_llm, which brings them.",
-    ),
-    (
-        "stdVersionRead == kSERIALIZATION_VERSION",
-        EngineMismatch,
-        "The plan was written by another version of TensorRT.",
-        "Build the engine again here.",
-    ),
-    (
-        "not compatible with this version of TensorRT",
-        EngineMismatch,
-        "The plan was written by another version of TensorRT.",
-        "Build the engine again here.",
-    ),
-    (
-        "expecting compute",
-        EngineMismatch,
-        "A plan is native code for one GPU architecture, and this GPU has another.",
-        "Build the engine again here.",
-    ),
-    (
-        "Serialization assertion",
-        EngineCorrupt,
-        "The plan file was cut or changed after the build.",
-        "Build the engine again.",
-    ),
-    ("empty memory buffer", EngineCorrupt, "The plan file is empty.", "Build the engine again."),
-    (
-        "cannot run on this GPU",
-        EngineMismatch,
-        "An engine is native code for the compute capabilities that it was built for, and this GPU has another.",
-        "Run it on one of the GPUs that TensorRT names, or use backend='aot', which builds for this machine.",
-    ),
-    (
-        "cudaError 35",
-        BackendUnavailable,
-        "There is no NVIDIA driver here, or one too old: TensorRT builds without a GPU, but runs only on one.",
-        "Run the engine on a machine with a supported NVIDIA GPU, or use backend='aot' here.",
-    ),
-    (
-        "HW-specific datatypes",
-        BuildError,
-        "The target GPU has no arithmetic units for a data type in the graph; fp8 begins with compute capability 8.9.",
-        "Use precision 'fp16' or 'int8', or a target that has the type, such as compute_capabilities=['8.9'].",
-    ),
-    (
-        "CHECK(status == CUDA_SUCCESS)",
-        BuildError,
-        "Refittable engines and engines without weights are compiled further on a GPU, and there is no driver here.",
-        "Leave out refit and strip_weights, or build on a machine with an NVIDIA GPU.",
-    ),
-    (
-        "libnvinfer_lean",
-        BuildError,
-        "A version-compatible engine carries TensorRT's lean runtime, which this package does not bring.",
-        "Leave out version_compatible: an engine of TensorRT for RTX runs with the release that built it.",
-    ),
-    (
-        "out of memory",
-        BuildError,
-        "The builder needs about three times the weights' size.",
-        "Build a smaller model, or close what else runs.",
-    ),
-)
+KNOWN: list[dict[str, str]] = json.loads(Path(__file__).with_name("errors.json").read_text(encoding="utf-8"))
 
 
 def load_provider(provider: str) -> ModuleType:
@@ -118,10 +46,12 @@ def version(provider: str) -> str:
 def explain(words: list[str], what: str) -> CourseError:
     """Our error for TensorRT's messages: its own words, and where they are known, cause and fix."""
     text = "\n".join(words).strip() or "TensorRT gave no reason."
-    for part, kind, cause, fix in KNOWN:
-        if part.lower() in text.lower():
-            line = next(w for w in words if part.lower() in w.lower())
-            return kind(f"{what} TensorRT says: {line.strip()}", cause=cause, fix=fix)
+    for entry in KNOWN:
+        part = entry["words"].lower()
+        if part in text.lower():
+            line = next(w for w in words if part in w.lower())
+            kind: type[CourseError] = getattr(errors, entry["error"])
+            return kind(f"{what} TensorRT says: {line.strip()}", cause=entry["cause"], fix=entry["fix"])
     return BuildError(f"{what} TensorRT says: {text:.1500}", fix="Look at the node or option that it names.")
 
 
