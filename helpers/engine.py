@@ -120,9 +120,9 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         manifest = _read_language_model(folder)
         backend = backends.module(manifest["recipe"]["backend"])
         backend.check_machine(folder.name, manifest["identity"])
-        if tokenizer is not None:
-            _check_tokenizer(folder, manifest, tokenizer)
         store.verify(folder, manifest)
+        if tokenizer is not None:
+            _check_tokenizer(folder, tokenizer)
         with plain_torch():
             return backend.load(from_dict(manifest["recipe"]), folder, manifest)
 
@@ -273,11 +273,11 @@ def _check_disk(size: int) -> None:
         )
 
 
-def _check_tokenizer(folder: Path, manifest: store.Manifest, tokenizer: Path | str) -> None:
+def _check_tokenizer(folder: Path, tokenizer: Path | str) -> None:
     if not isinstance(tokenizer, (str, Path)):
         raise EngineMismatch(f"A tokenizer is given as its folder, not as {shown(tokenizer)}.", fix="Give the folder.")
     given = find_checkpoint(str(tokenizer))
-    if given.tokenizer_digest() != manifest["identity"]["tokenizer"]:
+    if load_tokenizer(given.folder) != load_tokenizer(folder):
         raise EngineMismatch(
             f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",
             cause="The same text becomes other token ids, and the model would answer nonsense without any error.",

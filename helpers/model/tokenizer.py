@@ -61,6 +61,13 @@ class Tokenizer:
         """The text of the ids as a text of its own: a decoder takes the space from its first word."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether every text has the same ids in both, whatever files say so."""
+        if not isinstance(other, Tokenizer):
+            return NotImplemented
+        mine, its = self._backend, other._backend
+        return mine.encode_special_tokens == its.encode_special_tokens and mine.to_str() == its.to_str()
+
     def has_text(self, token: int) -> bool:
         return token not in self._special and self._backend.id_to_token(token) is not None
 

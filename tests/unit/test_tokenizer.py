@@ -358,6 +358,28 @@ def test_every_file_that_decides_the_ids_is_in_the_digest_and_in_the_engines_fol
     assert len(digests) == 1 + len(TOKENIZER_FILES) == 5
 
 
+def test_tokenizers_are_equal_where_they_do_the_same_whatever_files_say_so(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two", "three", "four")]
+    for folder in folders:
+        folder.mkdir()
+    backend = make("byte-level")
+    one, two, three, four = (
+        load_tokenizer(saved(folder, backend, **files))
+        for folder, files in zip(
+            folders,
+            [
+                {"config": {"pad_token": "<a>"}},
+                {"special_tokens_map": {"pad_token": "<a>"}},
+                {"config": {"pad_token": "<b>"}},
+                {"config": {"pad_token": "<a>", "split_special_tokens": True}},
+            ],
+            strict=True,
+        )
+    )
+    assert one == two
+    assert one != three and one != four and one != None  # noqa: E711
+
+
 def test_half_a_character_is_an_input_error(folder):
     with pytest.raises(InputError, match="half character at position 2"):
         load_tokenizer(folder).encode("a \ud83d")
