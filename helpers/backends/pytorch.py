@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.backends.base import Engine
+from helpers.errors import OutOfMemory
 from helpers.machine import hardware
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.config import transformers_config
@@ -59,6 +60,7 @@ class PyTorchEngine(Engine):
         config = checkpoint.config
         super().__init__(recipe, load_tokenizer(checkpoint.folder), config.eos_token_ids, config.vocab_size)
         self.device = hardware.resolve_device(recipe.device)
+        _check_memory(config.parameter_count() * DTYPES[recipe.precision].itemsize, self.device)
         self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
         self.cache: Any = None
         self.mask = self.positions = torch.empty(0)
@@ -157,6 +159,17 @@ class TorchCompileEngine(PyTorchEngine):
         super()._release()
         self.compiled, self.caches = None, {}
         torch._dynamo.reset()
+
+
+def _check_memory(size: int, device: str) -> None:
+    """OutOfMemory before anything is loaded: afterwards the system would end this process, or hang."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else hardware.free_memory()
+    if size > free:
+        raise OutOfMemory(
+            f"The weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+            cause="This model is too large for this machine in this precision.",
+            fix="Close other engines, choose bf16, or take a smaller model.",
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from test_models import PROMPT, Ours, assert_close, change_config, reference, te
 from helpers import BuildRecipe, SamplingParams, digests, load
 from helpers.backends import pytorch
 from helpers.digests import file_digest
-from helpers.errors import EngineCorrupt, ModelError
+from helpers.errors import EngineCorrupt, ModelError, OutOfMemory
 from helpers.model import checkpoint as checkpoints
 from helpers.model.checkpoint import find_checkpoint
 from helpers.model.config import FIELDS, MODEL_FILE, SIZES, load_config, read_config, save_config
@@ -362,6 +362,13 @@ def test_hostile_json_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match="not valid JSON"):
         read_config(tmp_path)
+
+
+def test_weights_that_fit_nowhere_are_refused_before_they_are_made(tmp_path):
+    largest = {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "num_hidden_layers": 1 << 10}
+    written(tmp_path, PUBLIC["Llama-2-7b"][0] | largest)
+    with pytest.raises(OutOfMemory, match="GB are free"):
+        load(BuildRecipe(f"dummy:{tmp_path}", backend="pytorch", device="cpu", max_input_len=8, max_seq_len=16))
 
 
 @torch.no_grad()
