@@ -100,7 +100,7 @@ class RunningSequence:
         """Take one token. An end token stops the answer and is not part of it. For NOT_A_TOKEN see `_mark`."""
         if token == NOT_A_TOKEN:
             raise NumericsError(
-                f"After {len(self.prompt) + len(self.output)} tokens the model's scores are not finite numbers.",
+                f"Behind token {len(self.prompt) + len(self.output)} the model's scores are not finite numbers.",
                 cause="An intermediate result was too large for the precision; fp16 holds no more than 65504.",
                 fix="Build with precision='bf16' or 'fp32'; if it stays, the checkpoint's weights are damaged.",
             )

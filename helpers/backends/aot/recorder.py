@@ -125,8 +125,10 @@ def _source_line(node: Any) -> str:
 
 def report_on_module(module: Any, inputs: tuple, name: str = "module") -> EngineReport:
     """What AOTInductor makes of any module: the report alone, without an engine in the store."""
+    from torch._inductor.utils import fresh_cache
+
     recorder = InductorRecorder(name)
-    with torch.no_grad(), tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+    with torch.no_grad(), fresh_cache(), tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         program = torch.export.export(module, inputs)
         options = {"_post_fusion_custom_pass": recorder, "cpp.threads": 1}
