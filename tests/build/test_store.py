@@ -496,7 +496,7 @@ def test_equal_recipes_are_one_engine_however_they_are_written(fake, engines, tm
         ({"max_batch_size": 2}, "max_batch_size: 4 -> 2"),
         ({"optimization_level": 0}, "optimization_level: 3 -> 0"),
         ({"fusion": {"gate_up": False}}, "fusion.gate_up: True -> False"),
-        ({"num_threads": 2}, "num_threads: 1 -> 2"),
+        ({"num_threads": 2}, "num_threads: 0 -> 2"),
     ],
 )
 def test_a_miss_names_the_field_that_differs_from_the_nearest_engine(fake, engines, capsys, change, words):
