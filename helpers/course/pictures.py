@@ -54,6 +54,7 @@ def _purpose(name: str) -> str:
         "tokenizer.json": "text to token ids and back",
         "tokenizer_config.json": "settings of the tokenizer",
         "special_tokens_map.json": "tokens that are no text",
+        "added_tokens.json": "tokens that were added later",
     }
     batch = name.removesuffix(".pt2").rpartition("_b")[2]
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"

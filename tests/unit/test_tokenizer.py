@@ -493,3 +493,17 @@ def test_the_refusal_says_what_to_give_instead():
         with pytest.raises(InputError) as refused:
             Scripted([9]).generate(prompt)
         assert fix in refused.value.fix
+
+
+def test_no_worker_is_started_for_a_tokenizer_that_cannot_be_read(tmp_path, tiny_llama, monkeypatch):
+    import shutil
+
+    from helpers import load
+    from helpers.backends.vllm import backend
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    pointer(folder / "tokenizer.json")
+    monkeypatch.setattr(backend, "Worker", lambda *arguments, **more: pytest.fail("a worker was started"))
+    with pytest.raises(ModelError, match="tokenizer of 'model'"):
+        load(BuildRecipe(model=str(folder), backend="vllm", max_input_len=16, max_seq_len=48))

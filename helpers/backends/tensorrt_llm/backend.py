@@ -257,13 +257,13 @@ def _load_pytorch(recipe: BuildRecipe) -> RemoteEngine:
 
 
 def _loaded(recipe: BuildRecipe, folder: Path, config: ModelConfig, call: str, **arguments: Any) -> RemoteEngine:
+    tokenizer = load_tokenizer(folder)
     worker = start_worker()
     try:
         worker.call(call, time_limit=LOAD_LIMIT_S, **arguments)
     except BaseException:
         worker.kill()
         raise
-    tokenizer = load_tokenizer(folder)
     engine = RemoteEngine(recipe, tokenizer, config.eos_token_ids, config.vocab_size, worker)
     engine.versions = machine()["versions"]
     return engine

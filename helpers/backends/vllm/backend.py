@@ -25,13 +25,13 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
     """Start vLLM with a recipe's model and limits. Raises BackendUnavailable, ModelError, OutOfMemory."""
     checkpoint = find_checkpoint(recipe.model)
     checkpoint.check(recipe.max_seq_len)
+    tokenizer = load_tokenizer(checkpoint.folder)
     worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
     try:
         versions = worker.call("load", time_limit=START_LIMIT_S, settings=settings(recipe, checkpoint))
     except BaseException:
         worker.kill()
         raise
-    tokenizer = load_tokenizer(checkpoint.folder)
     engine = RemoteEngine(recipe, tokenizer, checkpoint.config.eos_token_ids, checkpoint.config.vocab_size, worker)
     engine.versions = versions
     return engine
