@@ -139,23 +139,19 @@ def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
     nbclient's own coalesce_streams takes hours for a line of a megabyte: its pattern is quadratic.
     """
-    result: list[NotebookNode] = []
     parts: dict[str, list[str]] = {}
+    for output in outputs:
+        if output.output_type == "stream":
+            parts.setdefault(output.name, []).append(output.text)
+    result: list[NotebookNode] = []
     for output in outputs:
         if output.output_type != "stream":
             result.append(output)
-        elif output.name in parts:
-            parts[output.name].append(output.text)
-        else:
-            parts[output.name] = [output.text]
-            result.append(output)
-    streams = [output for output in result if output.output_type == "stream"]
-    for output in streams:
-        lines = "".join(parts[output.name]).split("\n")
-        output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)  # "\r" begins a line anew
-    first = result.index(streams[0]) if len(streams) == 2 else 0
-    if streams and result[first : first + 2] == streams and streams[0].name == "stderr":
-        result[first : first + 2] = reversed(streams)  # they arrive in any order
+        elif texts := parts.pop(output.name, None):
+            lines = "".join(texts).split("\n")
+            output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)  # "\r" begins a line anew
+            late = output.name == "stdout" and result and result[-1].get("name") == "stderr"  # they come in any order
+            result.insert(len(result) - 1 if late else len(result), output)
     return result
 
 

@@ -158,7 +158,7 @@ def train(
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device == "cuda")
     corpus = corpus.to(device)
-    started = told = time.monotonic()
+    started = printed = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, peak)
@@ -170,12 +170,12 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         now = time.monotonic()
-        if now - told > 3 or step + 1 == steps:
+        if now - printed > 3 or step + 1 == steps:
             # loss.item() waits for the GPU, so only ask every few seconds
             speed = (step + 1) * batch / (now - started)
             message = f"step {step + 1:5d}/{steps}  loss {loss.item():.4f} nats/token"
             print(f"{message}  {now - started:4.0f} s, {speed:,.0f} stories/s", flush=True)
-            told = now
+            printed = now
     return model
 
 
