@@ -165,7 +165,7 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
     if theirs and (different := differences(same_work(mine), same_work(theirs), ("workload",))):
         raise InputError(
             f"These records do not belong in one table: they differ in {'; '.join(different)}.",
-            fix="Measure the same work, or look at each record alone: comparison.overview.",
+            fix="Measure the same work, or look at each record alone: tables.overview.",
         )
     size = mine.at(batch_size)[0].batch_size
     names = dict.fromkeys(row.name for r in (mine, theirs) if r for row in r.rows if row.batch_size == size)
