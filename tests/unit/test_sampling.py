@@ -80,9 +80,12 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(kind, top_p):
 
 
 def draw(params: SamplingParams, logits: torch.Tensor, count: int) -> torch.Tensor:
-    """count draws from one sampler, for logits [V]."""
-    sampler = Sampler(params, [[1, 2]])
-    return torch.cat([sampler(logits[None]) for _ in range(count)])
+    """count draws from one sampler for logits [V], each of them the first after the prompt."""
+    sampler, tokens = Sampler(params, [[1, 2]]), []
+    for _ in range(count):
+        tokens.append(sampler(logits[None]))
+        sampler.seen = sampler.seen and [[1, 2]]
+    return torch.cat(tokens)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +126,8 @@ def test_a_sequence_draws_the_same_alone_and_in_a_batch():
     params = SamplingParams(seed=9, top_p=0.9, repetition_penalty=1.2)
     together, alone = Sampler(params, SEEN), [Sampler(params, [ids]) for ids in SEEN]
     for _ in range(10):
-        batch = together(logits, SEEN).tolist()
-        assert batch == [s(row[None], [seen]).item() for s, row, seen in zip(alone, logits, SEEN, strict=True)]
+        batch = together(logits).tolist()
+        assert batch == [one(row[None]).item() for one, row in zip(alone, logits, strict=True)]
 
 
 def test_without_a_seed_equal_prompts_of_a_batch_get_different_draws_and_torchs_own_state_is_left_alone():
