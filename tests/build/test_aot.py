@@ -81,7 +81,6 @@ def test_a_crash_while_compiling_ends_a_worker_and_leaves_nothing(tiny_llama, tm
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="it lists what a build has left in /tmp")
 def test_a_build_in_a_folder_with_a_space_under_odd_settings_leaves_nothing_behind(tiny_llama, tmp_path, monkeypatch):
     """A space in the paths of the engines, of the temporary folder and of the environment; autocast, another default
     type and another default device in the process that asks for the build."""
@@ -92,14 +91,11 @@ def test_a_build_in_a_folder_with_a_space_under_odd_settings_leaves_nothing_behi
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "my engines"))
-    before = set(Path("/tmp").iterdir())
     with odd_settings():
         folder = build(tiny(tiny_llama, optimization_level=0), quiet=True)
         with load(folder) as engine:
             under_odd_settings = engine.generate([3, 14, 15], GREEDY)[0].token_ids
     assert not list(temporary.iterdir())
-    new = [path for path in set(Path("/tmp").iterdir()) - before if path.name.startswith((".compile", "aot", "cc"))]
-    assert not [path for path in new if path.owner() == Path.home().owner() and "torchinductor" in path.name]
     assert {path.name for path in folder.iterdir()} >= {"prefill.pt2", "decode_b1.pt2", "manifest.json"}
     assert not [path for path in folder.rglob("*") if path.is_dir()]
     monkeypatch.setenv("PYTHONPATH", "")

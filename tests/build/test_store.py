@@ -783,3 +783,8 @@ def test_a_backend_that_compiles_nothing_ahead_has_nothing_to_build(engines, bac
     with pytest.raises(BuildError, match="nothing to build") as refused:
         build(RECIPE.replace(backend=backend))
     assert "load(recipe)" in refused.value.fix
+
+
+def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
+    recipe = recipe_of(tiny_engine)
+    assert recipe.device == "cpu" and recipe.model == str(tiny_llama) and recipe.max_seq_len == 48

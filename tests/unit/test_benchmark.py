@@ -5,21 +5,18 @@ import dataclasses
 import json
 import math
 import random
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from helpers import BuildRecipe, cli
+from helpers import cli
 from helpers.bench import claims, records
 from helpers.bench import run as benchmark
 from helpers.bench import tables as comparison
 from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
 from helpers.display import Picture
 from helpers.errors import InputError, RecipeError
-from helpers.machine import hardware
-from helpers.machine.worker import Worker
 
 SMALL = Workload(input_len=8, output_len=8, repeats=2, warmup=1)
 
@@ -486,73 +483,6 @@ def test_comparing_says_what_differs():
 
 
 # Real runs, in processes of their own
-
-
-@pytest.fixture(scope="module")
-def record():
-    return benchmark.run(dataclasses.replace(SMALL, threads=2), ["pytorch", "vllm"], [1, 2], quiet=True)
-
-
-def test_a_run_measures_what_it_promises(record):
-    assert [(row.name, row.batch_size, row.status) for row in record.rows] == [
-        ("pytorch fp32", 1, "ok"),
-        ("vllm fp32", 1, "absent"),
-        ("pytorch fp32", 2, "ok"),
-        ("vllm fp32", 2, "absent"),
-    ]
-    row = record.row("pytorch fp32")
-    assert len(row.ttft_s) == SMALL.repeats and len(row.itl_s) == SMALL.repeats * (SMALL.output_len - 1)
-    assert len(row.warmup_e2e_s) == SMALL.warmup
-    assert row.tokens_equal == SMALL.output_len and row.logit_error == 0 and row.agrees
-    for ttft, tpot, e2e in zip(row.ttft_s, row.tpot_s, row.e2e_s, strict=True):
-        assert e2e == pytest.approx(ttft + (SMALL.output_len - 1) * tpot)
-    assert row.start_s > row.load_s > 0 and row.peak_host_bytes > 100e6 and row.limit_s < row.median("tpot_s")
-    assert (row.device, row.threads, record.threads, row.decode_graph) == ("cpu", 2, 2, None)
-    assert record.host.processor and record.host.cores >= 1
-
-
-def test_a_runs_record_loads_back(record, tmp_path):
-    assert records.read(records.save(record, tmp_path / "a.json")) == record
-
-
-def test_one_failing_batch_size_leaves_the_others(monkeypatch):
-    ask = benchmark.Runner.ask
-
-    def failing(self, row, call, **arguments):
-        if call == "measure" and row.batch_size == 2:
-            arguments["prompts"] = []
-        return ask(self, row, call, **arguments)
-
-    monkeypatch.setattr(benchmark.Runner, "ask", failing)
-    kept = []
-    record = benchmark.run(SMALL, ["pytorch"], [1, 2, 4], quiet=True, keep=lambda r: kept.append(len(r.rows)))
-    assert [row.status for row in record.rows] == ["ok", "failed", "ok"]
-    assert record.rows[1].reason
-    assert kept == [1, 2, 3]
-
-
-def test_a_dying_process_is_a_reason_and_not_the_end(monkeypatch):
-    ask = benchmark.Runner.ask
-
-    def killing(self, row, call, **arguments):
-        if call == "measure" and row.batch_size == 1 and self.worker:
-            self.worker.kill()
-        return ask(self, row, call, **arguments)
-
-    monkeypatch.setattr(benchmark.Runner, "ask", killing)
-    record = benchmark.run(SMALL, ["pytorch"], [1, 2], quiet=True)
-    assert [row.status for row in record.rows] == ["failed", "ok"]
-    assert "worker" in record.rows[0].reason
-
-
-def test_a_processs_peak_memory_is_its_own():
-    ballast = bytearray(800_000_000)
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    recipe = BuildRecipe(backend="pytorch").to_dict()
-    with Worker("helpers.bench.process") as worker, tempfile.TemporaryDirectory() as cache:
-        worker.call("load", recipe=recipe, threads=1, cache=cache)
-        peak = worker.call("check", prompts=[[1, 2, 3]], output_len=2, logits=False)["host_bytes"]
-    assert 20e6 < peak < 800e6 < hardware.peak_host_bytes()
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):

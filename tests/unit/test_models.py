@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from helpers import BuildRecipe, SamplingParams, build, load
+from helpers import BuildRecipe, build
 from helpers.backends.aot import products
 from helpers.backends.aot.products import matmul, pack
 from helpers.errors import ModelError
@@ -216,29 +216,6 @@ def test_dummy_weights_have_the_checkpoints_shapes_and_are_always_the_same(check
     assert dummy.config.parameter_count() == sum(
         torch.Size(s).numel() for n, s in real.items() if "q_norm" not in n and "k_norm" not in n
     )
-
-
-# ---- compiled ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_compiled_engine_gives_transformers_greedy_tokens(family, built, tiny_llama, tiny_engine, checkpoint):
-    if family == "llama":
-        folder, engine = tiny_llama, tiny_engine
-    else:
-        folder = checkpoint("qwen3", num_hidden_layers=1)
-        limits = {"max_input_len": 16, "max_seq_len": 48, "device": "cpu", "optimization_level": 1}
-        engine = built(BuildRecipe(model=str(folder), **limits))
-    model = reference(folder)
-    greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    with load(engine) as running:
-        for length in (1, 2, 16):
-            prompt = PROMPT[:length].tolist()
-            expected = list(prompt)
-            for _ in range(20):
-                with torch.no_grad():
-                    expected.append(model(torch.tensor([expected])).logits[0, -1].argmax().item())
-            assert running.generate(prompt, greedy)[0].token_ids == expected[length:]
 
 
 # ---- refused ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 
 from helpers import BuildRecipe
 from helpers import recipe as recipes
-from helpers.engine import recipe_of
 from helpers.errors import RecipeError, shown
 from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe import tensorrt_llm
@@ -207,8 +206,3 @@ def test_a_folder_here_does_not_change_what_a_plain_name_means(name, tmp_path, m
     assert find_checkpoint(name).full_name == name
     written = name.replace(plain, f"./{plain}")
     assert find_checkpoint(written).full_name == name.replace(plain, str(tmp_path / plain))
-
-
-def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
-    recipe = recipe_of(tiny_engine)
-    assert recipe.device == "cpu" and recipe.model == str(tiny_llama) and recipe.max_seq_len == 48
