@@ -138,11 +138,11 @@ def test_an_engine_holds_its_weights_once(engine_of):
 
 def test_closing_gives_the_memory_back(engine_of):
     folder = engine_of("stories", "fp32")
-    load(folder).close()
-    before = torch.cuda.memory_allocated()
-    for _ in range(3):
+    for turn in range(4):
         with load(folder) as engine:
             engine.generate(PROMPTS[:2], GREEDY)
+        if turn == 0:  # cuBLAS keeps a workspace for each stream, for good
+            before = torch.cuda.memory_allocated()
     assert torch.cuda.memory_allocated() - before < 1e6
 
 

@@ -93,7 +93,7 @@ KINDS = {
     "word-piece": word_piece,
     "end-of-word": end_of_word,
 }
-BYTES = {"byte-level", "sentencepiece", "sentencepiece-legacy"}  # these can write any text
+BYTES = ("byte-level", "sentencepiece", "sentencepiece-legacy")  # these can write any text
 
 
 def make(kind):
