@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import threading
 import time
@@ -97,7 +98,7 @@ class RunningSequence:
     times: list[float] = field(default_factory=list)  # of each output token, in seconds since the request
 
     def accept(self, token: int, seconds: float, sampling: SamplingParams, end_ids: tuple[int, ...]) -> None:
-        """Take one token. An end token stops the answer and is not part of it. For NOT_A_TOKEN see `_mark`."""
+        """Take one token. An end token stops the answer and is not part of it. For NOT_A_TOKEN see `Engine._take`."""
         if token == NOT_A_TOKEN:
             raise NumericsError(
                 f"Behind token {len(self.prompt) + len(self.output)} the model's scores are not finite numbers.",
@@ -155,13 +156,16 @@ class Engine(ABC):
     def _decode(self, tokens: Tensor) -> Tensor:
         """Append one token [B] to each sequence; logits [B, V] after it."""
 
-    def _take(self, tokens: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
+    def _take(self, tokens: Tensor, logits: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
         """The token ids [B] on the host, and the call that gives the logits [B, V] of the next step.
 
-        A backend whose device works by itself overrides it, and starts the next step before it waits for the ids.
-        last: no step follows.
+        An id is NOT_A_TOKEN where the logits that it was chosen from are not finite: NaN or infinity in a row adds up
+        to NaN or infinity. A backend whose device works by itself overrides this, and starts the next step before it
+        waits for the ids. last: no step follows.
         """
-        return tokens.tolist(), partial(self._decode, tokens)
+        totals = logits.sum(-1)  # [B]
+        ids = zip(tokens.tolist(), totals.tolist(), strict=True)
+        return [i if math.isfinite(total) else NOT_A_TOKEN for i, total in ids], partial(self._decode, tokens)
 
     def _release(self) -> None:
         """Give back memory; called once by `close`."""
@@ -201,6 +205,7 @@ class Engine(ABC):
 
     def logits(self, prompt: str | Sequence[int]) -> Tensor:
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
+        self._check_usable()
         with self._lock:
             logits = self.prefill([self.tokenize(prompt)])[0].float().cpu()
             self._by_hand = 0  # so that a `decode` of somebody who called `prefill` before is refused
@@ -296,8 +301,8 @@ class Engine(ABC):
         for step in range(sampling.max_tokens):
             if observe:
                 observe(logits)
-            tokens = _mark(sampler(logits), logits)  # [B]
-            ids, next_logits = self._guarded(self._take, tokens, step + 1 == sampling.max_tokens)
+            tokens = sampler(logits)  # [B]
+            ids, next_logits = self._guarded(self._take, tokens, logits, step + 1 == sampling.max_tokens)
             for sequence, token in zip(sequences, ids, strict=True):
                 if not sequence.finish_reason:
                     sequence.accept(token, time.perf_counter() - start, sampling, self.end_ids)
@@ -392,15 +397,6 @@ class Engine(ABC):
                 f"max_seq_len={self.recipe.max_seq_len} do not fit beside what else is in memory.",
                 fix="Close other engines, send fewer or shorter prompts, or build with smaller limits.",
             ) from error
-
-
-def _mark(tokens: Tensor, logits: Tensor) -> Tensor:
-    """tokens [B], with NOT_A_TOKEN where logits [B, V] are not finite. Fetches nothing, so a GPU need not wait for it.
-
-    A row that holds NaN or infinity adds up to NaN or infinity, and these alone are not zero less themselves.
-    """
-    total = logits.sum(-1)
-    return tokens.masked_fill((total - total) != 0, NOT_A_TOKEN)
 
 
 @contextlib.contextmanager

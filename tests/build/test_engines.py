@@ -378,7 +378,7 @@ def test_a_closed_engine_is_refused_and_closing_twice_is_fine(tiny_engine):
         lambda: engine.generate([5]),
         lambda: engine.logits([5]),
         lambda: engine.stream([5]),
-        lambda: next(stream),
+        lambda: list(stream),
     ):
         with pytest.raises(InputError, match="closed"):
             use()

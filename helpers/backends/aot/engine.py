@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.backends.aot.graphs import empty_cache, prefill_batch
 from helpers.backends.aot.loader import Graph
 from helpers.backends.aot.stored import read_weights
-from helpers.backends.base import Engine
+from helpers.backends.base import NOT_A_TOKEN, Engine
 from helpers.model.config import load_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.recipe import BuildRecipe
@@ -42,14 +42,15 @@ class AotEngine(Engine):
         self.lengths: list[int] = []
         step = CudaGraphStep if self.device == "cuda" else DecodeStep
         self.steps: dict[int, DecodeStep] = {size: step(self, size) for size in recipe.all_decode_batch_sizes}
+        self.step = self.steps[1]  # of the batch that is answered
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         self.lengths = [len(p) for p in prompts]
         with self._own_threads():
-            rows = list(self._read(prompts))
-        for step in self.steps.values():
-            step.start(self.lengths)
-        return torch.cat(rows)
+            logits = torch.cat(list(self._read(prompts)))
+        self.step = self.steps[min(size for size in self.steps if size >= len(prompts))]
+        self.step.start(self.lengths, logits)
+        return logits
 
     def _read(self, prompts: list[list[int]]) -> Iterator[Tensor]:
         """Logits [n, V] of so many prompts at a time, until all are read."""
@@ -87,30 +88,35 @@ class AotEngine(Engine):
             torch.set_num_threads(before)
 
     def _decode(self, tokens: Tensor) -> Tensor:
-        batch = len(self.lengths)
-        step = self.steps[min(size for size in self.steps if size >= batch)]
-        with self._own_threads():
-            logits = step(tokens, self.lengths)
-        self.lengths = [length + 1 for length in self.lengths]
-        return logits[:batch]
+        self.step.tokens[: len(tokens)].copy_(tokens)
+        return self._advance()
 
-    def _take(self, tokens: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
+    def _advance(self) -> Tensor:
+        """One step with the tokens that are in its buffer."""
+        with self._own_threads():
+            logits = self.step.run(max(self.lengths))
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits[: len(self.lengths)]
+
+    def _take(self, tokens: Tensor, logits: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
         """A GPU starts on the next step before the host has seen this one's tokens. If these end the answer, that
         step was for nothing."""
-        if self.device != "cuda" or last:
-            return super()._take(tokens, last)
+        if last or not isinstance(self.step, CudaGraphStep):
+            return super()._take(tokens, logits, last)
+        self.step.put(tokens)
         host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
+        host.copy_(self.step.tokens[: len(tokens)], non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        logits = self._decode(tokens)
+        following = self._advance()
         copied.synchronize()
-        return host.tolist(), lambda: logits
+        return host.tolist(), lambda: following
 
     def _release(self) -> None:
         for graph in self.graphs.values():
             graph.close()
         self.steps, self.graphs, self.graph_weights, self.weights, self.cache = {}, {}, {}, {}, []
+        del self.step
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -125,45 +131,62 @@ class DecodeStep:
     """One decode graph on a CPU: attention reads as many cache entries as the longest sequence has."""
 
     def __init__(self, engine: AotEngine, size: int):
-        self.run, self.size, self.span = engine._execute, size, engine.span
-        self.graph, self.cache = f"decode_b{size}", engine._slots(0, size)
+        self.execute, self.span = partial(engine._execute, f"decode_b{size}"), engine.span
+        self.cache = engine._slots(0, size)
         self.tokens = torch.zeros(size, dtype=torch.long, device=engine.device)
         self.positions = torch.zeros(size, dtype=torch.long, device=engine.device)
 
-    def start(self, lengths: list[int]) -> None:
-        """A new batch: the next token of sequence b goes to position lengths[b]; rows without one start over."""
+    def start(self, lengths: list[int], logits: Tensor) -> None:
+        """A new batch, whose prompts gave these logits: the next token of sequence b goes to position lengths[b]; rows
+        without one start over."""
         self.positions.zero_()
-        if len(lengths) <= self.size:
-            self.positions[: len(lengths)] = torch.tensor(lengths, device=self.positions.device)
+        self.positions[: len(lengths)] = torch.tensor(lengths, device=self.positions.device)
 
-    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        self.tokens[: len(lengths)] = tokens
-        span = self.span[: max(2, max(lengths) + 1)]
-        logits = self.run(self.graph, [self.tokens, self.positions, span, *self.cache])
+    def run(self, longest: int) -> Tensor:
+        """Logits [size, V] after the tokens in the buffer; the longest sequence had so many entries before them."""
+        span = self.span[: max(2, longest + 1)]
+        logits = self.execute([self.tokens, self.positions, span, *self.cache])
         self.positions += 1
         return logits
 
 
 class CudaGraphStep(DecodeStep):
     """The same recorded as one CUDA graph: a step is a single launch. Its shapes are fixed, so attention reads
-    the whole cache and masks what is not there yet."""
+    the whole cache and masks what is not there yet. Whether the logits are finite is a part of the recording, and is
+    fetched with the tokens that are chosen from them: each launch more would show in the time per token."""
 
     def __init__(self, engine: AotEngine, size: int):
         super().__init__(engine, size)
         stream = _side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside the recording, so that lazy initialization is not in it
-            self.run(self.graph, [self.tokens, self.positions, self.span, *self.cache])
+            self.finite = _finite(self.execute([self.tokens, self.positions, self.span, *self.cache]))
         torch.cuda.current_stream().wait_stream(stream)
+        self.no_tokens = torch.full_like(self.tokens, NOT_A_TOKEN)
         self.recording = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.recording):
-            self.logits = self.run(self.graph, [self.tokens, self.positions, self.span, *self.cache])
+            self.logits = self.execute([self.tokens, self.positions, self.span, *self.cache])
+            self.finite.copy_(_finite(self.logits))
             self.positions += 1
 
-    def __call__(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        self.tokens[: len(lengths)].copy_(tokens)
+    def start(self, lengths: list[int], logits: Tensor) -> None:
+        super().start(lengths, logits)
+        self.finite[: len(lengths)] = _finite(logits)
+
+    def put(self, tokens: Tensor) -> None:
+        """The tokens that were chosen from the last logits; NOT_A_TOKEN where these were not finite."""
+        count = len(tokens)
+        torch.where(self.finite[:count], tokens, self.no_tokens[:count], out=self.tokens[:count])
+
+    def run(self, longest: int) -> Tensor:
         self.recording.replay()
         return self.logits
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Which rows [B] of logits [B, V] hold finite numbers alone: any other makes their sum NaN or infinite."""
+    totals = logits.sum(-1)
+    return totals - totals == 0
 
 
 @cache
