@@ -66,6 +66,7 @@ class RemoteEngine(Engine):
 
     def memory(self) -> dict[str, int]:
         """The most bytes that the worker has held so far, on the host and on the GPU."""
+        self._check_usable()
         with self._lock:
             self._finish_request()
             return self.worker.call("memory")
@@ -93,23 +94,18 @@ class RemoteEngine(Engine):
             prompts=[s.prompt for s in sequences],
             sampling={**asdict(sampling), "end_ids": list(self.end_ids)},
         )
-        try:
-            for step in itertools.count():
-                try:
-                    tokens = next(events)
-                except StopIteration as end:
-                    self._end_sequences(sequences, end.value)
-                    return
-                with self._checked(tokens):
-                    for index, token, seconds in tokens:
-                        if not sequences[index].finish_reason:
-                            sequences[index].accept(int(token), float(seconds), sampling, self.end_ids)
-                yield step
-                self._check_not_overtaken(request)
-        finally:
-            if not self.closed:  # a stream that nobody reads on still runs in the worker, and its errors are nobody's
-                with suppress(CourseError):
-                    self._finish_request()
+        for step in itertools.count():
+            try:
+                tokens = next(events)
+            except StopIteration as end:
+                self._end_sequences(sequences, end.value)
+                return
+            with self._checked(tokens):
+                for index, token, seconds in tokens:
+                    if not sequences[index].finish_reason:
+                        sequences[index].accept(int(token), float(seconds), sampling, self.end_ids)
+            yield step
+            self._check_not_overtaken(request)
 
     def _end_sequences(self, sequences: list[RunningSequence], ended: dict[str, Any]) -> None:
         """A sequence that the worker ended before max_tokens met an end token that it did not hand out."""
@@ -119,9 +115,11 @@ class RemoteEngine(Engine):
                     sequence.end(float(seconds))
 
     def _finish_request(self) -> None:
-        """Wait until the worker has answered the request that it is busy with."""
-        for _ in self._events:
-            pass
+        """Wait until the worker has answered the request that it is busy with: a stream that nobody reads on still runs
+        there, and its errors are nobody's."""
+        with suppress(CourseError):
+            for _ in self._events:
+                pass
 
     @contextmanager
     def _checked(self, answer: Any) -> Iterator[None]:

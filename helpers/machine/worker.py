@@ -58,9 +58,10 @@ class Worker:
         self._reason = ""  # why this side ended the worker; "" while it runs, and when it ended by itself
         self._last_words = ""  # the end of its standard error, once it has ended
         self._oom_kills = _oom_kills()
+        self._owner = os.getpid()  # a fork of it has this object too, and none of the threads that read the answers
         self._ending = threading.RLock()
         self._start(module, python or sys.executable)
-        self._forgotten = weakref.finalize(self, _forget, self._process, os.getpid())  # alive until the worker ended
+        self._forgotten = weakref.finalize(self, _forget, self._process, self._owner)  # alive until the worker ended
         self._lines: queue.Queue[bytes | None] = queue.Queue(AHEAD)  # None: its output has ended
         self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True)
         self._reader.start()
@@ -120,7 +121,13 @@ class Worker:
         the rest of the answer.
         """
         request = json.dumps({"call": function, "arguments": arguments}) + "\n"
-        if not self._forgotten.alive:
+        if os.getpid() != self._owner:
+            raise WorkerError(
+                f"{self.name} was started by another process, of which this one is a fork.",
+                cause="A fork has the memory of its parent, but not the threads that hear what the worker says.",
+                fix="Use it there, or start processes with multiprocessing's method 'spawn'.",
+            )
+        if not self._alive:
             raise self._ended()
         assert self._process.stdin is not None
         # In a thread, since a worker that does not read blocks it. One that has ended is noticed by its output.
@@ -151,7 +158,7 @@ class Worker:
     def close(self, patience: float = 5.0) -> None:
         """Ask the worker to end by closing its input, and kill it if it does not."""
         try:
-            if self._forgotten.alive and self._process.stdin is not None:
+            if self._alive and self._process.stdin is not None:
                 self._process.stdin.close()
                 self._process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -161,7 +168,7 @@ class Worker:
 
     def kill(self, reason: str = "it was stopped") -> None:
         """End the worker and every process that it has started. reason: what a later call is told."""
-        if self._forgotten.alive:
+        if self._alive:
             self._reason = self._reason or reason
         self._end()
 
@@ -171,10 +178,15 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _alive(self) -> bool:
+        """Whether there is something to end. A fork ends nothing: the worker is its parent's."""
+        return self._forgotten.alive and os.getpid() == self._owner
+
     def _end(self) -> None:
         """Kill whatever is left of the worker, and free what it takes here: the reading thread, pipes, the log."""
         with self._ending:
-            if not self._forgotten.alive:
+            if not self._alive:
                 return
             commands.kill_all(self._process)
             with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can hold a killed process for long

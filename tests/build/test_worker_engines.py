@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -221,3 +222,30 @@ def test_an_answer_that_is_no_engines_is_a_worker_error(tmp_path, monkeypatch, s
     again = RemoteEngine(recipe, None, (0,), 100, Worker("library"))
     with again, pytest.raises(WorkerError, match="no answer of an engine"):
         again.logits([5, 6])
+
+
+COUNTING = """
+import time
+
+def generate(prompts, sampling):  # each answer repeats its prompt's first token
+    for step in range(sampling["max_tokens"]):
+        time.sleep(0.05)
+        yield [[index, prompt[0], 0.05 * step] for index, prompt in enumerate(prompts)]
+    return {"seconds": [0.0] * len(prompts)}
+
+CALLS = {"generate": generate}
+"""
+
+
+def test_a_stream_dropped_while_another_thread_asks_takes_none_of_its_tokens(tmp_path, monkeypatch):
+    (tmp_path / "library.py").write_text(COUNTING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with RemoteEngine(BuildRecipe(backend="pytorch", **limits()), None, (0,), 100, Worker("library")) as engine:
+        for delay in (0.1, 0.8):  # while the worker still answers the stream, and while it answers the thread
+            stream = engine.stream([7], GREEDY)
+            next(stream)
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(engine.generate, [9], GREEDY)
+                time.sleep(delay)
+                stream.close()
+            assert answer.result()[0].token_ids == [9] * GREEDY.max_tokens

@@ -458,6 +458,28 @@ def test_a_stream_left_in_the_middle_ends_the_worker(worker):
     assert not psutil.pid_exists(worker.pid)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_lets_its_parents_worker_be(worker):
+    """Whatever it does with its copies, a stream that it drops and one that it begins included."""
+    events = worker.stream("count", n=3)
+    next(events)
+    child = os.fork()
+    if child == 0:
+        try:
+            events.close()
+            worker.close()
+            worker.kill()
+            with pytest.raises(WorkerError, match="fork"):
+                worker.call("echo")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(events) == [1, 2]
+    assert worker.call("echo") == {}
+
+
 def test_a_module_that_cannot_be_imported(served):
     with pytest.raises(WorkerError, match="no_such_module"):
         Worker("no_such_module")
