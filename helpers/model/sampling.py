@@ -55,6 +55,17 @@ class SamplingParams:
         return self.temperature == 0
 
 
+def checked(sampling: SamplingParams | None) -> SamplingParams:
+    """What a caller gave as settings; None stands for the defaults, and nothing else does."""
+    if sampling is None:
+        return SamplingParams()
+    if not isinstance(sampling, SamplingParams):
+        raise InputError(
+            f"Sampling settings are a SamplingParams, not {shown(sampling)}.", fix="Give SamplingParams()."
+        )
+    return sampling
+
+
 def _number(name: str, value: float, allowed: Callable[[float], bool], words: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not allowed(value):
@@ -141,7 +152,7 @@ def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[i
     """Probabilities [V] that the next token would be drawn from, for logits [V]; greedy puts all on one token."""
     import torch
 
-    filtered = filter_logits(logits[None], params, [seen])[0]
+    filtered = filter_logits(logits[None], checked(params), [seen])[0]
     if params.greedy:
         return torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)
     return filtered.softmax(-1)
