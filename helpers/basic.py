@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from helpers import CourseError, SamplingParams, load
+from helpers import SamplingParams, load
+from helpers.errors import status_of
 from helpers.store import list_engines
 
 PROMPTS = ["Hello, my name is", "The president of the United States is"]
@@ -39,7 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except CourseError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    sys.exit(status_of(main))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from helpers import BuildRecipe, CourseError, build
+from helpers import BuildRecipe, build
+from helpers.errors import status_of
 
 
 def main() -> int:
@@ -33,7 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except CourseError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    sys.exit(status_of(main))

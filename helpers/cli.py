@@ -4,32 +4,18 @@ env, gpu-check."""
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from helpers.display import Table
-from helpers.errors import CourseError, EngineCorrupt, printable
+from helpers.errors import CourseError, EngineCorrupt, printable, status_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks is spelled out
-            stream.reconfigure(errors="backslashreplace")
-    try:
+    def command() -> int | None:
         settings = _parser().parse_args(arguments)
-        status = settings.run(settings) or 0
-        sys.stdout.flush()
-        return status
-    except CourseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # who read the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest when it ends
-        return 141  # as a program that the signal SIGPIPE ends
-    except KeyboardInterrupt:
-        print("Interrupted; nothing half-built was left behind.", file=sys.stderr)
-        return 130
+        return settings.run(settings)
+
+    return status_of(command)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -89,3 +93,27 @@ def shown(value: Any) -> str:
         return f"{value!r:.80}"
     except Exception:  # anybody's own __repr__; and Python spells out no whole number of more than 4300 digits
         return f"a value of type {type(value).__name__}"
+
+
+def status_of(command: Callable[[], int | None]) -> int:
+    """Run a terminal's command to its exit status. Whatever ends it is told in words, on any terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks is spelled out
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = command() or 0
+        print(end="", flush=True)  # what cannot be written is noticed here; without a standard output nothing is
+        return status
+    except CourseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        with contextlib.suppress(OSError, AttributeError):  # there may be no standard output, or one of no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest when it ends
+        if isinstance(error, BrokenPipeError):  # who read the output, such as `head`, has enough
+            return 141  # as a program that the signal SIGPIPE ends
+        print(f"The operating system refused: {error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing half-built was left behind.", file=sys.stderr)
+        return 130

@@ -236,8 +236,8 @@ def main(
     names = list(names)
     if unknown := [name for name in names if name not in LIMITS]:
         raise InputError(f"There is no part {unknown[0]!r}.", fix=f"Name some of: {', '.join(LIMITS)}.")
-    if jobs < 1:
-        raise InputError(f"jobs is {jobs}.", fix="Give 1 or more.")
+    if jobs < 1 or not time_limit >= 0:  # the second is so of NaN too
+        raise InputError(f"jobs is {jobs}, time_limit {time_limit}.", fix="Give 1 job or more, and 0 seconds or more.")
     out = out.absolute()
     steps = plan(names, out, jobs)
     print("Looking for a GPU", flush=True)
