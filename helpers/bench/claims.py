@@ -3,8 +3,9 @@
 Each judgement is a sentence with its figures and a verdict. It holds for the machine and the model of its record.
 
 Figures are intervals. What every run measured lies between its least and its largest sample: the true median is in
-there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). What was measured once (build, start,
-memory) is taken as known to 10 %. A verdict is only given where the whole interval is on one side.
+there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). What was measured once or twice (build,
+start and memory are measured once) is taken as known to no better than 10 %. A verdict is only given where the whole
+interval is on one side.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SITUATIONS: dict[str, tuple[str, Callable[[Row], Sequence[float]]]] = {
 
 
 def interval(samples: Sequence[float]) -> Interval:
-    return (min(samples), max(samples)) if len(samples) > 1 else (0.9 * samples[0], 1.1 * samples[0])
+    least, most = min(samples), max(samples)
+    return (least, most) if len(samples) > 2 else (0.9 * least, 1.1 * most)
 
 
 def claims(mine: Record, theirs: Record | None) -> Table:
@@ -99,22 +101,29 @@ def _best(record: Record) -> dict[str, tuple[list[str], str]]:
 def judge(record: Record) -> dict[str, tuple[str, str]]:
     """Claim to (what was measured, verdict), at the record's smallest batch size."""
     eager, compiled, vllm = (_pair(record, backend) for backend in ("pytorch", "torch_compile", "vllm"))
-    engine = eager[0] if eager else next((row for row in _ok(record) if row.backend == "aot"), None)
+    engine = eager[0] if eager else next((row for row in _right(record) if row.backend == "aot"), None)
+    wrong = [row.name for row in _ok(record) if row.agrees is False]
+    missing = (f"not measured: of {' and '.join(wrong)} the answers are wrong", "open") if wrong else NOT_MEASURED
     return {
-        "2 to 5 times faster than eager PyTorch": _faster(*eager) if eager else NOT_MEASURED,
-        "2 to 5 times faster than torch.compile": _faster(*compiled) if compiled else NOT_MEASURED,
-        "2 to 5 times faster than vLLM": _faster(*vllm) if vllm else NOT_MEASURED,
-        "lower memory usage than eager PyTorch": _memory(*eager) if eager else NOT_MEASURED,
-        "vLLM uses more memory": _memory(*vllm) if vllm else NOT_MEASURED,
-        "a build takes 10 to 30 minutes": _build(engine) if engine else NOT_MEASURED,
-        "the first inference is slower": _first(engine) if engine else NOT_MEASURED,
-        "batching helps throughput": _batching(record, engine) if engine else NOT_MEASURED,
+        "2 to 5 times faster than eager PyTorch": _faster(*eager) if eager else missing,
+        "2 to 5 times faster than torch.compile": _faster(*compiled) if compiled else missing,
+        "2 to 5 times faster than vLLM": _faster(*vllm) if vllm else missing,
+        "lower memory usage than eager PyTorch": _memory(*eager) if eager else missing,
+        "vLLM uses more memory": _memory(*vllm) if vllm else missing,
+        "a build takes 10 to 30 minutes": _build(engine) if engine else missing,
+        "the first inference is slower": _first(engine) if engine else missing,
+        "batching helps throughput": _batching(record, engine) if engine else missing,
         "int8 without loss of accuracy": _accuracy(record),
     }
 
 
 def _ok(record: Record) -> list[Row]:
     return [row for row in record.at() if row.status == "ok"]
+
+
+def _right(record: Record) -> list[Row]:
+    """Of what computes something else, it does not matter how fast it is. What was not compared stays."""
+    return [row for row in _ok(record) if row.agrees is not False]
 
 
 def _largest(record: Record) -> int:
@@ -128,7 +137,7 @@ def _places(mine: Record, theirs: Record | None) -> str:
 
 def _pair(record: Record, backend: str) -> tuple[Row, Row] | None:
     """The engine's row and a backend's in the same precision: else the comparison would be one of precisions."""
-    rows = {(row.backend, row.precision): row for row in _ok(record)}
+    rows = {(row.backend, row.precision): row for row in _right(record)}
     pairs = ((rows.get(("aot", row.precision)), row) for row in rows.values() if row.backend == backend)
     return next(((engine, other) for engine, other in pairs if engine), None)
 

@@ -56,7 +56,7 @@ def run(
     with what there is so far.
     """
     for contender in contenders:
-        workload.recipe(*_parse(contender))  # RecipeError for what does not exist
+        workload.recipe(*_parse(contender), workload.threads)  # RecipeError for what does not exist
     for size in batch_sizes:
         if not 1 <= size <= workload.max_batch_size:
             raise InputError(f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.")
@@ -212,7 +212,7 @@ def least_time(size: int, device: str, threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        values = torch.ones(max(1, size // 4), device=device)
+        values = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
         times: list[float] = []
         while len(times) < 20 and (len(times) < 5 or sum(times) < 0.3):
             start = time.perf_counter()

@@ -132,8 +132,8 @@ def default_threads(weight_bytes: int) -> int:
 def measure_bandwidth(device: str = "auto", threads: int | None = None) -> float:
     """Bytes per second that reading memory once reaches, by the best of ten sums over a large float32 array.
 
-    The array is 64 MB on a CPU for each thread (past the caches) and 2 GB on a GPU. Reading is what a decode
-    step does with its weights, so weight bytes over this figure is the least possible time per token.
+    The array is 64 MB on a CPU for each thread that has a core (past the caches) and 2 GB on a GPU. Reading is what a
+    decode step does with its weights, so weight bytes over this figure is the least possible time per token.
     """
     import torch
 
@@ -143,7 +143,9 @@ def measure_bandwidth(device: str = "auto", threads: int | None = None) -> float
     try:
         if kind == "cpu":
             torch.set_num_threads(threads)
-        values = torch.ones(2**29 if kind == "cuda" else threads * 2**24, device=kind)
+        # The type is named, because a notebook may have set another as torch's default.
+        size = 2**29 if kind == "cuda" else min(threads, free_cores()) * 2**24
+        values = torch.ones(size, dtype=torch.float32, device=kind)
         best = float("inf")
         for _ in range(10):
             if kind == "cuda":

@@ -17,13 +17,14 @@ from helpers.bench import tables as comparison
 from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
 from helpers.display import Picture
 from helpers.errors import InputError, RecipeError
+from helpers.machine import hardware
 
-SMALL = Workload(input_len=8, output_len=8, repeats=2, warmup=1)
+SMALL = Workload(input_len=8, output_len=8, repeats=3, warmup=1)
 
 
 def new_row(backend="aot", precision="fp32", batch_size=1, tpot=0.002, **changes) -> Row:
     e2e = 0.010 + 7 * tpot
-    times = {"ttft_s": [0.010] * 2, "tpot_s": [tpot] * 2, "e2e_s": [e2e] * 2, "warmup_e2e_s": [2 * e2e]}
+    times = {"ttft_s": [0.010] * 3, "tpot_s": [tpot] * 3, "e2e_s": [e2e] * 3, "warmup_e2e_s": [2 * e2e]}
     return Row(backend, precision, batch_size, **{**times, "limit_s": 0.001, "tokens_equal": 8, **changes})
 
 
@@ -56,6 +57,22 @@ def test_bytes_per_step_are_weights_and_keys_and_values():
     assert benchmark.bytes_per_step(SMALL, "fp32", 1) == 4 * config.parameter_count() + tokens * kv
     assert benchmark.bytes_per_step(SMALL, "fp32", 3) == 4 * config.parameter_count() + 3 * tokens * kv
     assert benchmark.bytes_per_step(SMALL, "int8", 1) < benchmark.bytes_per_step(SMALL, "fp32", 1) / 3
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_torchs_default_type_changes_no_measured_bandwidth(monkeypatch, dtype):
+    import torch
+
+    arrays = []
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *given, **named: arrays.append(ones(*given, **named)) or arrays[-1])
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        benchmark.least_time(1 << 20, "cpu", 1)
+        hardware.measure_bandwidth("cpu", 5000)  # and threads without a core take no memory
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [array.nbytes for array in arrays] == [1 << 20, hardware.free_cores() << 26]
 
 
 def test_least_time_grows_with_the_bytes():
@@ -334,9 +351,11 @@ def judged(engine: dict, other: dict, claim: str) -> str:
         ([0.0010, 0.0011], [0.0030, 0.0031], "yes"),
         ([0.0010, 0.0010], [0.0019, 0.0030], claims.CANNOT_TELL),
         ([0.0010, 0.0010], [0.0011, 0.0012], "no"),
-        ([0.0010, 0.0010], [0.0008, 0.0009], "no, slower"),
-        ([0.0010, 0.0011], [0.0060, 0.0061], "more"),
+        ([0.0010] * 3, [0.0008, 0.0009, 0.0009], "no, slower"),
+        ([0.0010, 0.0011, 0.0011], [0.0060] * 3, "more"),
         ([0.0010], [0.0021], claims.CANNOT_TELL),  # one run says little
+        ([0.0010, 0.0010], [0.0021, 0.0021], claims.CANNOT_TELL),  # and two: half of all pairs miss the median
+        ([0.0010] * 3, [0.0021] * 3, "yes"),
     ],
 )
 def test_faster_is_judged_by_the_whole_interval(engine, other, verdict):
@@ -361,6 +380,12 @@ def test_int8_is_without_loss_only_where_nothing_is_lost():
     for error, verdict in ((1e-6, "yes"), (0.01, "no, but the loss is small"), (0.5, "no")):
         row = new_row(precision="int8", logit_error=error)
         assert claims.judge(new_record(row))["int8 without loss of accuracy"][1] == verdict
+
+
+def test_an_engine_that_computes_something_else_is_not_faster():
+    wrong = new_row(logit_error=0.5), new_row("pytorch", tpot=0.02, logit_error=0.0)
+    measured, verdicts = zip(*claims.judge(new_record(*wrong)).values(), strict=True)
+    assert set(verdicts) == {"open"} and measured[0] == "not measured: of aot fp32 the answers are wrong"
 
 
 def test_precisions_are_not_compared_with_each_other():
