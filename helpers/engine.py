@@ -113,6 +113,8 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     ids mean nothing to a model that was trained with others.
     """
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
+        if tokenizer is not None:
+            _check_tokenizer(find_checkpoint(engine.model).folder, tokenizer)
         with plain_torch():
             return backends.module(engine.backend).load(engine)
     folder = locate(engine)

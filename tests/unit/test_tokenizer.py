@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, BatchEncoding
 
 from helpers import BuildRecipe, SamplingParams
-from helpers.errors import InputError, ModelError
+from helpers.errors import EngineMismatch, InputError, ModelError
 from helpers.model.stories import draw_corpus
 from helpers.model.tokenizer import IncrementalDetokenizer, load_tokenizer
 
@@ -507,3 +507,13 @@ def test_no_worker_is_started_for_a_tokenizer_that_cannot_be_read(tmp_path, tiny
     monkeypatch.setattr(backend, "Worker", lambda *arguments, **more: pytest.fail("a worker was started"))
     with pytest.raises(ModelError, match="tokenizer of 'model'"):
         load(BuildRecipe(model=str(folder), backend="vllm", max_input_len=16, max_seq_len=48))
+
+
+def test_another_tokenizer_is_refused_for_backends_that_compile_nothing_too(tiny_llama):
+    from helpers import load
+    from helpers.course.troubles import other_tokenizer
+
+    recipe = BuildRecipe(model=str(tiny_llama), backend="pytorch", **limits(max_input_len=16, max_seq_len=48))
+    with pytest.raises(EngineMismatch):
+        load(recipe, tokenizer=other_tokenizer())
+    load(recipe, tokenizer=tiny_llama).close()
