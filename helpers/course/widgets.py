@@ -7,10 +7,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import CourseError
+from helpers.errors import CourseError, InputError, shown
 from helpers.model.sampling import SamplingParams, next_token_distribution
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def candidates(
     engine: Engine, probabilities: Tensor, count: int = 8, after: Sequence[int] = ()
 ) -> list[tuple[str, float]]:
     """The `count` likeliest tokens of a distribution [V], likeliest first, as text that follows the tokens `after`."""
-    top = probabilities.topk(count)
+    if type(count) is not int or count < 1:
+        raise InputError(f"The number of candidates is {shown(count)}.", fix="Give 1 or more.")
+    top = probabilities.topk(min(count, len(probabilities)))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [(engine.detokenize([token], after), probability) for token, probability in pairs]
 
@@ -110,6 +112,12 @@ class SamplingExplorer:
         )
         self.seed = w.BoundedIntText(sampling.seed or 0, min=0, max=2**31 - 1, description="seed", **wide)
         self.pause = w.IntSlider(60, min=0, max=300, step=20, description="pause, ms", **wide)
+        if self.sampling() != replace(sampling, max_tokens=self.max_tokens.value):
+            raise InputError(
+                f"The explorer cannot show {shown(sampling)}.",
+                cause="It has controls for temperature to 2, top_p from 0.05, max_tokens and seed to 2**31 - 1 only.",
+                fix="Leave other settings to engine.stream.",
+            )
         self.button = w.Button(description="Run", button_style="primary", tooltip="Generate with these settings")
         self.text, self.chart, self.messages = w.HTML(), w.HTML(), w.Output()
         self.controls = [self.prompt, self.temperature, self.top_p, self.max_tokens, self.seed, self.pause, self.button]

@@ -25,6 +25,23 @@ def explorer(engine):
     return explorer
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 3},
+        {"repetition_penalty": 1.2},
+        {"ignore_eos": True},
+        {"temperature": 5.0},
+        {"top_p": 0.01},
+        {"seed": 2**40},
+    ],
+    ids=str,
+)
+def test_the_explorer_refuses_settings_that_it_would_ignore(engine, settings):
+    with pytest.raises(InputError, match="cannot show"):
+        widgets.sampling_explorer(engine, **settings)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 2.5])
 def test_stream_choices_gives_the_text_of_stream(engine, temperature):
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=24)
