@@ -92,7 +92,7 @@ def python_of(name: str) -> Path | None:
     """
     named = os.environ.get(variable(name))
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))  # noqa: PTH111  (Path's own fails for a user who is not here)
     own = folder(name) / "bin" / "python"
     if own.is_file() and not (folder(name) / UNFINISHED).exists():
         return own

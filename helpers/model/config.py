@@ -88,7 +88,11 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """config.json without a field that matters to nothing here. ModelError where it is missing, of another family, or
     has a size that transformers itself would not survive; this much is known without importing transformers."""
     path = folder / "config.json"
-    if not path.exists():
+    try:
+        there = path.exists()
+    except PermissionError as error:
+        raise ModelError(f"You may not look into {folder.name!r}.", fix="Ask its owner for it.") from error
+    if not there:
         raise ModelError(
             f"{folder.name!r} is not a checkpoint: it has no config.json.",
             cause="The folder holds something else, or a download was cut short.",

@@ -64,6 +64,13 @@ def script(path, text):
 # ---- which Python -----------------------------------------------------------------------------------------
 
 
+def test_a_home_that_is_nobodys_is_a_python_that_is_not_there(project, monkeypatch):
+    monkeypatch.setenv("COURSE_VLLM_PYTHON", "~nobody-of-that-name/bin/python")
+    assert ("vllm", "broken") in [row[:2] for row in environments.describe()]
+    with pytest.raises(BackendUnavailable, match="does not exist"):
+        environments.need_python("vllm")
+
+
 def test_the_variable_comes_before_the_folder(project, monkeypatch):
     assert environments.python_of("vllm") is None
     own = script(project / ".venv-vllm" / "bin" / "python", "")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,6 +320,25 @@ assert "transformers" not in sys.modules
 # ---- hostile configurations -------------------------------------------------------------------------------
 
 VALUES = [10**12, 10**400, -1, 0, True, "64", 1.5, [64], {}, None, "x" * 10000, float("inf"), 1e308, [[]] * 100]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_that_is_anothers_is_refused(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    written(tmp_path / "theirs", {"model_type": "llama"})
+    (tmp_path / "theirs").chmod(0o644)  # its names may be read, but no file
+    user = os.geteuid()
+    for folder in (tmp_path, *tmp_path.parents):
+        if user == 0 and folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o755)
+    try:
+        if user == 0:  # whom nothing is refused
+            os.seteuid(65534)
+        with pytest.raises(ModelError, match="may not look into 'theirs'"):
+            find_checkpoint(str(tmp_path / "theirs"))
+    finally:
+        os.seteuid(user)
+        (tmp_path / "theirs").chmod(0o755)
 
 
 @pytest.mark.parametrize("field", [*SIZES, "max_window_layers", "sliding_window"])
