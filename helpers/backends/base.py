@@ -16,8 +16,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError, LimitError, NumericsError, OutOfMemory
-from helpers.model.sampling import Sampler, SamplingParams
+from helpers.errors import InputError, LimitError, NumericsError, OutOfMemory, shown
+from helpers.model.sampling import Sampler, SamplingParams, checked
 from helpers.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
@@ -179,7 +179,7 @@ class Engine(ABC):
 
         Raises InputError for a bad prompt and LimitError for what the engine was not built for, before any work.
         """
-        sampling = sampling or SamplingParams()
+        sampling = checked(sampling)
         batch = [self.tokenize(prompt) for prompt in _as_list(prompts)]
         self._check_limits(batch, sampling.max_tokens)
         sequences = [RunningSequence(ids) for ids in batch]
@@ -198,7 +198,7 @@ class Engine(ABC):
 
         observe: called with the logits [1, V] that each token is chosen from, just before it is.
         """
-        sampling = sampling or SamplingParams()
+        sampling = checked(sampling)
         ids = self.tokenize(prompt)
         self._check_limits([ids], sampling.max_tokens)
         return self._stream(ids, sampling, observe)
@@ -207,7 +207,7 @@ class Engine(ABC):
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
         self._check_usable()
         with self._lock:
-            logits = self.prefill([self.tokenize(prompt)])[0].float().cpu()
+            logits = self.prefill([self.tokenize(prompt)])[0].float().cpu().clone()  # the caller's own, to change
             self._by_hand = 0  # so that a `decode` of somebody who called `prefill` before is refused
         return logits
 
@@ -245,14 +245,17 @@ class Engine(ABC):
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise InputError("The prompt is empty.", fix="Give at least one word.")
-            ids = self._need_tokenizer().encode(prompt, add_special_tokens)
-        else:
-            ids = _plain_list(prompt)
-            if not all(map(_is_id, ids)):
-                raise _no_prompt(prompt)
-            ids = [int(i) for i in ids]
-        if not ids:
+            prompt = self._need_tokenizer().encode(prompt, add_special_tokens)
+        if not (ids := self._ids(prompt)):
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
+        return ids
+
+    def _ids(self, values: Sequence[int]) -> list[int]:
+        """Token ids as plain ints of this vocabulary; InputError for whatever they are not."""
+        ids = _plain_list(values)
+        if not all(map(_is_id, ids)):
+            raise _no_prompt(values)
+        ids = [int(i) for i in ids]
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise InputError(
@@ -264,6 +267,7 @@ class Engine(ABC):
 
     def detokenize(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text of token ids as it reads after those of `after`, such as the prompt's; alone without them."""
+        ids, after = self._ids(ids), self._ids(after)
         return self.tokenizer.decode(ids, after) if self.tokenizer else ""
 
     def close(self) -> None:
@@ -446,7 +450,8 @@ def _plain_list(values: Any) -> list[Any]:
     """A list, a tuple or an array (numpy, torch) as a list. Nothing else is taken, because the keys of a dict or the
     bytes of a text would pass for prompts."""
     if hasattr(values, "dtype") and hasattr(values, "tolist"):
-        values = values.tolist()
+        with contextlib.suppress(RuntimeError, TypeError):  # a tensor without data, or no plain one
+            values = values.tolist()
     if not isinstance(values, (list, tuple)):
         raise _no_prompt(values)
     return list(values)
@@ -462,7 +467,8 @@ def _no_prompt(value: Any) -> InputError:
         fix = "Give its ids alone: prompt['input_ids']."
     elif isinstance(value, (bytes, bytearray)):
         fix = "Give it as text: prompt.decode()."
-    return InputError(f"A prompt is a text or a list of token ids, not {type(value).__name__}: {value!r:.80}.", fix=fix)
+    what = "These are no token ids, but" if isinstance(value, str) else "A prompt is a text or a list of token ids, not"
+    return InputError(f"{what} {type(value).__name__}: {shown(value)}.", fix=fix)
 
 
 def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:

@@ -9,7 +9,9 @@ import functools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import Scripted
 
 torch = pytest.importorskip("torch")
 from hypothesis import HealthCheck, example, given, settings
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 import helpers
 from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
-from helpers.errors import CourseError
+from helpers.course import widgets
+from helpers.errors import CourseError, InputError
 from helpers.recipe.fields import Fusion, RecipeFields
 from helpers.recipe.tensorrt import KINDS, make_options
 from helpers.recipe.tensorrt_llm import PLUGINS, PYTORCH_SETTINGS, REFUSED, SETTINGS
@@ -43,6 +46,7 @@ ODD = [
 ]  # fmt: skip
 odd = st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=20)
 odd = odd | st.lists(odd, max_size=3) | st.dictionaries(st.text(max_size=5), odd, max_size=3)
+SHORT = SamplingParams(temperature=0, max_tokens=2)
 SETTINGS_OF_A_WALK = settings(
     max_examples=150,
     deadline=None,
@@ -92,6 +96,39 @@ TAKE_ONE = {
 def test_functions_of_one_argument(call):
     for value in ODD:
         refuses_in_our_words(call, value)
+
+
+ENGINE_CALLS = {
+    "generate": lambda e, value: e.generate(value, SHORT),
+    "stream": lambda e, value: list(e.stream(value, SHORT)),
+    "prefill": lambda e, value: e.prefill(value),
+    "logits": lambda e, value: e.logits(value),
+    "decode": lambda e, value: (e.prefill([[1]]), e.decode(value)),
+    "tokenize": lambda e, value: e.tokenize(value),
+    "detokenize": lambda e, value: e.detokenize(value),
+    "detokenize after": lambda e, value: e.detokenize([1], value),
+    "next_tokens": lambda e, value: widgets.next_tokens(e, [1], SHORT, value),
+}
+TENSORS = [
+    torch.empty(2, dtype=torch.long, device="meta"), torch.eye(2, dtype=torch.long).to_sparse(), torch.long,
+    torch.tensor(1), torch.tensor([[1]]), torch.tensor([1.0]), torch.tensor([True]), torch.tensor([-1]), np.int64,
+    np.zeros(1, dtype=[("x", int)]), np.array(["x"]), np.array([None]), np.array([]), [10**30],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ENGINE_CALLS.values(), ids=ENGINE_CALLS)
+def test_what_an_engine_is_asked(call):
+    for value in ODD + TENSORS:
+        refuses_in_our_words(call, Scripted([1]), value)
+
+
+@pytest.mark.parametrize("value", [{}, {"temperature": 0}, 0, False, [], "", "greedy", SamplingParams], ids=repr)
+def test_what_only_looks_like_sampling_settings_is_refused(value):
+    for call in (Scripted([1]).generate, Scripted([1]).stream):
+        with pytest.raises(InputError, match="SamplingParams"):
+            call([1], value)
+    with pytest.raises(InputError, match="SamplingParams"):
+        widgets.next_tokens(Scripted([1]), [1], value)
 
 
 def fields_of(kind):
