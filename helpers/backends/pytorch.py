@@ -68,12 +68,11 @@ class PyTorchEngine(Engine):
     @torch.inference_mode()
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=self.device)
-            mask[row, longest - len(prompt) :] = 1
-        self.mask = mask
+        # Filled up with a token of its own: another one's numbers could be too large, and NaN passes any mask.
+        padded = [prompt[:1] * (longest - len(prompt)) + prompt for prompt in prompts]
+        ids = torch.tensor(padded, device=self.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self.mask = (torch.arange(longest, device=self.device) >= longest - lengths[:, None]).long()
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
         self.positions = positions[:, -1:]
         self.cache = self.new_cache(len(prompts))

@@ -187,5 +187,7 @@ class Decode(Decoder):
         q = q.view(batch, kv_heads, -1, 1, size)  # [B, G, H/G, 1, D]
         scores = (q.float() * k.float()).sum(-1) * size**-0.5  # [B, G, H/G, n]
         weights = scores.masked_fill(hidden[:, None, None], -math.inf).softmax(-1)  # [B, G, H/G, n]
-        out = (weights[..., None] * v.float()).sum(-2)  # [B, G, H/G, D]
+        # What a hidden entry holds must not matter: nothing times NaN, which an earlier request may have left, is NaN.
+        v = v.float().masked_fill(hidden[:, None, None, :, None], 0.0)
+        out = (weights[..., None] * v).sum(-2)  # [B, G, H/G, D]
         return out.to(q.dtype).flatten(1)  # [B, H * D]

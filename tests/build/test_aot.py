@@ -205,6 +205,10 @@ def test_prompts_read_together_answer_as_alone(built, checkpoint, monkeypatch):
             for row, prompt in enumerate(batch):
                 for ours, alone in zip(together, (engine.prefill([prompt]), engine.decode(tokens[[row]])), strict=True):
                     torch.testing.assert_close(ours[row], alone[0], rtol=1e-4, atol=1e-4)
+        expected = engine.prefill(prompts)
+        engine.weights["embedding"][0] = float("nan")  # of a token that no prompt has: it must not fill up one either
+        assert not engine.logits([0]).isfinite().any()
+        torch.testing.assert_close(engine.prefill(prompts), expected)
 
 
 # ---- precision --------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class AotEngine(Engine):
         """Logits [B, V]; keys and values go to the slots from `slot` on."""
         lengths = [len(prompt) for prompt in prompts]
         width = max(2, *lengths)  # the graphs take two tokens or more
-        tokens = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
+        # Filled up with a token of its own: another one's numbers could be too large, and NaN passes any mask.
+        tokens = torch.tensor([prompt + prompt[-1:] * (width - len(prompt)) for prompt in prompts], device=self.device)
         ends = torch.tensor(lengths, device=self.device)
         return self._execute(graph, [tokens, ends, *self._slots(slot, slot + len(prompts))])
 

@@ -51,6 +51,7 @@ class TensorRTEngine(Engine):
             outputs = self.new_outputs(1, len(prompt))
             self.execute("prefill", {"tokens": tokens}, outputs)
             for name, entries in self.cache.items():
+                entries[slot].zero_()  # NaN of an earlier request would pass the mask
                 entries[slot, :, : len(prompt)] = outputs[f"new_{name}"][0]
             rows.append(outputs["logits"][0])
         for step in self.steps.values():
