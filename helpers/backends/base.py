@@ -136,15 +136,17 @@ class Engine(ABC):
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...]
     vocab_size: int
+    _first_process = 0  # where the first engine was loaded; what it started there works for all later ones too
 
     def __init__(self, recipe: BuildRecipe, tokenizer: Tokenizer | None, end_ids: tuple[int, ...], vocab_size: int):
         self.recipe, self.tokenizer, self.end_ids, self.vocab_size = recipe, tokenizer, end_ids, vocab_size
         self.closed = False
         self._lock = threading.RLock()
         self._request = 0  # the one whose keys and values are in the cache
-        self._by_hand = 0  # cache entries of the longest sequence, where `prefill` was called from outside; else 0
+        self._by_hand: list[int] = []  # cache entries of each sequence, where `prefill` was called from outside
         self._by_hand_thread = 0  # the one that called it
-        self._process = os.getpid()
+        Engine._first_process = self._process = Engine._first_process or os.getpid()
+        self._check_usable()
 
     # What a backend gives.
 
@@ -208,7 +210,7 @@ class Engine(ABC):
         self._check_usable()
         with self._lock:
             logits = self.prefill([self.tokenize(prompt)])[0].float().cpu().clone()  # the caller's own, to change
-            self._by_hand = 0  # so that a `decode` of somebody who called `prefill` before is refused
+            self._by_hand = []  # so that a `decode` of somebody who called `prefill` before is refused
         return logits
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
@@ -221,12 +223,15 @@ class Engine(ABC):
         with self._lock:
             self._claim()
             logits = self._guarded(self._prefill, batch)
-            self._by_hand, self._by_hand_thread = max(map(len, batch)), threading.get_ident()
+            self._by_hand, self._by_hand_thread = [len(ids) for ids in batch], threading.get_ident()
         return logits
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """The second phase by hand: append one token [B] to each sequence of `prefill`; logits [B, V] after it."""
+        import torch
+
         self._check_usable()
+        ids = self.tokenize(_plain_list(tokens))
         with self._lock:
             self._check_usable()
             if not self._by_hand or self._by_hand_thread != threading.get_ident():
@@ -235,10 +240,15 @@ class Engine(ABC):
                     cause="`decode` goes on after a `prefill`, and another request has begun since, or none has yet.",
                     fix="Call engine.prefill([ids]) first, and let nothing else use the engine in between.",
                 )
-            if self._by_hand == self.recipe.max_seq_len:
-                raise _limit("sequence has", self._by_hand + 1, "tokens", "max_seq_len", self._by_hand)
-            self._by_hand += 1
-            return self._guarded(self._decode, tokens)
+            if len(ids) != len(self._by_hand):
+                raise InputError(
+                    f"`decode` appends one token to each of the {len(self._by_hand)} prompts, not {len(ids)}."
+                )
+            if (longest := max(self._by_hand)) == self.recipe.max_seq_len:
+                raise _limit("sequence has", longest + 1, "tokens", "max_seq_len", longest)
+            self._by_hand = [length + 1 for length in self._by_hand]
+            logits = self._guarded(self._decode, torch.tensor(ids, device="cpu"))
+            return logits.clone()  # a GPU's next step writes into the same memory
 
     def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt. Without add_special_tokens, the tokenizer puts no BOS token before a text."""
@@ -305,6 +315,7 @@ class Engine(ABC):
         for step in range(sampling.max_tokens):
             if observe:
                 observe(logits)
+                self._check_not_overtaken(request)  # it may have used the engine
             tokens = sampler(logits)  # [B]
             ids, next_logits = self._guarded(self._take, tokens, logits, step + 1 == sampling.max_tokens)
             for sequence, token in zip(sequences, ids, strict=True):
@@ -339,7 +350,7 @@ class Engine(ABC):
         """Begin a request: the cache is its own from here on. Call it with the lock held."""
         self._check_usable()
         self._request += 1
-        self._by_hand = 0
+        self._by_hand = []
         return self._request
 
     def _check_not_overtaken(self, request: int) -> None:
@@ -359,9 +370,9 @@ class Engine(ABC):
             raise InputError("This engine is closed.", fix="Load it again: load(name).")
         if os.getpid() != self._process:
             raise InputError(
-                "This engine was loaded by another process, of which this one is a fork.",
+                "This process is a fork of one that has loaded an engine: neither that one nor another runs here.",
                 cause="A fork has the memory of its parent, but not the threads and the GPU that it works with.",
-                fix="Load the engine in this process, or start processes with multiprocessing's method 'spawn'.",
+                fix="Start processes with multiprocessing's method 'spawn', and load the engine there.",
             )
 
     def _need_tokenizer(self) -> Tokenizer:

@@ -273,6 +273,53 @@ def test_numbers_behind_the_end_of_an_answer_do_not_matter():
     assert [answer.token_ids for answer in answers] == [[7, 8], [7, 8]]
 
 
+def test_what_an_earlier_request_left_in_the_cache_does_not_matter(aot):
+    prompts = [PROMPTS[0], PROMPTS[15], PROMPTS[3]]
+    expected = [answer.token_ids for answer in aot.generate(prompts, GREEDY)]
+    for entries in aot.cache:
+        entries.fill_(float("nan"))
+    assert [answer.token_ids for answer in aot.generate(prompts, GREEDY)] == expected
+
+
+def test_what_fills_up_a_prompt_is_no_token_of_another(tiny_llama):
+    """The numbers of token 0 are none: those of its embedding, not of the head that it is tied to."""
+    recipe = BuildRecipe(model=str(tiny_llama), backend="pytorch", **limits(max_input_len=16, max_seq_len=48))
+    with load(recipe) as engine:
+        embedding = engine.model.model.embed_tokens
+        embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+        embedding.weight.data[0] = float("nan")
+        assert not engine.logits([0]).isfinite().any()
+        assert all(len(answer.token_ids) == 24 for answer in engine.generate([[5], [5, 6, 7]], GREEDY))
+
+
+# ---- phases by hand ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [[7], [7, 8, 9], [7, -1], [7, 2048], [7.0, 8.0], [[7], [8]], "ab", 7, None])
+def test_tokens_that_cannot_be_appended_are_refused_and_the_right_ones_go_on(tokens):
+    engine = Scripted([7, 8])
+    engine.prefill([[3], [4]])
+    for given in (tokens, torch.tensor(tokens) if isinstance(tokens, (list, int)) else tokens):
+        with pytest.raises(InputError):
+            engine.decode(given)
+    assert engine.decode(torch.tensor([7, 7])).argmax(-1).tolist() == [8, 8]
+
+
+def test_logits_by_hand_stay_as_they_are_when_the_next_come():
+    engine = Scripted([7, 8, 9])
+    plain, memory = engine._decode, torch.empty(1, 2048)
+    engine._decode = lambda tokens: memory.copy_(plain(tokens))  # as a GPU's recorded step does
+    engine.prefill([[3]])
+    chosen = [engine.decode([7]), engine.decode([8])]
+    assert [logits.argmax().item() for logits in chosen] == [8, 9]
+
+
+def test_an_observer_that_uses_the_engine_ends_the_stream():
+    engine = Scripted([7])
+    with pytest.raises(InputError, match="answers another prompt"):
+        next(engine.stream([3], GREEDY, observe=lambda logits: engine.logits([4])))
+
+
 # ---- one engine, several threads and processes ------------------------------------------------------------
 
 
@@ -342,6 +389,7 @@ def test_a_forked_process_is_refused_the_engine_of_its_parent(tiny_engine):
             lambda: engine.decode(torch.tensor([5])),
             lambda: engine.logits([5]),
             lambda: next(stream),
+            lambda: load(tiny_engine),
         ):
             try:
                 use()
@@ -357,7 +405,7 @@ def test_a_forked_process_is_refused_the_engine_of_its_parent(tiny_engine):
             time.sleep(0.1)
         else:
             os.kill(child, signal.SIGKILL)
-        assert done and os.waitstatus_to_exitcode(status) == 5
+        assert done and os.waitstatus_to_exitcode(status) == 6
     finally:
         let_go.set()
         holder.join()
