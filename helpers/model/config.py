@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import EngineCorrupt, ModelError
 
+IMPORTING = threading.Lock()  # transformers loads its parts when first asked, which two threads at once break
 MODEL_FILE = "model.json"  # in an engine's folder
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {  # the largest that is read, several times what public models have
@@ -115,8 +117,9 @@ def read_fields(folder: Path) -> dict[str, Any]:
 def transformers_config(folder: Path) -> Any:
     """transformers' configuration of a checkpoint's folder. No code of the checkpoint is run, nothing is fetched."""
     given = read_fields(folder)
-    from transformers import CONFIG_MAPPING, __version__
-    from transformers.utils import logging
+    with IMPORTING:
+        from transformers import CONFIG_MAPPING, __version__
+        from transformers.utils import logging
 
     rope = given.get("rope_parameters")
     if __version__ < "5" and isinstance(rope, dict) and not given.get("rope_scaling"):
