@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 NOTEBOOKS = PROJECT / "notebooks"
 BUILD = PROJECT / "build"
 CELL_TIMEOUT_S = 600
+MOST_PRINTED = 10_000_000  # characters of a cell; a loop that prints without end would fill the memory
 
 
 @dataclass
@@ -222,7 +224,18 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
     started = time.perf_counter()
     broken = ""
     progress = _Progress(nb)
-    client = NotebookClient(
+
+    class Client(NotebookClient):
+        def output(self, outs: list[NotebookNode], msg: dict[str, Any], *more: Any) -> NotebookNode | None:
+            if text := msg["content"].get("text"):  # of a stream
+                left = max(0, MOST_PRINTED - progress.printed[progress.cell])
+                progress.printed[progress.cell] += len(text)
+                if not left:
+                    return None
+                msg["content"]["text"] = text[:left]
+            return super().output(outs, msg, *more)
+
+    client = Client(
         nb,
         timeout=timeout,
         startup_timeout=120,
@@ -246,6 +259,9 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
 
     result = judge(nb, source.stem)
     result.seconds = seconds
+    for number, printed in progress.printed.items():
+        if printed > MOST_PRINTED:
+            result.problems.append(f"cell {number} printed more than {MOST_PRINTED:,} characters; the rest is left out")
     if broken:
         where = f"in cell {progress.cell}" if progress.cell else "before the first cell"
         result.problems.insert(0, f"broke off {where}: {broken}")
@@ -269,6 +285,7 @@ class _Progress:
         self.numbers = {id(cell): number for number, cell in code_cells(nb)}
         self.cell = 0  # the one that runs now, or ran last
         self.began = 0.0
+        self.printed: Counter[int] = Counter()  # characters, by cell
 
     def start(self, cell: NotebookNode, **_: Any) -> None:
         self.cell, self.began = self.numbers[id(cell)], time.perf_counter()

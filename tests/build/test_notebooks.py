@@ -122,6 +122,13 @@ def test_one_long_line_is_no_trouble(tmp_path):
     assert result.ok and nb.cells[0].outputs[0].text == "7" * 10**6 + "\n"
 
 
+def test_a_cell_that_prints_without_end_fills_neither_memory_nor_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "MOST_PRINTED", 100_000)
+    nb, result = run(tmp_path, "print('first')", "for i in range(10_000): print('x' * 99)", "print('last')")
+    assert result.problems == ["cell 2 printed more than 100,000 characters; the rest is left out"]
+    assert 0 < len(nb.cells[1].outputs[0].text) <= 100_000 and nb.cells[2].outputs[0].text == "last\n"
+
+
 def test_the_pieces_of_a_stream_are_one_text_as_a_terminal_shows_it():
     pieces = [
         ("stderr", "w1\n"),
