@@ -70,6 +70,19 @@ class Checkpoint:
                 fix=f"Set max_seq_len to at most {limit}.",
             )
 
+    def check_sole_weights(self, library: str) -> None:
+        """ModelError where other weights lie beside those that count: `library` reads every file that it lists."""
+        counted = [] if self.dummy else weight_files(self.folder)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if (
+                counted and path not in counted and not path.name.startswith("consolidated")
+            ):  # its tensors' names differ
+                raise ModelError(
+                    f"{library} would read {path.name} of {self.name!r} too, which is none of its weights.",
+                    cause="A backup, or a shard of an earlier save: of two tensors with one name, the last one counts.",
+                    fix=f"Move {path.name} to another folder.",
+                )
+
     def digest(self) -> str:
         """sha256 over all that decides what is computed and where texts end; dummy weights are the configuration's."""
         files = [self.folder / "config.json"]

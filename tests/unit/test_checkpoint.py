@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_models import PROMPT, Ours, assert_close, change_config, reference, tensors_of
 
-from helpers import BuildRecipe, SamplingParams, digests, load
+from helpers import BuildRecipe, SamplingParams, backends, digests, load
 from helpers.backends import pytorch
 from helpers.digests import file_digest
 from helpers.errors import EngineCorrupt, ModelError, OutOfMemory
@@ -448,6 +448,21 @@ def test_a_backup_beside_the_model_is_ignored(checkpoint, tmp_path):
     for name in ("model_old.safetensors", "a.safetensors", "z.safetensors"):
         save_file(earlier, folder / name, metadata={"format": "pt"})
     assert_as_transformers(folder)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "tensorrt_llm", "tensorrt_llm_pytorch"])
+def test_a_backup_is_refused_for_libraries_that_list_the_folder(checkpoint, tmp_path, backend):
+    """vLLM's default_loader.py and TensorRT-LLM's model_weights_loader.py, which glob *.safetensors."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # Mistral's names differ
+    found = find_checkpoint(str(folder))
+    found.check_sole_weights("vLLM")
+    shutil.copy(folder / "model.safetensors", folder / "model_old.safetensors")
+    replace(found, dummy=True).check_sole_weights("vLLM")
+    recipe = BuildRecipe(model=str(folder), backend=backend, precision="bf16", max_input_len=16, max_seq_len=48)
+    module = backends.module(backend)
+    with pytest.raises(ModelError, match="model_old.safetensors"):
+        module.build(recipe, found, tmp_path, None) if backend == "tensorrt_llm" else module.load(recipe)
 
 
 def test_a_single_file_wins_over_an_index_as_in_transformers(sharded):

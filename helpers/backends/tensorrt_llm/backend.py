@@ -323,6 +323,7 @@ def _check_gpu(recipe: BuildRecipe, capability: str) -> None:
 
 def _check_reading(checkpoint: Checkpoint) -> None:
     """ModelError where TensorRT-LLM, which reads the folder by itself with transformers 4, would compute otherwise."""
+    checkpoint.check_sole_weights("TensorRT-LLM")
     given = read_fields(checkpoint.folder)
     if "rope_parameters" in given and "rope_theta" not in given:
         raise ModelError(

@@ -25,6 +25,7 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
     """Start vLLM with a recipe's model and limits. Raises BackendUnavailable, ModelError, OutOfMemory."""
     checkpoint = find_checkpoint(recipe.model)
     checkpoint.check(recipe.max_seq_len)
+    checkpoint.check_sole_weights("vLLM")
     tokenizer = load_tokenizer(checkpoint.folder)
     worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
     try:
