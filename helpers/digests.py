@@ -72,6 +72,5 @@ def _remember(path: str, entry: list[Any]) -> None:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(entries, file)
             Path(temporary).replace(engines_folder() / MEMORY)
-        except OSError:
-            Path(temporary).unlink()
-            raise
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # an interrupt leaves nothing either

@@ -6,9 +6,10 @@ it; the store publishes it and finds it again.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from helpers.errors import (
     EngineNotFound,
     ModelError,
     RecipeError,
+    out_of_memory,
     shown,
 )
 from helpers.machine import hardware
@@ -115,7 +117,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
         if tokenizer is not None:
             _check_tokenizer(find_checkpoint(engine.model).folder, tokenizer)
-        with plain_torch():
+        with _loading():
             return backends.module(engine.backend).load(engine)
     folder = locate(engine)
     with store.reading(folder):
@@ -125,7 +127,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         store.verify(folder, manifest)
         if tokenizer is not None:
             _check_tokenizer(folder, tokenizer)
-        with plain_torch():
+        with _loading():
             return backend.load(from_dict(manifest["recipe"]), folder, manifest)
 
 
@@ -198,6 +200,18 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": checkpoint.tokenizer_digest(),
         **depends_on,
     }
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """torch as it starts; where memory runs out, our error."""
+    try:
+        with plain_torch():
+            yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former
+        if explained := out_of_memory(error):
+            raise explained from error
+        raise
 
 
 def _need_compiled(recipe: BuildRecipe) -> None:

@@ -82,6 +82,20 @@ class WorkerError(CourseError):
     """A worker process died, hung, or answered with something that is not the protocol."""
 
 
+def out_of_memory(error: Exception) -> OutOfMemory | None:
+    """Our error for one that says that memory ran out, in Python or in a library; those of libraries have no type for
+    it. None for any other."""
+    words = str(error).lower()
+    if not (isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words):
+        return None
+    return OutOfMemory(
+        f"Memory ran out: {(str(error).splitlines() or ['Python had none left.'])[0]}",
+        cause="Weights, KV cache (for max_batch_size sequences of max_seq_len tokens) and intermediate results do not "
+        "fit beside what else is in memory.",
+        fix="Close other engines, send fewer or shorter prompts, or build with smaller limits.",
+    )
+
+
 def printable(text: str) -> str:
     """The text with control characters spelled out, because a terminal obeys them. Line ends and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)

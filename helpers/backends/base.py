@@ -16,7 +16,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError, LimitError, NumericsError, OutOfMemory, shown
+from helpers.errors import InputError, LimitError, NumericsError, out_of_memory, shown
 from helpers.model.sampling import Sampler, SamplingParams, checked
 from helpers.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from helpers.progress import Progress
@@ -231,7 +231,7 @@ class Engine(ABC):
         import torch
 
         self._check_usable()
-        ids = self.tokenize(_plain_list(tokens))
+        ids = self._ids(tokens)
         with self._lock:
             self._check_usable()
             if not self._by_hand or self._by_hand_thread != threading.get_ident():
@@ -260,7 +260,7 @@ class Engine(ABC):
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
         return ids
 
-    def _ids(self, values: Sequence[int]) -> list[int]:
+    def _ids(self, values: Tensor | Sequence[int]) -> list[int]:
         """Token ids as plain ints of this vocabulary; InputError for whatever they are not."""
         ids = _plain_list(values)
         if not all(map(_is_id, ids)):
@@ -403,15 +403,10 @@ class Engine(ABC):
         try:
             with contextlib.nullcontext() if _is_plain() else plain_torch():
                 return phase(*arguments)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
-                raise
-            raise OutOfMemory(
-                f"Out of memory while generating: {str(error).splitlines()[0]}",
-                cause=f"Weights, KV cache and intermediate results of max_batch_size={self.recipe.max_batch_size} and "
-                f"max_seq_len={self.recipe.max_seq_len} do not fit beside what else is in memory.",
-                fix="Close other engines, send fewer or shorter prompts, or build with smaller limits.",
-            ) from error
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former
+            if explained := out_of_memory(error):
+                raise explained from error
+            raise
 
 
 @contextlib.contextmanager

@@ -340,6 +340,8 @@ def serve(module: str) -> None:
         answers.flush()
 
     def send_error(error: Exception) -> None:
+        if not isinstance(error, CourseError):
+            error = errors.out_of_memory(error) or error
         if isinstance(error, CourseError):
             send(error={"type": type(error).__name__, "what": error.what, "cause": error.cause, "fix": error.fix})
         else:

@@ -13,7 +13,7 @@ import torch
 from conftest import GREEDY, PROMPTS, STORIES, limits
 
 from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
-from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, WorkerError
+from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, OutOfMemory, WorkerError
 
 
 def tiny(model, **changes):
@@ -347,6 +347,13 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
 
 
 # ---- a process that only loads and generates --------------------------------------------------------------
+
+
+def test_a_cache_that_memory_has_no_room_for_is_told_as_that(tiny_engine, monkeypatch):
+    monkeypatch.setattr("helpers.backends.aot.engine.empty_cache", lambda *_: torch.zeros(1 << 50))
+    with pytest.raises(OutOfMemory, match="allocate") as full:
+        load(tiny_engine)
+    assert "max_seq_len" in full.value.cause
 
 
 def test_running_an_engine_imports_no_model_code_and_no_compiler_and_stays_small(stories_fp32):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers.errors import BackendUnavailable, BuildError, CourseError, WorkerError
+from helpers.errors import BackendUnavailable, BuildError, CourseError, OutOfMemory, WorkerError
 from helpers.machine import worker as worker_module
 from helpers.machine.worker import Worker
 
@@ -41,13 +41,17 @@ def refuse():
 def fail():
     return 1 / 0
 
+def fill():
+    import torch
+    torch.zeros(1 << 50)
+
 def child():
     import subprocess
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
 
 CALLS = {
     "child": child, "ask": lambda: sys.stdin.read(), "kill": lambda number: os.kill(os.getpid(), number),
-    "echo": lambda **given: given, "count": count, "chatter": chatter, "refuse": refuse, "fail": fail,
+    "echo": lambda **given: given, "count": count, "chatter": chatter, "refuse": refuse, "fail": fail, "fill": fill,
     "hang": lambda: time.sleep(600), "segfault": lambda: ctypes.string_at(0), "exit": lambda: os._exit(3),
 }
 """
@@ -98,6 +102,12 @@ def test_an_unforeseen_error_is_named(worker):
 
 
 @posix
+def test_memory_that_runs_out_in_a_library_is_told_as_that(worker):
+    with pytest.raises(OutOfMemory, match="allocate"):
+        worker.call("fill")
+    assert worker.call("echo") == {}
+
+
 def test_a_real_segmentation_fault_is_reported(worker):
     with pytest.raises(WorkerError, match="SIGSEGV"):
         worker.call("segfault")
