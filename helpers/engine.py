@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import backends, store
-from helpers.backends.base import BuildJob, Engine, plain_torch
+from helpers.backends.base import Engine
+from helpers.backends.job import BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
     BuildError,
@@ -28,6 +29,7 @@ from helpers.errors import (
     shown,
 )
 from helpers.machine import hardware
+from helpers.machine.plain_torch import plain_torch
 from helpers.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoint
 from helpers.model.config import save_config
 from helpers.model.tokenizer import load_tokenizer

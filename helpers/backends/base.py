@@ -3,125 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helpers.errors import InputError, LimitError, NumericsError, out_of_memory, shown
+from helpers.backends.answers import NOT_A_TOKEN, Generation, RunningSequence, Token
+from helpers.errors import InputError, LimitError, out_of_memory
+from helpers.machine.plain_torch import is_plain, plain_torch
+from helpers.model.prompts import as_list, is_id, no_prompt, plain_list
 from helpers.model.sampling import Sampler, SamplingParams, checked
 from helpers.model.tokenizer import IncrementalDetokenizer, Tokenizer
-from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Observer = Callable[[Tensor], None]
-
-
-@dataclass(frozen=True)
-class BuildJob:
-    """Something to build and publish.
-
-    short_name    readable part of the folder's name
-    identity      all that the engine depends on; its hash is the other part
-    recipe        what was asked for, as plain values
-    compile_into  (folder, progress): writes the engine's files; returns what the manifest keeps for loading
-    estimate      about how many seconds it takes and how many bytes the engine becomes; asked only before a build, so
-                  it is where what cannot be built is refused
-    """
-
-    short_name: str
-    identity: dict[str, Any]
-    recipe: dict[str, Any]
-    compile_into: Callable[[Path, Progress], dict[str, Any]]
-    estimate: Callable[[], tuple[float, int]]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Seconds of one request, as trtllm-bench and vLLM define them.
-
-    ttft_s  from the request to its first token (time to first token)
-    tpot_s  (e2e_s - ttft_s) / (output tokens - 1), time per output token; 0.0 for fewer than two tokens
-    e2e_s   from the request to its last token
-    gaps_s  between each token and the one before it, as the caller sees them (inter-token latency)
-
-    An end token is no part of the answer, so it does not count as an output token on any backend.
-    """
-
-    ttft_s: float
-    tpot_s: float
-    e2e_s: float
-    gaps_s: tuple[float, ...] = field(default=(), repr=False)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One prompt's answer. finish_reason is "stop" (end token) or "length" (max_tokens reached)."""
-
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str
-    metrics: Metrics
-
-
-@dataclass(frozen=True)
-class Token:
-    """One streamed token: its id, the text it adds ("" while a character is incomplete), seconds since the call."""
-
-    token_id: int
-    text: str
-    elapsed_s: float
-
-
-NOT_A_TOKEN = -1  # in place of a token id, where it was chosen from scores that are not finite numbers
-
-
-@dataclass
-class RunningSequence:
-    """One prompt while it is answered."""
-
-    prompt: list[int]
-    output: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    times: list[float] = field(default_factory=list)  # of each output token, in seconds since the request
-
-    def accept(self, token: int, seconds: float, sampling: SamplingParams, end_ids: tuple[int, ...]) -> None:
-        """Take one token. An end token stops the answer and is not part of it. For NOT_A_TOKEN see `Engine._take`."""
-        if token == NOT_A_TOKEN:
-            raise NumericsError(
-                f"Behind token {len(self.prompt) + len(self.output)} the model's scores are not finite numbers.",
-                cause="An intermediate result was too large for the precision; fp16 holds no more than 65504.",
-                fix="Build with precision='bf16' or 'fp32'; if it stays, the checkpoint's weights are damaged.",
-            )
-        if token in end_ids and not sampling.ignore_eos:
-            self.end(seconds)
-            return
-        self.output.append(token)
-        self.times.append(seconds)
-        if len(self.output) == sampling.max_tokens:
-            self.finish_reason = "length"
-
-    def end(self, seconds: float) -> None:
-        """The model stopped. Of an answer without a token, the only time there is, is that of its end."""
-        self.finish_reason = "stop"
-        self.times = self.times or [seconds]
-
-    def metrics(self) -> Metrics:
-        first, last = self.times[0], self.times[-1]
-        gaps = tuple(later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
-        return Metrics(first, (last - first) / len(gaps) if gaps else 0.0, last, gaps)
 
 
 class Engine(ABC):
@@ -182,7 +85,7 @@ class Engine(ABC):
         Raises InputError for a bad prompt and LimitError for what the engine was not built for, before any work.
         """
         sampling = checked(sampling)
-        batch = [self.tokenize(prompt) for prompt in _as_list(prompts)]
+        batch = [self.tokenize(prompt) for prompt in as_list(prompts)]
         self._check_limits(batch, sampling.max_tokens)
         sequences = [RunningSequence(ids) for ids in batch]
         with self._lock:
@@ -218,7 +121,7 @@ class Engine(ABC):
 
         It begins a request of its own, as `generate` does.
         """
-        batch = [self.tokenize(prompt) for prompt in _as_list(prompts)]
+        batch = [self.tokenize(prompt) for prompt in as_list(prompts)]
         self._check_limits(batch, 1)
         with self._lock:
             self._claim()
@@ -262,9 +165,9 @@ class Engine(ABC):
 
     def _ids(self, values: Tensor | Sequence[int]) -> list[int]:
         """Token ids as plain ints of this vocabulary; InputError for whatever they are not."""
-        ids = _plain_list(values)
-        if not all(map(_is_id, ids)):
-            raise _no_prompt(values)
+        ids = plain_list(values)
+        if not all(map(is_id, ids)):
+            raise no_prompt(values)
         ids = [int(i) for i in ids]
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
@@ -401,80 +304,12 @@ class Engine(ABC):
     def _guarded(self, phase: Callable[..., Any], *arguments: Any) -> Any:
         """Run a phase, whatever settings of torch its caller has; where memory runs out, say so in our words."""
         try:
-            with contextlib.nullcontext() if _is_plain() else plain_torch():
+            with contextlib.nullcontext() if is_plain() else plain_torch():
                 return phase(*arguments)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former
             if explained := out_of_memory(error):
                 raise explained from error
             raise
-
-
-@contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
-    """torch as it starts: no autocast, no inference mode, float32 and the CPU by default. What a notebook sets for its
-    own tensors must not change an engine's."""
-    import torch
-
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _is_plain() -> bool:
-    """Whether the settings that can change from step to step are as torch starts. Takes a quarter of a microsecond."""
-    import torch
-
-    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return not cast and torch.get_default_dtype() == torch.float32
-
-
-def source_digest(*paths: Path) -> str:
-    """A hash of the course's code that decides what a backend compiles: of these files, and the Python files of these
-    folders."""
-    files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt, or several: a text, a list of ids, a list of texts, a list of lists of ids."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = _plain_list(prompts)
-    return [prompts] if prompts and all(map(_is_id, prompts)) else prompts
-
-
-def _plain_list(values: Any) -> list[Any]:
-    """A list, a tuple or an array (numpy, torch) as a list. Nothing else is taken, because the keys of a dict or the
-    bytes of a text would pass for prompts."""
-    if hasattr(values, "dtype") and hasattr(values, "tolist"):
-        with contextlib.suppress(RuntimeError, TypeError):  # a tensor without data, or no plain one
-            values = values.tolist()
-    if not isinstance(values, (list, tuple)):
-        raise _no_prompt(values)
-    return list(values)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _no_prompt(value: Any) -> InputError:
-    fix = "Give a str, or a list of ints such as engine.tokenize(text) returns."
-    if isinstance(value, Mapping) and "input_ids" in value:
-        fix = "Give its ids alone: prompt['input_ids']."
-    elif isinstance(value, (bytes, bytearray)):
-        fix = "Give it as text: prompt.decode()."
-    what = "These are no token ids, but" if isinstance(value, str) else "A prompt is a text or a list of token ids, not"
-    return InputError(f"{what} {type(value).__name__}: {shown(value)}.", fix=fix)
 
 
 def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:

@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from helpers.backends.base import Engine, RunningSequence
+from helpers.backends.answers import RunningSequence
+from helpers.backends.base import Engine
 from helpers.errors import CourseError, InputError, WorkerError
 from helpers.machine.worker import Worker
 from helpers.model.sampling import SamplingParams

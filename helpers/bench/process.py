@@ -9,7 +9,8 @@ import sys
 import time
 from typing import Any
 
-from helpers.backends.base import Engine, Generation
+from helpers.backends.answers import Generation
+from helpers.backends.base import Engine
 from helpers.backends.remote import RemoteEngine
 from helpers.bench.records import HAVE_DECODE_GRAPHS
 from helpers.errors import InputError

@@ -25,7 +25,7 @@ from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import compute_dtype, graph_names
 from helpers.backends.aot.loader import lets_programs_run
 from helpers.backends.aot.stored import stored_bytes
-from helpers.backends.base import source_digest
+from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.errors import BuildError, EngineMismatch, WorkerError
 from helpers.machine import hardware

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.backends.answers import NOT_A_TOKEN
 from helpers.backends.aot.graphs import empty_cache, prefill_batch
 from helpers.backends.aot.loader import Graph
 from helpers.backends.aot.stored import read_weights
-from helpers.backends.base import NOT_A_TOKEN, Engine
+from helpers.backends.base import Engine
 from helpers.model.config import load_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.recipe import BuildRecipe

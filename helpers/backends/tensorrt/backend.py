@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from helpers.backends.base import source_digest
+from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import builder, llama_onnx, onnx_export
 from helpers.backends.tensorrt.engine import GRAPHS, TensorRTEngine, open_contexts

@@ -45,7 +45,7 @@ import onnx
 import torch
 from torch import nn
 
-from helpers.backends.base import BuildJob, source_digest
+from helpers.backends.job import BuildJob, source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import builder, onnx_export
 from helpers.errors import BuildError, RecipeError, shown

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.backends.base import source_digest
+from helpers.backends.job import source_digest
 from helpers.backends.remote import RemoteEngine
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import layers

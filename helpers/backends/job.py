@@ -1,0 +1,37 @@
+"""Something to build, as a backend hands it to engine.py; and the hash of the code that builds it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.progress import Progress
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """Something to build and publish.
+
+    short_name    readable part of the folder's name
+    identity      all that the engine depends on; its hash is the other part
+    recipe        what was asked for, as plain values
+    compile_into  (folder, progress): writes the engine's files; returns what the manifest keeps for loading
+    estimate      about how many seconds it takes and how many bytes the engine becomes; asked only before a build, so
+                  it is where what cannot be built is refused
+    """
+
+    short_name: str
+    identity: dict[str, Any]
+    recipe: dict[str, Any]
+    compile_into: Callable[[Path, Progress], dict[str, Any]]
+    estimate: Callable[[], tuple[float, int]]
+
+
+def source_digest(*paths: Path) -> str:
+    """A hash of the course's code that decides what a backend compiles: of these files, and the Python files of these
+    folders."""
+    files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
