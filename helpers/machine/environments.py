@@ -96,7 +96,8 @@ def python_of(name: str) -> Path | None:
     own = folder(name) / "bin" / "python"
     if own.is_file() and not (folder(name) / UNFINISHED).exists():
         return own
-    if name == "trtllm" and importlib.util.find_spec("tensorrt_llm") is not None:
+    spec = importlib.util.find_spec("tensorrt_llm") if name == "trtllm" else None
+    if spec is not None and spec.origin:  # any folder of that name passes for a package without an origin
         return Path(sys.executable)
     return None
 

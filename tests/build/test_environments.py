@@ -321,3 +321,11 @@ def test_compose_can_be_read():
     if "is not a docker command" in done.stderr or "unknown" in done.stderr:
         pytest.skip("docker has no compose here")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_of_that_name_is_no_tensorrt_llm(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt_llm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("COURSE_TRTLLM_PYTHON", raising=False)
+    monkeypatch.setattr(environments, "PROJECT", tmp_path)
+    assert environments.python_of("trtllm") is None
