@@ -22,7 +22,7 @@ run: $(STAMP) ## run every notebook from top to bottom; results in build/
 	$(PY) -m helpers run
 
 # Tests run side by side, at most four at a time: each process may hold an engine and a compiler.
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 4
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: $(STAMP) ## all tests: style, types, helpers, notebooks
 	$(PYTEST) --nbmake --nbmake-timeout=600 notebooks tests
@@ -34,7 +34,7 @@ test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests
 
 test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported versions (Python 3.10 to 3.12)
-	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 tests
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests
 
 gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course there; report in build/gpu-check/
 	$(PY) -m helpers gpu-check $(if $(ONLY),--only '$(ONLY)')

@@ -95,6 +95,11 @@ def checks(engine):
     }
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+
+
 def test_right_answers_are_right_wrong_ones_wrong_and_none_is_open(engine):
     for name, (check, right, wrong) in checks(engine).items():
         assert (name, check(right).state, check(wrong).state, check(None).state) == (name, "right", "wrong", "open")
