@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def _one_thread():
 def pytest_configure(config: pytest.Config) -> None:
     """One folder of engines for the whole run: for all its processes, and for the notebooks too. So an engine is built
     once, and the engines of the person who runs the tests are neither seen nor changed."""
+    # A shell has what it starts in the background ignore interrupts, and tests send some.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         return  # a process of pytest-xdist inherits the variable
     kept = os.environ.get("COURSE_TEST_ENGINES")
