@@ -55,6 +55,7 @@ def _purpose(name: str) -> str:
         "tokenizer_config.json": "settings of the tokenizer",
         "special_tokens_map.json": "tokens that are no text",
         "added_tokens.json": "tokens that were added later",
+        "chat_template.jinja": "a conversation to one prompt",
     }
     batch = name.removesuffix(".pt2").rpartition("_b")[2]
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "stories" / "checkpoint"
 SHAPES = Path(__file__).parent / "shapes"  # configurations of public models, for dummy weights: dummy:tinyllama-1.1b
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
