@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ class Engine(ABC):
     _first_process = 0  # where the first engine was loaded; what it started there works for all later ones too
 
     def __init__(self, recipe: BuildRecipe, tokenizer: Tokenizer | None, end_ids: tuple[int, ...], vocab_size: int):
-        self.recipe, self.tokenizer, self.end_ids, self.vocab_size = recipe, tokenizer, end_ids, vocab_size
+        self.recipe, self.tokenizer, self.vocab_size = recipe, tokenizer, vocab_size
+        self.end_ids = tuple(dict.fromkeys([*end_ids, *(tokenizer.end_ids if tokenizer else ())]))
         self.closed = False
         self._lock = threading.RLock()
         self._request = 0  # the one whose keys and values are in the cache
@@ -108,6 +109,16 @@ class Engine(ABC):
         self._check_limits([ids], sampling.max_tokens)
         return self._stream(ids, sampling, observe)
 
+    def chat(self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None) -> Generation:
+        """Answer a conversation: [{"role": "user", "content": "Hello!"}, ...], by the model's own chat template."""
+        return self.generate(self.tokenize_chat(messages), sampling)[0]
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None
+    ) -> Iterator[Token]:
+        """Answer a conversation token by token, each as soon as it is known."""
+        return self.stream(self.tokenize_chat(messages), sampling)
+
     def logits(self, prompt: str | Sequence[int]) -> Tensor:
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
         self._check_usable()
@@ -162,6 +173,19 @@ class Engine(ABC):
         if not (ids := self._ids(prompt)):
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
         return ids
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids of a conversation up to where the answer begins. The model's chat template writes all special
+        tokens, the first one of a text too."""
+        tokenizer = self._need_tokenizer()
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "This model has no chat template.",
+                cause="It goes on with a text, and was not trained on conversations; or the template was left behind "
+                "when the checkpoint was copied: chat_template.jinja, or an entry of tokenizer_config.json.",
+                fix="Use generate with a text; or take the model's instruction-tuned version.",
+            )
+        return self.tokenize(tokenizer.chat_template.render(messages), add_special_tokens=False)
 
     def _ids(self, values: Tensor | Sequence[int]) -> list[int]:
         """Token ids as plain ints of this vocabulary; InputError for whatever they are not."""

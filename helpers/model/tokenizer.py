@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import InputError, ModelError
+from helpers.model.chat import ChatTemplate, read_chat_template
 from helpers.model.config import read_json
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of tokenizers with byte fallback
 class Tokenizer:
     """Text to token ids and back. Special tokens, such as the end of a text, are no part of a decoded text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None):
+        self._backend, self.chat_template = backend, chat_template
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -47,6 +48,13 @@ class Tokenizer:
         ids = encoding.ids
         doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]  # 1: added, 0: from the text
         return ids[1:] if doubled else ids
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The token that ends a turn of a chat: eos_token. A checkpoint's configuration may name another one only."""
+        eos = self.chat_template.tokens.get("eos_token") if self.chat_template else None
+        token = self._backend.token_to_id(eos) if eos else None
+        return () if token is None else (token,)
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text of the ids, as it reads after those of `after`: the same as an IncrementalDetokenizer gives."""
@@ -147,7 +155,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         backend.no_padding()
         for token in _declared_tokens(folder, backend):
             backend.add_tokens([token])
-        backend.encode_special_tokens = bool(_config(folder).get("split_special_tokens", False))
+        config = _config(folder)
+        backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        named = {name: _added_token(config[name]).content for name in NAMED_TOKENS if config.get(name)}
+        chat_template = read_chat_template(folder, config, named)
     except ModelError:
         raise
     except Exception as error:  # the library raises nothing more exact
@@ -159,12 +170,16 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
                 fix = "Run `git lfs pull` in that folder."
         what = f"The tokenizer of {folder.name!r} cannot be read: {error}."
         raise ModelError(what, cause=cause, fix=fix) from error
-    return Tokenizer(backend)
+    return Tokenizer(backend, chat_template)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.exists() else {}
+    """tokenizer_config.json; where it does not name all tokens itself, with special_tokens_map.json."""
+    config: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists() and "added_tokens_decoder" not in config:
+            config |= read_json(folder / name)
+    return config
 
 
 def _declared_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
@@ -176,10 +191,7 @@ def _declared_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[tokeni
     from tokenizers import AddedToken
 
     config = _config(folder)
-    older = "added_tokens_decoder" not in config
-    map_file, added_file = folder / "special_tokens_map.json", folder / "added_tokens.json"
-    if older and map_file.exists():
-        config |= read_json(map_file)
+    older, added_file = "added_tokens_decoder" not in config, folder / "added_tokens.json"
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     named = [_added_token(entry) for entry in [*map(config.get, NAMED_TOKENS), *extra] if entry]
