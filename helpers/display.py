@@ -10,8 +10,9 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,6 +105,67 @@ def new_figure(width: float = 7.5, height: float = 3.0) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def plain(text: str) -> str:
+    """Text for a picture, where "$" would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def sample_bars(
+    samples: Mapping[str, Sequence[float]], label: str, limits: Mapping[str, float] | None = None
+) -> Figure:
+    """A bar for each median, a dot for each sample, and a line across the bar where it has a limit. All in ms."""
+    figure, axes = new_figure(height=0.9 + 0.5 * len(samples))
+    medians = list(map(median, samples.values()))
+    axes.barh(list(map(plain, samples)), medians, 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
+    for y, (name, values) in enumerate(samples.items()):
+        axes.plot(values, [y] * len(values), "o", color="black", markersize=3.5)
+        words = f"  median {median(values):.2f}, least {min(values):.2f}"
+        if limits:
+            limit = limits[name]
+            axes.plot([limit, limit], [y - 0.42, y + 0.42], color=COLOURS[5], linewidth=3, label="" if y else "limit")
+            words += f" (limit {limit:.2f})"
+        axes.text(max(values), y, words, va="center")
+    axes.set_xlim(0, max(map(max, samples.values())) * (1.5 if limits else 1.4))
+    axes.set_xlabel(f"{plain(label)}: median (bar) and every run (dots)")
+    axes.invert_yaxis()
+    if limits:
+        axes.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def stacked_bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str, unit: str = "") -> Figure:
+    """One bar for each name, of several parts, with the total at its end. parts: a length for each name."""
+    figure, axes = new_figure(height=0.9 + 0.52 * len(names))
+    ends = [0.0] * len(names)
+    for (part, lengths), colour, hatch in zip(parts.items(), COLOURS, HATCHES, strict=False):
+        bars = axes.barh(list(map(plain, names)), lengths, 0.65, ends, color=colour, hatch=hatch, edgecolor="white")
+        bars.set_label(part)
+        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+    for y, total in enumerate(ends):
+        axes.text(total, y, f"  {total:.1f}{unit}", va="center")
+    return _finish_bars(figure, axes, label, max(ends), len(parts))
+
+
+def grouped_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """For each name one bar of each group, one below the other, with their numbers. groups: a length for each name."""
+    figure, axes = new_figure(height=0.9 + (0.15 + 0.35 * len(groups)) * len(names))
+    height = 0.8 / len(groups)
+    for at, ((group, lengths), colour, hatch) in enumerate(zip(groups.items(), COLOURS, HATCHES, strict=False)):
+        spots = [y + (at - (len(groups) - 1) / 2) * height for y in range(len(names))]
+        bars = axes.barh(spots, lengths, height * 0.9, label=group, color=colour, hatch=hatch, edgecolor="white")
+        axes.bar_label(bars, [f"{length:,.0f}" for length in lengths], padding=3)
+    axes.set_yticks(range(len(names)), list(map(plain, names)))
+    return _finish_bars(figure, axes, label, max(map(max, groups.values())), len(groups))
+
+
+def _finish_bars(figure: Figure, axes: Axes, label: str, longest: float, kinds: int) -> Figure:
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest * 1.2)
+    axes.set_xlabel(plain(label))
+    axes.legend(ncols=kinds, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    return figure
 
 
 def _html(text: str) -> str:

@@ -6,6 +6,7 @@ The worker's module serves these calls (see worker.py):
                                   returns {"seconds": [of each sequence, from the request to its end]}
     logits(prompt)                scores [V] after the prompt, as a list; refuses if the library gives none
     memory()                      {"host": bytes, "device": bytes}: the most that its process has held
+    profile(on)                   where `traces` is given: begin a trace, or end it and write it into that folder
 
 Tokens, text, limits, stopping and metrics are those of base.py, so they mean the same for every backend.
 """
@@ -13,14 +14,16 @@ Tokens, text, limits, stopping and metrics are those of base.py, so they mean th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.backends.answers import RunningSequence
 from helpers.backends.base import Engine
 from helpers.errors import CourseError, InputError, WorkerError
+from helpers.machine.gpu_time import GpuTime, read_from
 from helpers.machine.worker import Worker
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import Tokenizer
@@ -41,6 +44,7 @@ class RemoteEngine(Engine):
 
     device = "cuda"  # TensorRT-LLM and vLLM run on nothing else
     versions: dict[str, str] | None = None  # of the libraries in the worker, where it says so
+    traces: Path | None = None  # where the worker writes traces of its GPU's work, if its library can
 
     def __init__(
         self,
@@ -72,6 +76,17 @@ class RemoteEngine(Engine):
             self._finish_request()
             return self.worker.call("memory")
 
+    def traced(self, call: Callable[[], Any]) -> GpuTime:
+        """What the GPU does while the engine answers the call. InputError where the library cannot tell."""
+        if self.traces is None:
+            raise InputError(f"Backend {self.recipe.backend!r} takes no trace of its GPU's work.")
+        self.worker.call("profile", on=True)
+        try:
+            call()
+        finally:
+            self.worker.call("profile", on=False)
+        return read_from(self.traces)
+
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         raise self._no_steps()
 
@@ -89,11 +104,13 @@ class RemoteEngine(Engine):
             raise self._no_steps()
         self._finish_request()
         request = self._claim()
+        settings = asdict(sampling)
+        settings.pop("stop")  # the worker knows no text: it goes on, and what follows a stop string is left out here
         events = self._events = self.worker.stream(
             "generate",
             time_limit=TIME_LIMIT_S,
             prompts=[s.prompt for s in sequences],
-            sampling={**asdict(sampling), "end_ids": list(self.end_ids)},
+            sampling={**settings, "end_ids": list(self.end_ids)},
         )
         for step in itertools.count():
             try:
@@ -106,6 +123,8 @@ class RemoteEngine(Engine):
                     if not sequences[index].finish_reason:
                         sequences[index].accept(int(token), float(seconds), sampling, self.end_ids)
             yield step
+            if all(s.finish_reason for s in sequences):
+                return
             self._check_not_overtaken(request)
 
     def _end_sequences(self, sequences: list[RunningSequence], ended: dict[str, Any]) -> None:

@@ -3,9 +3,14 @@
 Each judgement is a sentence with its figures and a verdict. It holds for the machine and the model of its record.
 
 Figures are intervals. What every run measured lies between its least and its largest sample: the true median is in
-there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). What was measured once or twice (build,
+there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). Contenders take turns, so a ratio of
+two is taken round by round, and what disturbed a whole round falls out of it. What was measured once or twice (build,
 start and memory are measured once) is taken as known to no better than 10 %. A verdict is only given where the whole
 interval is on one side.
+
+On a GPU there is one more uncertainty. A contender that waits for its host takes another time on another host, however
+often it is measured on this one. So its time is only known to lie between what its GPU works in a step and the longest
+run; where nobody looked at the GPU, between the limit and the longest run.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from helpers.bench.records import TOLERANCE, Record, Row
+from helpers.bench.records import HOST_BOUND, TOLERANCE, Record, Row
 from helpers.bench.tables import METRICS, memory_metric
 from helpers.display import Table
 
@@ -24,7 +29,7 @@ CANNOT_TELL = "cannot be told from these runs"
 NOT_MEASURED = ("not measured", "open")
 # Each situation, the metric of tables.py that counts in it, and what was measured of it; less is better.
 SITUATIONS: dict[str, tuple[str, Callable[[Row], Sequence[float]]]] = {
-    "one answer, each next word soon (TPOT)": ("TPOT, ms", lambda r: r.tpot_s),
+    "one answer, each next word soon (TPOT)": ("TPOT (least), ms", lambda r: r.tpot_s),
     "the first word soon (TTFT)": ("TTFT, ms", lambda r: r.ttft_s),
     "many answers at a time (tokens/s)": ("output tokens/s", lambda r: r.e2e_s),
     "a model that is new or changes (first token ever)": (
@@ -39,6 +44,17 @@ SITUATIONS: dict[str, tuple[str, Callable[[Row], Sequence[float]]]] = {
 def interval(samples: Sequence[float]) -> Interval:
     least, most = min(samples), max(samples)
     return (least, most) if len(samples) > 2 else (0.9 * least, 1.1 * most)
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
+    """Least and most of over / under, whose samples were taken in turns, round by round."""
+    if len(over) != len(under) or len(over) < 3:
+        return _divide(interval(over), interval(under))
+    return interval([a / b for a, b in zip(over, under, strict=True)])
+
+
+def _divide(over: Interval, under: Interval) -> Interval:
+    return over[0] / under[1], over[1] / under[0]
 
 
 def claims(mine: Record, theirs: Record | None) -> Table:
@@ -64,7 +80,7 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
     again: what was built is for one model only.
     """
     best, largest = _best(record), _largest(record)
-    metrics = ("first token ever, s", "first token, s", "TPOT, ms", memory_metric(record))
+    metrics = ("first token ever, s", "first token, s", "TPOT (least), ms", memory_metric(record))
     table: list[tuple[Any, ...]] = []
     for row in record.measured():
         many = record.find(row.name, largest)
@@ -81,7 +97,7 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
         reason = next((row.reason for row in record.at() if row.backend == "tensorrt_llm"), "-")
         table.append(("tensorrt_llm", lines.get("tensorrt_llm", "-"), *["not measured by us"] * 5, reason))
     columns = ("contender", "setup: lines of code", *metrics, f"tokens/s, batch {largest}", "best here for")
-    return Table(f"{record.workload.model}; {record.place}", columns, table)
+    return Table(f"{record.workload.model}; {record.place}{record.remarks()}", columns, table)
 
 
 def _best(record: Record) -> dict[str, tuple[list[str], str]]:
@@ -91,7 +107,8 @@ def _best(record: Record) -> dict[str, tuple[list[str], str]]:
         size = _largest(record) if metric == "output tokens/s" else None
         rows = [row for row in record.measured(size) if row.agrees is not False]
         rows = sorted(rows, key=lambda row: statistics.median(samples(row)))  # noqa: B023
-        names = [row.name for row in rows if interval(samples(row))[0] <= interval(samples(rows[0]))[1]]
+        least = [_floor(record, row) if samples(row) is row.tpot_s else interval(samples(row))[0] for row in rows]
+        names = [row.name for row, low in zip(rows, least, strict=True) if low <= interval(samples(rows[0]))[1]]
         shown = METRICS[memory_metric(record) if metric == "memory, MB" else metric]
         figure = f"{shown(record, rows[0])} {metric.rpartition(' ')[2]}" if rows else "nothing that agrees with PyTorch"
         best[situation] = names, f"{' or '.join(names) or 'none'}: {figure}" + (f" at batch {size}" if size else "")
@@ -105,9 +122,9 @@ def judge(record: Record) -> dict[str, tuple[str, str]]:
     wrong = [row.name for row in _ok(record) if row.agrees is False]
     missing = (f"not measured: of {' and '.join(wrong)} the answers are wrong", "open") if wrong else NOT_MEASURED
     return {
-        "2 to 5 times faster than eager PyTorch": _faster(*eager) if eager else missing,
-        "2 to 5 times faster than torch.compile": _faster(*compiled) if compiled else missing,
-        "2 to 5 times faster than vLLM": _faster(*vllm) if vllm else missing,
+        "2 to 5 times faster than eager PyTorch": _faster(record, *eager) if eager else missing,
+        "2 to 5 times faster than torch.compile": _faster(record, *compiled) if compiled else missing,
+        "2 to 5 times faster than vLLM": _faster(record, *vllm) if vllm else missing,
         "lower memory usage than eager PyTorch": _memory(*eager) if eager else missing,
         "vLLM uses more memory": _memory(*vllm) if vllm else missing,
         "a build takes 10 to 30 minutes": _build(engine) if engine else missing,
@@ -131,8 +148,8 @@ def _largest(record: Record) -> int:
 
 
 def _places(mine: Record, theirs: Record | None) -> str:
-    there = f"; there: {theirs.workload.model}, {theirs.place}" if theirs else ""
-    return f"Here: {mine.workload.model}, {mine.place}{there}"
+    there = f". There: {theirs.workload.model}, {theirs.place}{theirs.remarks()}" if theirs else ""
+    return f"Here: {mine.workload.model}, {mine.place}{mine.remarks()}{there}"
 
 
 def _pair(record: Record, backend: str) -> tuple[Row, Row] | None:
@@ -142,12 +159,10 @@ def _pair(record: Record, backend: str) -> tuple[Row, Row] | None:
     return next(((engine, other) for engine, other in pairs if engine), None)
 
 
-def _ratio(over: Interval, under: Interval) -> Interval:
-    return over[0] / under[1], over[1] / under[0]
-
-
-def _times(ratio: Interval) -> str:
-    least, most = (f"{value:.1f}" for value in ratio)
+def times(figure: Interval) -> str:
+    """Such as "2.0 to 2.8 times"; close to 1 with one digit more."""
+    digits = 1 if min(figure) >= 1.95 or max(figure) < 0.5 else 2
+    least, most = (f"{value:.{digits}f}" for value in figure)
     return f"{least} times" if least == most else f"{least} to {most} times"
 
 
@@ -157,10 +172,25 @@ def _verdict(figure: Interval, low: float, high: float = math.inf, below: str = 
     return below if figure[1] < low else above if figure[0] > high else CANNOT_TELL
 
 
-def _faster(engine: Row, other: Row) -> tuple[str, str]:
-    ratio = _ratio(interval(other.tpot_s), interval(engine.tpot_s))
-    verdict = _verdict(ratio, 2, 5, below="no, slower" if ratio[1] < 1 else "no")
-    return f"TPOT {_times(ratio)} shorter ({engine.name} against {other.name})", verdict
+def _faster(record: Record, engine: Row, other: Row) -> tuple[str, str]:
+    figure = ratio(other.tpot_s, engine.tpot_s)
+    both = " and ".join(f"{r.name} {METRICS['TPOT (least), ms'](record, r)}" for r in (engine, other))
+    words = f"TPOT {times(figure)} shorter: median (least) of {both} ms"
+    on_any_host = (
+        min(figure[0], _floor(record, other) / max(engine.tpot_s)),
+        max(figure[1], max(other.tpot_s) / _floor(record, engine)),
+    )
+    if times(on_any_host) != times(figure):
+        words += f"; with any host beside this GPU {times(on_any_host)}"
+    return words, _verdict(on_any_host, 2, 5, below="no, slower" if on_any_host[1] < 1 else "no")
+
+
+def _floor(record: Record, row: Row) -> float:
+    """The shortest step that another host beside the same GPU could make of it."""
+    least = min(row.tpot_s)
+    if record.hardware["device"] != "cuda" or (row.gpu_idle is not None and row.gpu_idle <= HOST_BOUND):
+        return least
+    return min(least, row.limit_s if row.gpu_busy_s is None else row.gpu_busy_s)
 
 
 def _memory(engine: Row, other: Row) -> tuple[str, str]:
@@ -168,7 +198,7 @@ def _memory(engine: Row, other: Row) -> tuple[str, str]:
     kind = "GPU" if engine.device_bytes and other.device_bytes else "host"
     mine, theirs = (r.device_bytes if kind == "GPU" else r.peak_host_bytes for r in (engine, other))
     figures = f"{kind}: {mine / 1e6:,.0f} MB, {other.backend} {theirs / 1e6:,.0f} MB"
-    return (figures, _verdict(_ratio(interval([theirs]), interval([mine])), 1)) if mine and theirs else NOT_MEASURED
+    return (figures, _verdict(ratio([theirs], [mine]), 1)) if mine and theirs else NOT_MEASURED
 
 
 def _build(engine: Row) -> tuple[str, str]:
@@ -179,7 +209,7 @@ def _first(engine: Row) -> tuple[str, str]:
     """Slower: later than the latest of the others by more than these differ among themselves."""
     first, (least, most) = engine.warmup_e2e_s[0], interval(engine.e2e_s)
     verdict = "yes" if first > most + (most - least) else "no" if first < least else CANNOT_TELL
-    return f"first request {_times((first / most, first / least))} a later one", verdict
+    return f"first request {times((first / most, first / least))} a later one", verdict
 
 
 def _batching(record: Record, engine: Row) -> tuple[str, str]:
@@ -187,9 +217,9 @@ def _batching(record: Record, engine: Row) -> tuple[str, str]:
     many = record.find(engine.name, size)
     if not many or size == engine.batch_size:
         return NOT_MEASURED
-    least, most = _ratio(interval(engine.e2e_s), interval(many.e2e_s))
+    least, most = _divide(interval(engine.e2e_s), interval(many.e2e_s))  # of other rounds
     gain = (least * size / engine.batch_size, most * size / engine.batch_size)
-    return f"{_times(gain)} the tokens/s at batch {size}", _verdict(gain, 1)
+    return f"{times(gain)} the tokens/s at batch {size}", _verdict(gain, 1)
 
 
 def _accuracy(record: Record) -> tuple[str, str]:

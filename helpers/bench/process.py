@@ -15,9 +15,11 @@ from helpers.backends.remote import RemoteEngine
 from helpers.bench.records import HAVE_DECODE_GRAPHS
 from helpers.errors import InputError
 from helpers.machine import hardware
+from helpers.machine.gpu_time import GpuTime, traced
 from helpers.model.sampling import SamplingParams
 from helpers.recipe import from_dict
 
+TRACED_STEPS = 16  # enough for a mean; eager PyTorch starts some thousand kernels in each
 _engine: Engine
 
 
@@ -78,6 +80,20 @@ def measure(prompts: list[list[int]], output_len: int) -> dict[str, Any]:
     }
 
 
+def gpu_time(prompts: list[list[int]], output_len: int) -> dict[str, float]:
+    """What the GPU does in one decode step, in the mean of some: all work of a request, less that of its prefill."""
+    steps = min(output_len - 1, TRACED_STEPS)
+    whole, prefill = (_traced(prompts, tokens) for tokens in (steps + 1, 1))
+    means = (max(0.0, (a - b) / steps) for a, b in zip(whole, prefill, strict=True))
+    return GpuTime(*means)._asdict()
+
+
+def _traced(prompts: list[list[int]], output_len: int) -> GpuTime:
+    if isinstance(_engine, RemoteEngine):
+        return _engine.traced(lambda: _answer(prompts, output_len))
+    return traced(lambda: _answer(prompts, output_len))
+
+
 def _answer(prompts: list[list[int]], output_len: int) -> list[Generation]:
     """Greedy, past the end token. InputError if an answer has another length: its times would be of other work."""
     sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
@@ -93,4 +109,4 @@ def _host_bytes() -> int:
     return _engine.memory()["host"] if isinstance(_engine, RemoteEngine) else hardware.peak_host_bytes()
 
 
-CALLS = {"build": build, "load": load, "check": check, "measure": measure}
+CALLS = {"build": build, "load": load, "check": check, "measure": measure, "gpu_time": gpu_time}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helpers.errors import InputError
+from helpers.machine.load import BUSY
 from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
 
@@ -29,6 +30,7 @@ LATER: dict[str, Any] = {"later": True}  # marks fields that earlier records of 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 6e-2, "int8": 6e-2, "fp8": 0.15, "int4": 0.25}
 HAVE_DECODE_GRAPHS = ("aot", "tensorrt")  # one for each of a recipe's decode_batch_sizes
 STEADY = 1.25  # a contender whose slowest run took more than this times its fastest was disturbed
+HOST_BOUND = 0.1  # a contender waits for its host where the GPU is idle for more than this share of a decode step
 REFERENCES = Path(__file__).parent / "references"
 
 
@@ -119,6 +121,9 @@ class Row:
     device: str | None = field(default=None, metadata=LATER)
     threads: int | None = field(default=None, metadata=LATER)
     decode_graph: int | None = field(default=None, metadata=LATER)  # sequences in the decode graph that it ran
+    # Of one decode step, as machine/gpu_time.py reads it. None: no GPU, or not seen.
+    gpu_busy_s: float | None = field(default=None, metadata=LATER)
+    gpu_handover_s: float | None = field(default=None, metadata=LATER)
 
     @property
     def name(self) -> str:
@@ -129,6 +134,13 @@ class Row:
         """Whether it computes what the fp32 reference computes, within its precision's rounding. None: not compared,
         as with dummy weights, which each backend draws for itself."""
         return None if self.logit_error is None else self.logit_error <= TOLERANCE[self.precision]
+
+    @property
+    def gpu_idle(self) -> float | None:
+        """The share of a decode step in which the GPU waits for its host; None where that was not measured."""
+        if self.gpu_busy_s is None or self.gpu_handover_s is None:
+            return None
+        return max(0.0, 1 - (self.gpu_busy_s + self.gpu_handover_s) / self.median("tpot_s"))
 
     @property
     def memory_bytes(self) -> int:
@@ -156,12 +168,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Host:
-    """The computer around it all: its processor, and its load (runnable processes, mean of a minute)."""
+    """The computer around it all: its processor, and what else it did meanwhile."""
 
     processor: str
     cores: int  # that this process may use
-    load_before: float
-    load_after: float  # the benchmark's own work is in it
+    other_work: float  # cores that it kept busy while the rounds ran: the largest mean of a batch size
 
 
 @dataclass
@@ -220,18 +231,48 @@ class Record:
     def place(self) -> str:
         """Where and when it was measured, for a caption."""
         threads = f", threads: {self.threads}" if self.hardware["device"] == "cpu" else ""
-        host = f", in a host with {self.host.processor}" if self.host and self.hardware["device"] == "cuda" else ""
+        processor = f"host: {self.host.processor}" if self.host else "host not recorded"
+        host = f", {processor}" if self.hardware["device"] == "cuda" else ""
         return f"{self.hardware['name']} ({self.hardware['device']}{threads}{host}), {self.date[:10]}"
+
+    def remarks(self, *batch_sizes: int) -> str:
+        """What every table and picture of these rows says beside their figures; "" if nothing is amiss.
+
+        batch_sizes: without any, all that there are.
+        """
+        sizes = batch_sizes or tuple(self.batch_sizes)
+        words = ""
+        for title, remarks_at in (("Disturbed", self.disturbances), ("Waiting for its host", self.host_waits)):
+            sizes_of: dict[str, list[int]] = {}
+            for size in sizes:
+                for remark in remarks_at(size):
+                    sizes_of.setdefault(remark, []).append(size)
+            texts = [
+                remark if len(where) == len(sizes) else f"{remark} at batch {' and '.join(map(str, where))}"
+                for remark, where in sizes_of.items()
+            ]
+            words += f". {title}: {'; '.join(texts)}" if texts else ""
+        return words
+
+    def host_waits(self, batch_size: int) -> list[str]:
+        """The contenders whose GPU waits for the processor beside it: on another host they take another time."""
+        if self.hardware["device"] != "cuda":
+            return []
+        idle = {row.name: row.gpu_idle for row in self.at(batch_size) if row.status == "ok"}
+        remarks = [f"{name}, {x:.0%} of the time the GPU is idle" for name, x in idle.items() if x and x > HOST_BOUND]
+        unseen = [name for name, x in idle.items() if x is None]
+        if unseen:
+            remarks.append("not recorded" + (f" of {', '.join(unseen)}" if len(unseen) < len(idle) else ""))
+        return remarks
 
     def disturbances(self, batch_size: int) -> list[str]:
         """What makes these rows less than a fair comparison: another's work on the machine, runs that differ by more
         than STEADY, or a contender that used something else than was asked."""
         rows = [row for row in self.at(batch_size) if row.status == "ok"]
         remarks = []
-        if self.host and self.host.load_before > self.host.cores:
-            remarks.append(f"the machine was busy (load {self.host.load_before:.1f} on {self.host.cores} cores)")
-        elif self.host and self.host.load_after > self.host.cores + self.threads:
-            remarks.append(f"the machine became busy (load {self.host.load_after:.1f} on {self.host.cores} cores)")
+        if self.host and self.host.other_work > BUSY * self.host.cores:
+            kept, cores = self.host.other_work, self.host.cores
+            remarks.append(f"other work kept {kept:.1f} cores busy beside the {cores} that were used here")
         spreads = {row.name: row.spread("tpot_s")[1] / row.spread("tpot_s")[0] for row in rows}
         if uneven := [f"{name} {spread:.1f} times" for name, spread in spreads.items() if spread > STEADY]:
             remarks.append(f"slowest run over fastest: {', '.join(uneven)}")
@@ -396,7 +437,7 @@ def merge(*records: Record) -> Record:
             if row.status == "ok" or (row.name, row.batch_size) not in rows:
                 rows[row.name, row.batch_size] = row
     hosts = [record.host for record in records if record.host]
-    busiest = max(hosts, key=lambda host: (host.load_before, host.load_after), default=None)
+    busiest = max(hosts, key=lambda host: host.other_work, default=None)
     return replace(first, rows=list(rows.values()), date=max(record.date for record in records), host=busiest)
 
 

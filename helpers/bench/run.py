@@ -24,17 +24,17 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 
 from helpers import backends
 from helpers.bench.records import Host, Record, Row, Workload, commit
 from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError
 from helpers.machine import environments, hardware
+from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.paths import engines_folder
-from helpers.progress import Progress
+from helpers.progress import Progress, say
 from helpers.recipe import COMPILED, BuildRecipe
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
@@ -94,10 +94,11 @@ def run_all(
                 _compare(runners, record, prompts[0])
         for size in batch_sizes:
             record.rows += _measure(runners, record, prompts[:size], progress)
-            if record.host:
-                record.host = replace(record.host, load_after=psutil.getloadavg()[0])
             if keep:
                 keep(record)
+        if any(row.device == "cuda" for row in record.rows):
+            with progress.phase("watch the GPU at work"):
+                _watch_gpu(runners, record, prompts)
         if record.hardware["device"] == "cuda":
             with progress.phase("end, and see what the GPU gets back"):
                 _device_memory(runners, record)
@@ -128,6 +129,7 @@ def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], pr
             for _ in range(workload.warmup - 1):  # the first was part of the start
                 if answer := runner.ask(row, "measure", **work):
                     row.warmup_e2e_s.append(answer["e2e_s"])
+    other_work = OtherWork()
     for turn in range(workload.repeats):
         with progress.phase(f"round {turn + 1}, batch {size}"):
             for row, runner in turns:
@@ -136,6 +138,8 @@ def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], pr
                         getattr(row, metric).append(answer[metric])
                     row.itl_s += answer["itl_s"]
                     row.limit_s = min(row.limit_s, _limit(row, record))
+    if record.host:
+        record.host = replace(record.host, other_work=max(record.host.other_work, other_work.cores()))
     for row, _ in turns:
         if row.status == "ok" and row.backend == "torch_compile":
             row.build_s = max(0.0, row.warmup_e2e_s[0] - row.median("e2e_s"))
@@ -159,6 +163,20 @@ def _compare(runners: list[Runner], record: Record, prompt: list[int]) -> None:
             row.logit_error = _logit_error(answer["logits"], expected["logits"])
             if row.logit_error is not None and not math.isfinite(row.logit_error):
                 row.status, row.reason, row.logit_error = "failed", "Its logits hold infinity or NaN.", None
+
+
+def _watch_gpu(runners: list[Runner], record: Record, prompts: list[list[int]]) -> None:
+    """What the GPU does in a decode step of each row, by a trace of one more request. It comes last, for a profiler
+    that was on may leave something behind. Where it sees nothing, the row stays without."""
+    for runner in runners:
+        for row in runner.rows.values():
+            if row.device == "cuda" and runner.worker:
+                work = {"prompts": prompts[: row.batch_size], "output_len": record.workload.output_len}
+                attempt = replace(row)  # what goes wrong here takes nothing from what was measured
+                if answer := runner.ask(attempt, "gpu_time", **work):
+                    row.gpu_busy_s, row.gpu_handover_s = answer["busy_s"], answer["handover_s"]
+                elif attempt.reason:
+                    say(f"{row.name}, batch {row.batch_size}: {attempt.reason}")
 
 
 def _device_memory(runners: list[Runner], record: Record) -> None:
@@ -291,7 +309,7 @@ def empty_record(workload: Workload) -> Record:
     machine = hardware.describe(workload.device)
     size = find_checkpoint(workload.model).config.parameter_count() * 4
     threads = workload.threads or hardware.default_threads(size)
-    cpu, load = hardware.describe("cpu"), psutil.getloadavg()[0]
+    cpu = hardware.describe("cpu")
     versions = {"python": sys.version.split()[0], **hardware.versions(), "transformers": version("transformers")}
     return Record(
         workload,
@@ -303,7 +321,7 @@ def empty_record(workload: Workload) -> Record:
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit(),
         _command(),
-        host=Host(cpu.name, cpu.cores, load, load),
+        host=Host(cpu.name, cpu.cores, 0.0),
     )
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import html
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record, Row, Workload, differences, same_work
-from helpers.display import COLOURS, HATCHES, Picture, Table, new_figure
+from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, sample_bars, stacked_bars
 from helpers.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +37,10 @@ def _used(row: Row) -> str:
     )
 
 
+def _median_and_least(row: Row) -> str:
+    return f"{_ms(row.median('tpot_s'))} ({_ms(min(row.tpot_s))})"
+
+
 def _equal(row: Row, work: Workload) -> str:
     return "-" if row.tokens_equal is None else f"{row.tokens_equal} of {work.output_len}"
 
@@ -40,7 +49,9 @@ def _equal(row: Row, work: Workload) -> str:
 METRICS: dict[str, Callable[[Record, Row], str]] = {
     "TTFT, ms": lambda _, r: _ms(r.median("ttft_s")),
     "TPOT, ms": lambda _, r: _ms(r.median("tpot_s")),
+    "TPOT (least), ms": lambda _, r: _median_and_least(r),
     "least to most, ms": lambda _, r: " to ".join(map(_ms, r.spread("tpot_s"))),
+    "GPU idle": lambda _, r: "-" if r.gpu_idle is None else f"{r.gpu_idle:.0%}",
     "limit, ms": lambda _, r: _ms(r.limit_s),
     "limit / TPOT": lambda _, r: f"{r.limit_s / r.median('tpot_s'):.0%}",
     "ITL p50, ms": lambda _, r: _ms(r.itl_percentile(50)),
@@ -69,6 +80,7 @@ FORMULAS = (
     ("TPOT", "(E2E - TTFT) / (output tokens - 1)", "MLPerf, vllm bench; trtllm-bench also says ITL"),
     ("TTFT and TPOT of a batch", "means over its requests", "ours"),
     ("least to most", "TPOT of the single runs", "ours"),
+    ("GPU idle", "1 - (GPU's work + going on to what is queued) / TPOT: it waits for the host", "ours"),
     ("limit", "time to read the bytes of one step once (weights, KV cache)", "ours"),
     ("ITL", "each gap between two tokens of the first sequence; percentiles by nearest rank", "vllm bench serve"),
     ("E2E", "time from the request to its last token; of a batch, the last request's", "all"),
@@ -96,30 +108,20 @@ def _work(record: Record) -> str:
     return f"{work.model}, {work.input_len} tokens in, {work.output_len} out"
 
 
-def _disturbed(record: Record, *batch_sizes: int) -> str:
-    remarks = [
-        remark + (f" at batch {size}" if len(batch_sizes) > 1 else "")
-        for size in batch_sizes
-        for remark in record.disturbances(size)
-    ]
-    return f". Disturbed: {'; '.join(remarks)}" if remarks else ""
-
-
 def table(record: Record, batch_size: int | None = None) -> Table:
     """One table of a record: a column for each contender, a line for each metric. `formulas` says what they mean.
     batch_size: without one, the smallest of the record."""
     rows = [row for row in record.at(batch_size) if row.status != "absent"]
     absent = [row.name for row in record.at(batch_size) if row.status == "absent"]
-    lines = [
-        [name, *(show(record, row) if row.status == "ok" else "" for row in rows)] for name, show in METRICS.items()
-    ]
+    shown = {name: show for name, show in METRICS.items() if name != "TPOT (least), ms"}  # it is in the next two
+    lines = [[name, *(show(record, row) if row.status == "ok" else "" for row in rows)] for name, show in shown.items()]
     lines = [line for line in lines if not set(line[1:]) <= {"-", ""} or line[0] == "agrees"]
     if any(row.status != "ok" for row in rows):
         lines.append(["failed", *(row.reason for row in rows)])
     size = record.at(batch_size)[0].batch_size
     caption = f"{_work(record)}, batch {size}, medians of {record.workload.repeats}; {record.place}"
     missing = f". Not on this machine: {', '.join(absent)}" if absent else ""
-    return Table(caption + missing + _disturbed(record, size), ("", *(row.name for row in rows)), lines)
+    return Table(caption + missing + record.remarks(size), ("", *(row.name for row in rows)), lines)
 
 
 def formulas() -> Table:
@@ -129,14 +131,15 @@ def formulas() -> Table:
 
 def overview(record: Record) -> Table:
     """All of a record in one table: a line for each contender at each batch size."""
-    speed = ("TTFT, ms", "TPOT, ms", "least to most, ms", "limit / TPOT", "output tokens/s")
+    idle = ("GPU idle",) if any(row.gpu_idle is not None for row in record.rows if row.status == "ok") else ()
+    speed = ("TTFT, ms", "TPOT, ms", "least to most, ms", *idle, "limit / TPOT", "output tokens/s")
     metrics = (*speed, memory_metric(record), "agrees")
     lines = []
     for row in sorted(record.rows, key=lambda row: row.batch_size):
         failed = [f"{row.status}: {row.reason}", *[""] * (len(metrics) - 1)]
         cells = [METRICS[name](record, row) for name in metrics] if row.status == "ok" else failed
         lines.append((row.name, row.batch_size, *cells))
-    caption = f"{_work(record)}; {record.place}{_disturbed(record, *record.batch_sizes)}"
+    caption = f"{_work(record)}; {record.place}{record.remarks()}"
     return Table(caption, ("contender", "batch", *metrics), lines)
 
 
@@ -147,13 +150,15 @@ def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -
         other = theirs.find(row.name, row.batch_size)
         if other is None or row.status != "ok":
             continue
-        a, b = row.median("tpot_s"), other.median("tpot_s")
-        least = row.spread("tpot_s")[0] / other.spread("tpot_s")[0]
-        rows.append((row.name, row.batch_size, _ms(a), _ms(b), f"{a / b:.2f}", f"{least:.2f}"))
+        ratios = (row.median("tpot_s") / other.median("tpot_s"), min(row.tpot_s) / min(other.tpot_s))
+        cells = (_median_and_least(row), _median_and_least(other), *(f"{ratio:.2f}" for ratio in ratios))
+        rows.append((row.name, row.batch_size, *cells))
     settings = differences(mine, theirs, ("workload", "hardware", "threads", "versions"))
-    caption = "The records differ in: " + "; ".join(settings) if settings else "Same work, same machine, same versions."
+    caption = f"The records differ in: {'; '.join(settings)}" if settings else "Same work, same machine, same versions"
+    for name, record in zip(names, (mine, theirs), strict=True):
+        caption += f". {name}: {record.place}{record.remarks()}"
     ratio = f"{names[0]} / {names[1]}"
-    columns = ("contender", "batch", f"TPOT of {names[0]}, ms", f"of {names[1]}, ms", ratio, f"{ratio}, least")
+    columns = ("contender", "batch", *(f"{name}: TPOT (least), ms" for name in names), ratio, f"{ratio}, least")
     return Table(caption, columns, rows)
 
 
@@ -176,31 +181,28 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
             row = record.find(contender, size) if record else None
             cells += [METRICS[m](record, row) for m in SPEED] if record and row else ["not measured", "-", "-", "-"]
         rows.append((contender, *cells))
-    there = theirs.place + _disturbed(theirs, size) if theirs else MISSING
+    there = theirs.place + theirs.remarks(size) if theirs else MISSING
     columns = ("contender", *(f"{where}: {name}" for where in ("here", "there") for name in SPEED))
-    return Table(f"Batch {size}. Here: {mine.place}{_disturbed(mine, size)}. There: {there}", columns, rows)
+    return Table(f"Batch {size}. Here: {mine.place}{mine.remarks(size)}. There: {there}", columns, rows)
 
 
 def tpot(record: Record, batch_size: int | None = None) -> Picture:
     """TPOT as bars, every run as a dot, and each contender's limit as a line across its bar."""
     rows = record.measured(batch_size)
-    figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
-    names = [row.name for row in rows]
-    axes.barh(names, [row.median("tpot_s") * 1e3 for row in rows], 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
-    for y, row in enumerate(rows):
-        samples = [value * 1e3 for value in row.tpot_s]
-        axes.plot(samples, [y] * len(samples), "o", color="black", markersize=3.5)
-        limit = row.limit_s * 1e3
-        axes.plot([limit, limit], [y - 0.42, y + 0.42], color=COLOURS[5], linewidth=3, label="" if y else "limit")
-        axes.text(max(samples), y, f"  {_ms(row.median('tpot_s'))} (limit {limit:.2f})", va="center")
-    axes.set_xlim(0, max(max(row.tpot_s) for row in rows) * 1e3 * 1.3)
-    axes.set_xlabel("TPOT, milliseconds: median (bar, number) and every run (dots)")
-    axes.legend(loc="lower right", frameon=False)
-    axes.invert_yaxis()
+    samples = {row.name: [value * 1e3 for value in row.tpot_s] for row in rows}
+    figure = sample_bars(samples, "TPOT, milliseconds", {row.name: row.limit_s * 1e3 for row in rows})
     words = "; ".join(
         f"{r.name} {_ms(r.median('tpot_s'))} (least {_ms(min(r.tpot_s))}), limit {_ms(r.limit_s)}" for r in rows
     )
-    return Picture(figure, f"Bars: milliseconds per output token at batch {rows[0].batch_size}. {words}.")
+    size = rows[0].batch_size
+    return _picture(figure, f"Bars: milliseconds per output token at batch {size}. {words}", record, size)
+
+
+def _picture(figure: Figure, words: str, record: Record, *sizes: int) -> Picture:
+    """With what the record remarks on these batch sizes, for those who look and for those who listen."""
+    if remarks := record.remarks(*sizes):
+        figure.suptitle(textwrap.fill(remarks.removeprefix(". "), 110), x=0.01, ha="left", fontsize="small")
+    return Picture(figure, f"{words}{remarks}.")
 
 
 def batching(record: Record) -> Picture:
@@ -231,34 +233,20 @@ def batching(record: Record) -> Picture:
     axes.set_xlabel(label)
     axes.set_ylabel("output tokens/s")
     axes.legend(frameon=False)
-    return Picture(figure, f"Lines: output tokens per second against time per token. {'; '.join(words)}.")
+    return _picture(figure, f"Lines: output tokens per second against time per token. {'; '.join(words)}", record)
 
 
 def first_token(record: Record, batch_size: int | None = None) -> Picture:
     """Seconds from nothing to the very first token: build, then start, then the first request up to its token."""
     rows = record.measured(batch_size)
-    figure, axes = new_figure(height=0.9 + 0.5 * len(rows))
-    names = [row.name for row in rows]
     parts = {
         "build or compile": [row.build_s for row in rows],
         "start": [row.start_s for row in rows],
         "first request": [row.first_token_s - row.start_s for row in rows],
     }
-    left = [0.0] * len(rows)
-    colours = (COLOURS[1], COLOURS[4], COLOURS[0])
-    for (part, values), colour, hatch in zip(parts.items(), colours, HATCHES, strict=False):
-        axes.barh(names, values, 0.6, left=left, label=part, color=colour, hatch=hatch, edgecolor="white")
-        left = [a + b for a, b in zip(left, values, strict=True)]
-    for y, total in enumerate(left):
-        axes.text(total, y, f"  {total:.1f} s", va="center")
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(left) * 1.2)
-    axes.set_xlabel("seconds until the first token ever")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    words = "; ".join(
-        f"{row.name} {total:.1f}, of which build {row.build_s:.1f}" for row, total in zip(rows, left, strict=True)
-    )
-    return Picture(figure, f"Bars: seconds until the first token ever. {words}.")
+    figure = stacked_bars([row.name for row in rows], parts, "seconds until the first token ever", " s")
+    words = "; ".join(f"{r.name} {r.build_s + r.first_token_s:.1f}, of which build {r.build_s:.1f}" for r in rows)
+    return _picture(figure, f"Bars: seconds until the first token ever. {words}", record, rows[0].batch_size)
 
 
 def memory(record: Record, batch_size: int | None = None) -> Picture:
@@ -267,17 +255,7 @@ def memory(record: Record, batch_size: int | None = None) -> Picture:
     kinds = {"host": [row.peak_host_bytes / 1e6 for row in rows]}
     if any(row.device_bytes for row in rows):
         kinds["GPU"] = [row.device_bytes / 1e6 for row in rows]
-    figure, axes = new_figure(height=0.9 + 0.5 * len(rows) * len(kinds))
-    height = 0.8 / len(kinds)
-    for at, ((kind, values), colour, hatch) in enumerate(zip(kinds.items(), COLOURS, HATCHES, strict=False)):
-        spots = [y + (at - (len(kinds) - 1) / 2) * height for y in range(len(rows))]
-        bars = axes.barh(spots, values, height * 0.9, label=kind, color=colour, hatch=hatch, edgecolor="white")
-        axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(map(max, kinds.values())) * 1.18)
-    axes.set_xlabel("MB held by the process, Python and libraries included")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    figure = grouped_bars([row.name for row in rows], kinds, "MB held by the process, Python and libraries included")
     words = "; ".join(f"{kind}: " + ", ".join(f"{r.name} {v:,.0f}" for r, v in zip(rows, values, strict=True))
                       for kind, values in kinds.items())  # fmt: skip
     return Picture(figure, f"Bars: megabytes of each process. {words}.")

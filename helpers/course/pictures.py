@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 import re
-import statistics
 import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.display import COLOURS, HATCHES, Picture, Table, new_figure
+from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, plain, sample_bars, stacked_bars
 from helpers.errors import printable
 
 if TYPE_CHECKING:
@@ -90,32 +90,20 @@ def part_sizes(report: EngineReport) -> dict[str, int]:
 
 def sizes(reports: Mapping[str, EngineReport]) -> Picture:
     """Bytes of several engines, part by part."""
-    figure, axes = new_figure(height=0.9 + 0.55 * len(reports))
-    names = list(map(_plain, reports))
-    lefts = [0.0] * len(names)
-    for index, part in enumerate(next(iter(map(part_sizes, reports.values())))):
-        widths = [part_sizes(report)[part] / 1e6 for report in reports.values()]
-        bars = axes.barh(names, widths, left=lefts, color=COLOURS[index], hatch=HATCHES[index], edgecolor="white")
-        bars.set_label(part)
-        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
-    for row, total in enumerate(lefts):
-        axes.text(total, row, f" {total:.1f}", va="center")
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(lefts) * 1.12)
-    axes.set_xlabel("MB on disk")
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    words = "; ".join(f"{name} {total:.1f} MB" for name, total in zip(reports, lefts, strict=True))
-    return Picture(figure, f"Bars: size of each engine on disk. {words}.")
+    each = [part_sizes(report) for report in reports.values()]
+    parts = {part: [sizes[part] / 1e6 for sizes in each] for part in each[0]}
+    words = "; ".join(f"{name} {sum(s.values()) / 1e6:.1f} MB" for name, s in zip(reports, each, strict=True))
+    return Picture(stacked_bars(list(reports), parts, "MB on disk"), f"Bars: size of each engine on disk. {words}.")
 
 
 def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
     """How long each phase of a build took, from the manifest's `seconds`."""
     figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
-    bars = axes.barh(list(map(_plain, seconds)), list(seconds.values()), color=COLOURS[0])
+    bars = axes.barh(list(map(plain, seconds)), list(seconds.values()), color=COLOURS[0])
     axes.bar_label(bars, fmt=" %.1f")
     axes.invert_yaxis()
     axes.set_xlim(0, max(seconds.values()) * 1.12)
-    axes.set_title(_plain(title), loc="left", fontsize="medium")
+    axes.set_title(plain(title), loc="left", fontsize="medium")
     axes.set_xlabel("seconds")
     longest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
     words = ", ".join(f"{name} {took:.1f} s" for name, took in longest)
@@ -127,20 +115,11 @@ def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of 
 
 def fusion(reports: Mapping[str, EngineReport]) -> Picture:
     """Operations before fusion beside kernels after it, one pair of bars for each report."""
-    figure, axes = new_figure(height=0.9 + 0.7 * len(reports))
-    words = []
-    for row, (name, report) in enumerate(reports.items()):
-        counts = {"operations before": len(report.operations), "kernels after": len(report.kernels)}
-        words.append(f"{name}: {len(report.operations)} operations, {len(report.kernels)} kernels")
-        for index, (label, count) in enumerate(counts.items()):
-            bars = axes.barh(row + 0.36 * (index - 0.5), count, 0.34, color=COLOURS[index], hatch=HATCHES[index])
-            axes.bar_label(bars, fmt=" %d")
-            bars.set_label(label if row == 0 else "")
-    axes.set_yticks(range(len(reports)), list(map(_plain, reports)))
-    axes.invert_yaxis()
-    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    axes.set_xlabel("count")
-    return Picture(figure, f"Pairs of bars: operations before fusion and kernels after it. {'; '.join(words)}.")
+    each = reports.values()
+    counts = {"operations before": [len(r.operations) for r in each], "kernels after": [len(r.kernels) for r in each]}
+    words = [f"{name}: {len(r.operations)} operations, {len(r.kernels)} kernels" for name, r in reports.items()]
+    alt = f"Pairs of bars: operations before fusion and kernels after it. {'; '.join(words)}."
+    return Picture(grouped_bars(list(reports), counts, "count"), alt)
 
 
 def operations(report: EngineReport, first: int = 0, count: int = 20) -> Table:
@@ -176,22 +155,11 @@ def _listed(names: Any) -> str:
 
 
 def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds per token") -> Picture:
-    """Medians of repeated timings as bars, every single sample as a dot, so that the spread is visible.
-
-    samples are in seconds; the picture is in milliseconds.
-    """
-    figure, axes = new_figure(height=0.8 + 0.5 * len(samples))
-    names = list(map(_plain, samples))
-    medians = [statistics.median(values) * 1e3 for values in samples.values()]
-    axes.barh(names, medians, 0.6, color=COLOURS[4], edgecolor=COLOURS[0])
-    for row, values in enumerate(samples.values()):
-        axes.plot([v * 1e3 for v in values], [row] * len(values), "o", color="black", markersize=3.5)
-        axes.text(max(values) * 1e3, row, f"  median {medians[row]:.2f}", va="center")
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(max(values) for values in samples.values()) * 1e3 * 1.22)
-    axes.set_xlabel(f"{_plain(what)}: median (bar) and every run (dots)")
-    words = "; ".join(f"{name} {median:.2f}" for name, median in zip(samples, medians, strict=True))
-    return Picture(figure, f"Bars: {what}, median of {len(next(iter(samples.values())))} runs. {words}.")
+    """Medians of repeated timings as bars, every sample as a dot. samples are in seconds; the picture is in ms."""
+    each = {name: [value * 1e3 for value in values] for name, values in samples.items()}
+    words = "; ".join(f"{name} {median(values):.2f} (least {min(values):.2f})" for name, values in each.items())
+    runs = len(next(iter(samples.values())))
+    return Picture(sample_bars(each, what), f"Bars: {what}, median of {runs} runs. {words}.")
 
 
 def show_text(text: str, width: int = 100) -> None:
@@ -216,9 +184,9 @@ def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingPa
         values = next_token_distribution(logits, params, ids)[order].tolist()
         bars = axes.barh(range(count), values, color=COLOURS[0])
         axes.bar_label(bars, [f"{value:.2f}" if value else "-" for value in values], padding=2, fontsize="small")
-        axes.set_yticks(range(count), [_plain(label) for label in labels])
+        axes.set_yticks(range(count), [plain(label) for label in labels])
         axes.label_outer()
-        axes.set_title(_plain(name), fontsize="medium")
+        axes.set_title(plain(name), fontsize="medium")
         axes.set_xlim(0, 1.25)
         axes.set_xticks([0, 0.5, 1])
         axes.invert_yaxis()
@@ -227,11 +195,6 @@ def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingPa
         words.append(f"{name}: {likely}")
     figure.supxlabel("probability", fontsize="medium")
     return Picture(figure, f"Bars: probability of the {count} likeliest next tokens. {'; '.join(words)}.")
-
-
-def _plain(text: str) -> str:
-    """Text for a picture, where "$" would begin a formula."""
-    return text.replace("$", r"\$")
 
 
 def _label(token: str) -> str:
@@ -244,6 +207,6 @@ def sampled_text(engine: Engine, prompt: str, sampling: SamplingParams) -> Pictu
     name = f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, seed {sampling.seed}"
     text = printable(prompt + engine.generate(prompt, sampling)[0].text)
     picture = distributions(engine, prompt, {f"the token after the prompt ({name})": sampling})
-    picture.figure.suptitle(_plain(textwrap.fill(text, 92)), x=0.01, ha="left", fontsize="medium")
+    picture.figure.suptitle(plain(textwrap.fill(text, 92)), x=0.01, ha="left", fontsize="medium")
     picture.figure.set_size_inches(7.5, 3.6)
     return Picture(picture.figure, f"Text: {text} {picture.alt}")

@@ -3,6 +3,7 @@ its figures are in the reference records."""
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -99,4 +100,7 @@ def test_the_benchmark_measures_it_in_turn_with_the_others(stand_in):
     assert [row.status for row in record.rows] == ["ok"] * 4
     row = record.row("vllm bf16")
     assert row.versions["vllm"] == "0.25.1" and len(row.ttft_s) == 2 and len(row.itl_s) == 14
+    assert row.gpu_busy_s == pytest.approx(0.0005) and row.gpu_handover_s == 0  # of a step, without the prefill
+    assert record.row("vllm bf16", 2).gpu_busy_s == row.gpu_busy_s and record.row("pytorch fp32").gpu_busy_s is None
+    assert not list(Path(tempfile.gettempdir()).glob("vllm-traces-*"))
     assert row.agrees is False and row.tokens_equal < 8  # the stand-in has seen no model

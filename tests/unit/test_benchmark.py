@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from helpers.bench import tables as comparison
 from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
 from helpers.display import Picture
 from helpers.errors import InputError, RecipeError
-from helpers.machine import hardware
+from helpers.machine import gpu_time, hardware, load
 
 SMALL = Workload(input_len=8, output_len=8, repeats=3, warmup=1)
 
@@ -196,7 +198,7 @@ def test_what_a_mutated_record_loads_as_can_be_shown(tmp_path, two_machines):
     """Of such records, two in three were read, and then broke a table."""
     mine, theirs = two_machines
     mine.rows.append(Row("vllm", "fp32", 1, "absent", "not installed here"))
-    mine.host = Host("a processor", 2, 0.5, 1.5)
+    mine.host = Host("a processor", 2, 0.5)
     whole, path, rng = dataclasses.asdict(mine), tmp_path / "a.json", random.Random(0)
     refused = 0
     for attempt in range(1500):
@@ -308,7 +310,8 @@ def test_a_record_without_batch_1_shows_its_smallest():
     assert "batch 4" in comparison.table(record).caption and "batch 4" in comparison.tpot(record).alt
     assert claims.judge(record)["2 to 5 times faster than eager PyTorch"][1] == "yes"
     assert (
-        "aot fp32: 2.00 ms" in str(claims.guide(record, None)) and claims.aspects(record, {}).rows[0][0] == "aot fp32"
+        "aot fp32: 2.00 (2.00) ms" in str(claims.guide(record, None))
+        and claims.aspects(record, {}).rows[0][0] == "aot fp32"
     )
 
 
@@ -328,16 +331,135 @@ def test_what_was_not_measured_is_said_and_not_a_traceback():
 
 def test_a_disturbed_record_says_so():
     uneven = new_row("pytorch", tpot_s=[0.002, 0.0026])
-    calm, busy = Host("a processor", 2, 0.5, 2.5), Host("a processor", 2, 2.5, 2.5)
+    calm, busy = Host("a processor", 2, 0.1), Host("a processor", 2, 1.5)
     assert new_record(new_row(device="cpu", threads=1), host=calm).disturbances(1) == []
     assert "pytorch fp32 1.3 times" in new_record(uneven).disturbances(1)[0]
-    assert "was busy (load 2.5 on 2 cores)" in new_record(new_row(), host=busy).disturbances(1)[0]
-    assert "became busy" in new_record(new_row(), host=dataclasses.replace(calm, load_after=3.5)).disturbances(1)[0]
+    assert "other work kept 1.5 cores busy" in new_record(new_row(), host=busy).disturbances(1)[0]
     assert new_record(new_row(threads=2, device="cpu")).disturbances(1) == ["aot fp32 used 2 threads"]
     assert new_record(new_row(device="cuda")).disturbances(1) == ["aot fp32 ran on cuda"]
     for table in (comparison.table(new_record(uneven)), comparison.overview(new_record(uneven))):
         assert "Disturbed: slowest run over fastest: pytorch fp32 1.3 times" in table.caption
     assert records.merge(new_record(host=calm), new_record(host=busy)).host == busy
+
+
+GPU = {"name": "a GPU", "device": "cuda"}
+
+
+def on_a_gpu(busy: float | None, handover: float | None = 0.0, **changes) -> Record:
+    """An engine that keeps the GPU busy beside vLLM, whose GPU works for `busy` of 2.4 ms."""
+    vllm = new_row("vllm", tpot=0.0024, gpu_busy_s=busy, gpu_handover_s=None if busy is None else handover)
+    return new_record(new_row(tpot=0.001, gpu_busy_s=0.00095, gpu_handover_s=0.00005), vllm, hardware=GPU, **changes)
+
+
+def test_a_contender_that_waits_for_its_host_is_named_in_every_table_and_picture():
+    record = on_a_gpu(0.0009, handover=0.00006, host=Host("a processor", 4, 1.5))
+    waits = "Waiting for its host: vllm fp32, 60% of the time the GPU is idle"
+    busy = "Disturbed: other work kept 1.5 cores busy"
+    assert record.row("vllm fp32").gpu_idle == pytest.approx(0.6) and record.row("aot fp32").gpu_idle == 0
+    shown = [comparison.table, comparison.overview, partial(comparison.compare, theirs=record), comparison.tpot]
+    shown += [partial(comparison.beside, theirs=record), partial(claims.claims, theirs=record), comparison.batching]
+    shown += [partial(claims.guide, theirs=None), partial(claims.aspects, lines={}), comparison.first_token]
+    for show in shown:
+        assert waits in str(show(record)) and busy in str(show(record)), show
+    assert comparison.tpot(record).figure._suptitle.get_text()  # and those who look see it too
+    assert ["GPU idle", "0%", "60%"] in [list(row) for row in comparison.table(record).rows]
+    assert "host: a processor" in comparison.table(record).caption
+    assert "not recorded of vllm fp32" in comparison.table(on_a_gpu(None)).caption
+    assert "GPU idle" not in str(comparison.table(new_record(new_row())))  # a CPU waits for nobody
+
+
+@pytest.mark.parametrize(
+    ("busy", "verdict"),
+    [
+        (0.0023, "yes"),  # it would be as slow on any host
+        (0.0009, claims.CANNOT_TELL),  # on the fastest host it would be faster than the engine
+        (None, claims.CANNOT_TELL),  # nobody looked
+    ],
+)
+def test_who_waits_for_its_host_is_not_judged_by_one_host(busy, verdict):
+    words, judged_as = claims.judge(on_a_gpu(busy))["2 to 5 times faster than vLLM"]
+    assert judged_as == verdict and "aot fp32 1.00 (1.00) and vllm fp32 2.40 (2.40) ms" in words
+    assert ("with any host" in words) == (verdict == claims.CANNOT_TELL)
+
+
+def test_a_ratio_is_taken_round_by_round():
+    """A round that was slow for both changes nothing; one that was slow for one of them does."""
+    assert claims.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == (2, 2)
+    assert claims.ratio([2.0, 2.0, 2.0], [1.0, 4.0, 1.0]) == (0.5, 2)
+    assert claims.ratio([2.0, 2.0, 4.0], [1.0, 1.0]) == (2 / 1.1, 4 / 0.9)  # of other rounds
+
+
+# The GPU's work, from a trace
+
+
+def trace(path: Path, *work: tuple[float, float], kind: str = "kernel") -> Path:
+    """A trace with pieces of work that begin at a time and last so long, in microseconds."""
+    events = [{"ph": "X", "cat": kind, "ts": start, "dur": took} for start, took in work]
+    others = [{"ph": "X", "cat": "cuda_runtime", "ts": 0, "dur": 10**6}, {"ph": "M", "name": "process_name"}]
+    path.write_text(json.dumps({"traceEvents": [*events, *others]}))
+    return path
+
+
+def test_the_gpus_time_is_the_union_of_its_work(tmp_path):
+    """Against counting microseconds one by one."""
+    rng = random.Random(0)
+    for _ in range(50):
+        work = [(rng.randrange(300), rng.randrange(1, 12)) for _ in range(20)]
+        line = "".join("x" if any(a <= t < a + d for a, d in work) else "." for t in range(400)).strip(".")
+        gaps = [len(gap) for gap in line.split("x") if gap]
+        busy, handover = gpu_time.read(trace(tmp_path / "a.json", *work))
+        assert busy == pytest.approx(1e-6 * line.count("x"))
+        assert handover == pytest.approx(1e-6 * sum(gap for gap in gaps if gap <= 5))
+
+
+def test_a_trace_without_a_gpu_says_nothing_of_one(tmp_path):
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ones(10) + 1
+    profiler.export_chrome_trace(str(tmp_path / "cpu.json"))
+    for path in (tmp_path / "cpu.json", trace(tmp_path / "b.json", (0, 5), kind="cpu_op")):
+        with pytest.raises(InputError, match="no work on the GPU"):
+            gpu_time.read(path)
+    assert gpu_time.read(trace(tmp_path / "c.json", (0, 5), kind="gpu_memcpy")).busy_s == pytest.approx(5e-6)
+
+
+def test_a_trace_that_is_never_written_is_no_idle_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_time, "PATIENCE_S", 0.3)
+    (tmp_path / "traces").mkdir()
+    (tmp_path / "traces" / "a.json").write_text('{"traceEvents": [')
+    with pytest.raises(InputError, match="no trace"):
+        gpu_time.read_from(tmp_path / "traces")
+    assert not (tmp_path / "traces").exists()
+
+
+# Other work on the machine
+
+
+def test_what_this_process_starts_is_no_other_work():
+    program = "sum(range(10**7)); import time; print(flush=True); time.sleep(60)"
+    watch = load.OtherWork()
+    start_all, start_own = load._seconds()
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        everything, own = (now - then for now, then in zip(load._seconds(), (start_all, start_own), strict=True))
+        assert own > 0.02 and everything > 0.02  # the child's seconds are in both
+    finally:
+        child.kill()
+        child.communicate()
+    assert load._seconds()[1] - start_own >= own - 0.02  # and stay when it has ended
+    assert watch.cores() >= 0
+
+
+def test_other_work_is_all_that_is_not_our_own(monkeypatch):
+    moments = iter([(100.0, 10.0), (104.0, 11.0), (103.0, 14.0)])
+    monkeypatch.setattr(load, "_seconds", lambda: next(moments))
+    monkeypatch.setattr(load.time, "perf_counter", iter([0.0, 2.0, 3.0]).__next__)
+    watch = load.OtherWork()
+    assert watch.cores() == pytest.approx(1.5)
+    assert watch.cores() == 0  # clocks of different ticks: never less than nothing
 
 
 def judged(engine: dict, other: dict, claim: str) -> str:
@@ -404,7 +526,7 @@ def test_not_measured_by_us_stands_beside_no_measured_row():
 def test_who_cannot_be_told_apart_leads_together():
     rows = new_row(tpot_s=[0.001, 0.002]), new_row("pytorch", tpot_s=[0.0015, 0.003]), new_row("vllm", tpot=0.01)
     guide = {row[0]: row[1] for row in claims.guide(new_record(*rows), None).rows}
-    assert guide["one answer, each next word soon (TPOT)"] == "aot fp32 or pytorch fp32: 1.50 ms"
+    assert guide["one answer, each next word soon (TPOT)"] == "aot fp32 or pytorch fp32: 1.50 (1.00) ms"
 
 
 @pytest.fixture
@@ -416,7 +538,8 @@ def two_machines():
         new_row(batch_size=4),
     )
     rows = [
-        new_row(name, "bf16", size, tpot=tpot * (1 + size / 8), device_bytes=size_bytes, start_s=start)
+        new_row(name, "bf16", size, tpot=tpot * (1 + size / 8), device_bytes=size_bytes, start_s=start,
+                gpu_busy_s=tpot * (1 + size / 8), gpu_handover_s=0.0)
         for name, tpot, size_bytes, start in (
             ("aot", 0.001, 10**9, 5.0), ("pytorch", 0.012, 3 * 10**9, 9.0), ("vllm", 0.0015, 2 * 10**9, 80.0)
         )
@@ -430,7 +553,9 @@ def test_claims_are_judged_on_each_machine_by_its_own_figures(two_machines):
     mine, theirs = two_machines
     here, there = claims.judge(mine), claims.judge(theirs)
     assert here["2 to 5 times faster than eager PyTorch"] == (
-        "TPOT 3.0 times shorter (aot fp32 against pytorch fp32)", "yes")  # fmt: skip
+        "TPOT 3.0 times shorter: median (least) of aot fp32 2.00 (2.00) and pytorch fp32 6.00 (6.00) ms",
+        "yes",
+    )
     assert there["2 to 5 times faster than eager PyTorch"][1] == "more"
     assert there["2 to 5 times faster than vLLM"][1] == "no"
     assert here["2 to 5 times faster than vLLM"] == ("not measured", "open")
@@ -459,7 +584,7 @@ def test_what_is_missing_on_this_machine_comes_from_the_other_marked_as_such(two
 def test_the_guide_and_the_aspects_name_who_leads(two_machines):
     mine, theirs = two_machines
     guide = {row[0]: row[1:] for row in claims.guide(mine, theirs).rows}
-    assert guide["one answer, each next word soon (TPOT)"] == ("aot fp32: 2.00 ms", "aot bf16: 1.13 ms")
+    assert guide["one answer, each next word soon (TPOT)"] == ("aot fp32: 2.00 (2.00) ms", "aot bf16: 1.13 (1.13) ms")
     assert guide["a model that is new or changes (first token ever)"] == ("pytorch fp32: 3.1 s", "aot bf16: 5.0 s")
     wrong = new_record(new_row(logit_error=0.5), new_row("pytorch", tpot=0.006, logit_error=0.0))
     assert "pytorch" in claims.guide(wrong, None).rows[0][1]  # fast and wrong is not best
@@ -527,5 +652,5 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert asked[0] == (8, 8, ["pytorch", "aot:int8"], [1, 4])
     assert "TPOT, ms" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", *paths]) == 0
-    assert "Same work, same machine, same versions." in capsys.readouterr().out
+    assert "Same work, same machine, same versions" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", paths[0], "nothing.json"]) == 1

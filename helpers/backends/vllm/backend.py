@@ -7,7 +7,10 @@ limits, no prefix cache, and the room for keys and values: as much as the other 
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from helpers.backends.remote import RemoteEngine
 from helpers.machine.environments import need_python
@@ -18,6 +21,13 @@ from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
 BLOCK = 16  # tokens in a block of vLLM's KV cache
+# Its own profiler (vllm 0.25.1, config/profiler.py) is made when a trace is asked for, so it costs nothing before.
+PROFILER = {
+    "profiler": "torch",
+    "torch_profiler_with_stack": False,
+    "torch_profiler_use_gzip": False,
+    "torch_profiler_dump_cuda_time_total": False,
+}
 START_LIMIT_S = 900.0  # LLM() compiles; a minute is usual
 
 
@@ -28,13 +38,15 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
     checkpoint.check_sole_weights("vLLM")
     tokenizer = load_tokenizer(checkpoint.folder)
     worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
+    traces = Path(tempfile.gettempdir()) / f"vllm-traces-{uuid4().hex}"  # vLLM makes it with the first trace
     try:
-        versions = worker.call("load", time_limit=START_LIMIT_S, settings=settings(recipe, checkpoint))
+        arguments = {"profiler_config": PROFILER | {"torch_profiler_dir": str(traces)}, **settings(recipe, checkpoint)}
+        versions = worker.call("load", time_limit=START_LIMIT_S, settings=arguments)
     except BaseException:
         worker.kill()
         raise
     engine = RemoteEngine(recipe, tokenizer, checkpoint.config.eos_token_ids, checkpoint.config.vocab_size, worker)
-    engine.versions = versions
+    engine.versions, engine.traces = versions, traces
     return engine
 
 

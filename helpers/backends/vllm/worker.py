@@ -95,6 +95,14 @@ def memory() -> dict[str, int]:
     return {"host": sum(peak_host_bytes(pid) for pid in [os.getpid(), *children]), "device": 0}
 
 
+def profile(on: bool) -> None:
+    """Begin or end a trace of the engine core's work (vllm 0.25.1, v1/engine/llm_engine.py). A thread writes it."""
+    if on:
+        _llm.start_profile()
+    else:
+        _llm.stop_profile()
+
+
 def _submit(prompts: list[list[int]], **sampling: Any) -> list[str]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -116,4 +124,4 @@ def _steps() -> Iterator[tuple[str, Any]]:
             yield answer.request_id, answer.outputs[0]
 
 
-CALLS = {"load": load, "generate": generate, "logits": logits, "memory": memory}
+CALLS = {"load": load, "generate": generate, "logits": logits, "memory": memory, "profile": profile}

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM 0.25.1: the calls that helpers/backends/vllm_worker.py makes, with its signatures.
+"""A stand-in for vLLM 0.25.1: the calls that helpers/backends/vllm/worker.py makes, with its signatures.
 
 It checks what it is given as vLLM does, keeps the arguments in the file that STANDIN_LOG names, and answers each
 request with the ids 3, 4, 5, ... It has seen no model; it stands for vLLM's interface, not for vLLM.
@@ -6,7 +6,10 @@ request with the ids 3, 4, 5, ... It has seen no model; it stands for vLLM's int
 
 import json
 import os
+import threading
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -47,8 +50,31 @@ class Core:
 
 
 class LLMEngine:
-    def __init__(self):
+    def __init__(self, profiler_config=None):
         self.engine_core, self.requests = Core(), {}
+        self.profiler_config, self.steps = profiler_config, None
+
+    def start_profile(self, profile_prefix=None):
+        if not self.profiler_config or self.profiler_config["profiler"] != "torch":
+            raise RuntimeError("Profiling is not enabled.")
+        self.steps = 0
+
+    def stop_profile(self):
+        """Writes the trace from another thread, as vLLM does: 1 ms of prefill, then 0.5 ms of work in each step."""
+        folder, steps, self.steps = Path(self.profiler_config["torch_profiler_dir"]), self.steps, None
+        times = [(0, 1000), *((10_000 * step, 500) for step in range(1, steps))] if steps else []
+        events = [{"ph": "X", "cat": "kernel", "ts": start, "dur": took} for start, took in times]
+        events.append({"ph": "X", "cat": "cuda_runtime", "ts": 0, "dur": 10_000})
+        text = json.dumps({"traceEvents": events})
+
+        def write():
+            folder.mkdir(exist_ok=True)
+            path = folder / f"rank0.{time.time_ns()}.pt.trace.json"
+            path.write_text(text[: len(text) // 2])
+            time.sleep(0.3)
+            path.write_text(text)
+
+        threading.Thread(target=write, daemon=True).start()
 
     def add_request(self, request_id, prompt, params, arrival_time=None):
         assert isinstance(request_id, str) and prompt["type"] == "token" and prompt["prompt_token_ids"]
@@ -60,6 +86,8 @@ class LLMEngine:
         return bool(self.requests)
 
     def step(self):
+        if self.steps is not None:
+            self.steps += 1
         answers = []
         for request in list(self.requests.values()):
             token, request.given = 3 + request.given, request.given + 1
@@ -81,4 +109,4 @@ class LLM:
         if log := os.environ.get("STANDIN_LOG"):
             with open(log, "w", encoding="utf-8") as file:  # noqa: PTH123
                 json.dump({"model": model, **settings}, file)
-        self.llm_engine = LLMEngine()
+        self.llm_engine = LLMEngine(settings.get("profiler_config"))

@@ -1,0 +1,58 @@
+"""Times that something may be said about: contenders take turns, other work on the machine is watched, and the words of
+a comparison are chosen by what was measured.
+
+    times = take_turns({"engine": lambda: ..., "pytorch": lambda: ...})    # each call returns its seconds
+    print(compare(times, "engine", "pytorch", faster="...", equal="...", slower="..."))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from helpers.bench.claims import ratio, times
+from helpers.machine import hardware
+from helpers.machine.load import BUSY, OtherWork
+
+Samples = Mapping[str, Sequence[float]]
+ALIKE = 1.05  # a smaller difference is called none: it need not have the cause that the text explains
+
+
+def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int = 7) -> dict[str, list[float]]:
+    """The seconds that each call returns, one of each in every round; a first round warms up and does not count.
+
+    Where other work disturbed the rounds, it says so.
+    """
+    for call in contenders.values():
+        call()
+    other_work = OtherWork()
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            samples[name].append(call())
+    busy, cores = other_work.cores(), hardware.free_cores()
+    if busy > BUSY * cores:
+        print(f"Busy: other work kept {busy:.1f} of {cores} cores. Close it, and run this cell again.")
+    return samples
+
+
+def seconds(call: Callable[..., Any], *arguments: Any) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
+def compare(samples: Samples, name: str, other: str, *, faster: str = "", equal: str = "", slower: str = "") -> str:
+    """A sentence that says how `name` does beside `other`, and the explanation that goes with it.
+
+    The ratio is an interval, round by round. It is "faster" or "slower" only where the whole of it is on that side.
+    """
+    speed = ratio(samples[other], samples[name])
+    if speed[0] > ALIKE:
+        return f"{name} is {times(speed)} as fast as {other}. {faster}".rstrip()
+    if speed[1] < 1 / ALIKE:
+        return f"{name} takes {times((1 / speed[1], 1 / speed[0]))} as long as {other}. {slower}".rstrip()
+    low, high = speed
+    return f"These runs show no difference between {name} and {other} (ratio {low:.2f} to {high:.2f}). {equal}".rstrip()
