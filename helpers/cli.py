@@ -1,13 +1,15 @@
 """The course from a terminal: helpers build, list, inspect, verify, generate, remove, model, bench, run, doctor,
-env, gpu-check."""
+explain, env, gpu-check."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from helpers.display import Table
-from helpers.errors import CourseError, EngineCorrupt, printable, status_of
+from helpers.errors import CourseError, EngineCorrupt, InputError, printable, status_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="is this machine ready? each check with the step that mends it")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_doctor)
+
+    command = commands.add_parser("explain", help="what an error means and what ends it; knows some hundred by heart")
+    command.add_argument("message", nargs="*", help="the message, or the file of a log; default: standard input")
+    command.set_defaults(run=_explain)
 
     command = commands.add_parser("env", help="the environments of TensorRT-LLM and vLLM")
     actions = command.add_subparsers(required=True, metavar="ACTION")
@@ -275,6 +281,22 @@ def _doctor(settings: argparse.Namespace) -> int:
     from helpers.machine import doctor
 
     return doctor.main(as_json=settings.json)
+
+
+def _explain(settings: argparse.Namespace) -> int:
+    from helpers.course import cards
+
+    message = " ".join(settings.message)
+    if not message:
+        if sys.stdin is None:
+            raise InputError("There is no message and no standard input.", fix="helpers explain 'the message'")
+        if sys.stdin.isatty():
+            print("Paste the message, then press Enter and Ctrl-D.", file=sys.stderr)
+        explanation = cards.explain(cards.decode(sys.stdin.buffer.read(cards.LONGEST)))
+    else:
+        explanation = cards.explain(Path(message) if os.path.isfile(message) else message)  # noqa: PTH113 (any text)
+    print(explanation)
+    return 0 if explanation else 1
 
 
 def _env_create(settings: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ import helpers
 from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
 from helpers.course import widgets
+from helpers.course.cards import explain
 from helpers.errors import CourseError, InputError
 from helpers.recipe.fields import Fusion, RecipeFields
 from helpers.recipe.tensorrt import KINDS, make_options
@@ -88,6 +89,7 @@ TAKE_ONE = {
     "write": lambda value: recipes.write(value, "r.toml"),
     "write to": lambda value: recipes.write(BuildRecipe(), value),
     "from_dict": recipes.from_dict,
+    "explain": explain,
     "find_checkpoint": lambda value: helpers.build(BuildRecipe(model=value)),
 }
 

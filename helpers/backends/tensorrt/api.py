@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes.util
 import importlib
-import json
 import os
 import sys
 import time
@@ -20,11 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from helpers import errors
 from helpers.errors import BackendUnavailable, BuildError, CourseError
+from helpers.messages import matches, read_cards
 
-# What TensorRT says (part of it), the error it becomes, why, and the way out.
-KNOWN: list[dict[str, str]] = json.loads(Path(__file__).with_name("errors.json").read_text(encoding="utf-8"))
+KNOWN = read_cards(Path(__file__).with_name("errors.json"))
 
 
 def load_provider(provider: str) -> ModuleType:
@@ -46,12 +44,8 @@ def version(provider: str) -> str:
 def explain(words: list[str], what: str) -> CourseError:
     """Our error for TensorRT's messages: its own words, and where they are known, cause and fix."""
     text = "\n".join(words).strip() or "TensorRT gave no reason."
-    for entry in KNOWN:
-        part = entry["words"].lower()
-        if part in text.lower():
-            line = next(w for w in words if part in w.lower())
-            kind: type[CourseError] = getattr(errors, entry["error"])
-            return kind(f"{what} TensorRT says: {line.strip()}", cause=entry["cause"], fix=entry["fix"])
+    for card, _, line in matches(text, KNOWN):
+        return card.as_error(f"{what} TensorRT says: {line}")
     return BuildError(f"{what} TensorRT says: {text:.1500}", fix="Look at the node or option that it names.")
 
 

@@ -1,0 +1,99 @@
+"""Find what a message means: cards.json, and what the backends know of TensorRT's and TensorRT-LLM's words. Offline."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.backends.tensorrt.api import KNOWN as TENSORRT
+from helpers.backends.tensorrt_llm.errors import KNOWN as TENSORRT_LLM
+from helpers.errors import InputError, printable, shown
+from helpers.messages import Match, matches, read_cards
+
+LONGEST = 2**26  # bytes of a log that are read: its end, where errors stand
+SHOWN = 5  # troubles of one log that are told
+
+_course = read_cards(Path(__file__).with_name("cards.json"))
+# A line can match several cards. Those that say more come first, and the course's own errors, by their names, last.
+CARDS = [
+    *(card for card in _course if card.error == "CourseError"),
+    *TENSORRT_LLM,
+    *TENSORRT,
+    *(card for card in _course if card.error != "CourseError"),
+]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The troubles that a text tells of, in its order; none, and so false, where the course knows none of them."""
+
+    troubles: list[Match]
+
+    def __bool__(self) -> bool:
+        return bool(self.troubles)
+
+    def __str__(self) -> str:
+        if not self:
+            return (
+                "The course does not know this message.\n"
+                "  Next: helpers doctor looks at this machine. Else search the issues of NVIDIA/TensorRT-LLM for the\n"
+                "  first line that says error, without your own paths and numbers."
+            )
+        told = [_told(match) for match in self.troubles[:SHOWN]]
+        more = len(self.troubles) - SHOWN
+        return printable("\n\n".join([*told, f"And {more} more, later in the log."] if more > 0 else told))
+
+    __repr__ = __str__
+
+
+def explain(message: str | Path) -> Explanation:
+    """What a message means and what ends it. Give the text of an error or of a whole log, or the Path of a log."""
+    if isinstance(message, Path):
+        message = read_log(message)
+    if not isinstance(message, str):
+        raise InputError(f"A message is a text, not {shown(message)}.", fix="Give a text, or the Path of a log.")
+    of_line: dict[int, Match] = {}
+    for match in matches(message, CARDS):
+        of_line.setdefault(match.number, match)
+    return Explanation([match for _, match in sorted(of_line.items())])
+
+
+def read_log(path: Path) -> str:
+    """A log's text, of a very long one the end."""
+    try:
+        if not path.is_file():  # a pipe could keep us waiting
+            raise InputError(f"There is no file {path.name!r}.", fix="Give the path of a log.")
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LONGEST))
+            return decode(file.read(LONGEST), path.name)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(f"The log cannot be read: {error}.", fix="Give the path of a text file.") from error
+
+
+def decode(content: bytes, name: str = "The input") -> str:
+    """The text in the bytes of a log, whatever bytes are in it."""
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # what ">" writes in Windows' PowerShell
+    text = content.decode("utf-16" if wide else "utf-8", "replace").replace("\0", "")  # zeros: a log cut while written
+    sample = text[:100_000]
+    if len(re.findall(r"[\x01-\x07\x0e-\x1a\x1c-\x1f]", sample)) > len(sample) / 50:
+        raise InputError(f"{name} is no text.", fix="Give a log, or the message itself.")
+    return text
+
+
+def _told(match: Match) -> str:
+    card = match.card
+    rows = {
+        "It says": match.line,
+        "It means": card.cause,
+        "What ends it": card.fix,
+        "Source": card.source,
+        "In the course": card.shown,
+    }
+    return "\n".join(
+        textwrap.fill(f"{name + ':':<15}{text}", 100, subsequent_indent=" " * 15, break_on_hyphens=False)
+        for name, text in rows.items()
+        if text
+    )

@@ -1,0 +1,273 @@
+"""helpers explain: the card for a message, from a whole log too, and none where the course does not know."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import errors
+from helpers.course import cards
+from helpers.course.cards import CARDS, explain
+from helpers.errors import CourseError, InputError
+from helpers.messages import Card, matches
+from helpers.paths import PROJECT
+
+# What users of TensorRT-LLM report most, in the words of the public threads that each card names, and a word of the
+# way out.
+REPORTED = [
+    ("Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.", "Build"),
+    ("is not compatible with this version of TensorRT, expecting library version 9.2.0.5 got 9.3.0.1", "Build"),
+    ("torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "smaller limits"),
+    ("Executor creation failed due to insufficient GPU memory.", "free_gpu_memory_fraction"),
+    ("trtllm-build: error: unrecognized arguments: --max_output_len 1024", "max_seq_len"),
+    ("trtllm-build: error: unrecognized arguments: --max_multimodal_len", "tag of the installed version"),
+    ("[TRT] [E] 3: getPluginCreator could not find plugin: Gemmtensorrt_llm version: 1", "Import tensorrt_llm"),
+    ("Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[a...b]}.)", "TensorRT"),
+    ("Killed", "more memory"),
+    ("./convert.sh: line 12:  4711 Killed                  python3 convert_checkpoint.py --tp_size 4", "more memory"),
+    ("zsh: killed     python build.py", "more memory"),
+    ("make: *** [Makefile:7: convert] Killed", "more memory"),
+    ("  0%|          | 0/1 [00:00<?, ?it/s]\r\u5df2\u6740\u6b7b", "more memory"),
+    ("Out of memory: Killed process 4711 (python3) total-vm:70000000kB", "more memory"),
+    ("ModuleNotFoundError: No module named 'tensorrt_llm.bindings'", "another folder"),
+    ("RuntimeError: Didn't find wheel for tensorrt-llm 0.12.0", "3.12"),
+    ("cudaGetDevice(&device): forward compatibility was attempted on non supported HW", "driver"),
+    (
+        "ERROR: This container was built for NVIDIA Driver Release 535.86 or later, but\n"
+        "       version 510.85.02 was detected and compatibility mode is UNAVAILABLE.",
+        "driver",
+    ),
+    ("CUDA error: no kernel image is available for execution on the device", "8.0"),
+    ("unexpected error: key 'use_context_fmha_for_generation' not found", "Build"),
+    ("Cannot process new request: Prompt length (5056) exceeds maximum sequence length (2048)", "max_input_len"),
+    ("Generation doesn't stop and goes until max_tokens is reached", "end_id"),
+    ("never stops, or pads with `</s>`", "end_id"),
+    ("garbage after KV cache quantization", "Switch the quantization"),
+    ("INT8 KV caching + bf16 LLaMA engine generates garbage tokens", "Switch the quantization"),
+    ("ValueError: Config name is missing.\nPlease pick one among the available configs: ['3.0.0']", "cnn_dailymail"),
+    ("NotImplementedError: Unsupported dataset name or local repo directory: x.", "cnn_dailymail"),
+    ("rank 0 using MpiPoolSession to spawn MPI processes", "OMPI_MCA_btl_tcp_if_include=lo"),
+    ("hangs after `using MpiPoolSession`", "OMPI_MCA_btl_tcp_if_include=lo"),
+    ("[TensorRT-LLM][INFO] Initializing MPI with thread mode 3", "OMPI_MCA_btl_tcp_if_include=lo"),
+    ("AutoConfig cannot load the huggingface config.", "pins"),
+    ("it is slower than vLLM or torch.compile", "same prompts"),
+    ("tensorrt-llm 1.2.1 requires torch<=2.9.1, but you have torch 2.13.0 which is incompatible.", "of its own"),
+    ("/usr/bin/ld: cannot find -ltorch: No such file or directory", "without spaces"),
+    ("ImportError: x.so: failed to map segment from shared object", "TMPDIR"),
+    ("why are the outputs of two backends: different output", "rounding"),
+    ("the first request is slow", "one short request"),
+    ("OMP_NUM_THREADS=64 python -m helpers bench", "free cores"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "way_out"), REPORTED, ids=[text[:40] for text, _ in REPORTED])
+def test_a_reported_trouble_is_found(text, way_out):
+    explanation = explain(text)
+    assert len(explanation.troubles) == 1
+    assert way_out in explanation.troubles[0].card.fix
+
+
+BUILD_LOG = """\
+[TensorRT-LLM] TensorRT-LLM version: 0.11.0
+0.11.0
+[07/02/2024-10:00:00] [TRT-LLM] [I] Set bert_attention_plugin to auto.
+[07/02/2024-10:00:01] [TRT] [I] [MemUsageInit] Init CUDA: CPU +14, GPU +0, now: CPU 116, GPU 427 (MiB)
+[07/02/2024-10:00:02] [TRT-LLM] [W] Invalid timing cache, using freshly created one
+[07/02/2024-10:00:03] [TRT] [W] IElementWiseLayer with inputs A and B: first input has type Half but second has Float.
+[07/02/2024-10:00:04] [TRT] [W] Tactic Device request: 66048MB Available: 32510MB. Device memory is insufficient.
+[07/02/2024-10:00:05] [TRT] [W] UNSUPPORTED_STATE: Skipping tactic 0 due to insufficient memory on requested size
+rank 0 using MpiPoolSession to spawn MPI processes
+[TensorRT-LLM][INFO] Initializing MPI with thread mode 3
+"""
+BUILD_END = """\
+[07/02/2024-10:01:05] [TRT] [I] Engine generation completed in 60.1 seconds.
+[07/02/2024-10:01:06] [TRT-LLM] [I] Total time of building all engines: 00:01:06
+"""
+
+
+def test_a_log_tells_its_troubles_in_its_order_and_a_healthy_one_none():
+    assert not explain(BUILD_LOG + BUILD_END)
+    failed = (
+        "\x1b[31m[07/02/2024-10:00:09] [E] 10: Could not find any \x1b[0mimplementation for node {ForeignNode[x]}\n"
+        "AssertionError: Engine building failed, please check the error log.\r\nKilled\n"
+    )
+    first, second, third = explain(BUILD_LOG + failed).troubles
+    assert "Could not find any implementation" in first.line
+    assert "check the error log" in second.line
+    assert third.line == "Killed"
+
+
+UNRELATED = [
+    "",
+    " \n\t\r\n",
+    "hello world",
+    "INFO: 12 workers killed time while waiting; none was Killed by us",
+    "java.lang.OutOfMemoryError: Java heap space",
+    "[GC (Allocation Failure) 65536K->10748K] garbage collection took 3 ms",
+    "KeyError: 'prompt'",
+    "ModuleNotFoundError: No module named 'tensorrt_llm_backend_utils'",
+    "Loading libnvinfer.so.10 and libcuda.so.1 and libmpi.so.40: ok",
+    "npm ERR! unrecognized arguments",
+    "usage: train.py [-h] [--max_output_len N]",
+    "./a.out: symbol lookup error: ./a.out: undefined symbol: foo",
+    "pip install numpy\nSuccessfully installed numpy-2.1.0",
+    "ERROR: pip's dependency resolver: pandas 2 requires numpy>=1.26, but you have numpy 1.24 which is incompatible.",
+    "The unit did not finish within the sprint",
+    "NotImplementedError",
+    "Prompt length is 5056",
+    "the engine world is flat",
+    "A text that mentions EngineNotFound and LimitError in the middle",
+    "kernel: eth0: link up, 1000Mbps, full-duplex",
+    "MEMORYERRORS: 0",
+    "<html><body>502 Bad Gateway</body></html>",
+]
+
+
+@pytest.mark.parametrize("text", UNRELATED, ids=range(len(UNRELATED)))
+def test_an_unrelated_text_finds_nothing(text):
+    assert not explain(text).troubles
+
+
+def test_in_what_the_other_notebooks_print_only_the_errors_shown_there_are_found():
+    for path in sorted((PROJECT / "notebooks").glob("0[0-46-9]*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", ()))
+        for match in explain(text).troubles:
+            assert "TensorRT says:" in match.line or match.line.startswith(match.card.error), match
+
+
+def test_a_question_is_looked_for_only_where_a_person_asked():
+    assert explain("The text does not stop.")
+    assert not explain("The service does not stop.\nThe service was started.")
+
+
+def test_an_error_of_the_course_names_its_kind():
+    kinds = {kind.__name__ for kind in vars(errors).values() if isinstance(kind, type) and kind is not CourseError}
+    kinds = {name for name in kinds if issubclass(getattr(errors, name), CourseError)}
+    known = {card.error for card in CARDS if any(words.startswith("^") for words in card.words)} - {"CourseError"}
+    assert known == kinds
+    for name in kinds:
+        error = getattr(errors, name)("Something happened.", cause="A reason.", fix="A way out.")
+        for text in (f"{name}: {error}", f"Traceback:\nhelpers.errors.{name}: {error}"):
+            assert [match.card.error for match in explain(text).troubles] == [name]
+
+
+def test_every_card_is_complete_and_no_earlier_one_hides_it():
+    for card in CARDS:
+        assert card.cause and card.fix
+        assert card.where in ("line", "last line", "question")
+        assert issubclass(getattr(errors, card.error), CourseError)
+        for words in card.words:
+            text = f"{words} x".replace("$ x", "").removeprefix("^").replace("...", " ")
+            first, *_ = explain(text).troubles
+            same = [c for c in CARDS if c.cause == first.card.cause or words.lower() in map(str.lower, c.words)]
+            assert card in same, words
+
+
+# ---- any input ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "x",
+        "Prompt length (",
+        ": line : ",
+        "undefined symbol tensorrt_llm ",
+        "\x1b[",
+        "\x1b]",
+        "key '",
+        "\n",
+        "Killed\r",
+    ],
+    ids=ascii,
+)
+def test_no_text_takes_longer_than_its_length(unit):
+    """10 MB of what begins a card and never ends it: searched anew from each place, they would take days."""
+    for text in (unit * (10**7 // len(unit)), "\n".join([unit * 10] * (10**6 // len(unit)))):
+        explanation = explain(text)
+        assert all(len(match.line) <= 500 for match in explanation.troubles)
+
+
+@pytest.mark.timeout(120)
+def test_a_long_log_is_searched_to_its_end(tmp_path):
+    line = "[07/02/2024-10:00:03] [TRT] [I] Fused: /layers.7/Transpose_2 + /layers.7/Reshape_4 took 0.1 ms\n"
+    path = tmp_path / "build.log"
+    path.write_text(line * 100_000 + "Killed\n")  # 10 MB
+    assert [match.line for match in explain(path).troubles] == ["Killed"]
+
+
+def test_of_an_endless_log_the_end_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "LONGEST", 100)
+    path = tmp_path / "build.log"
+    path.write_text("CUDA out of memory\n" + "x\n" * 500 + "Killed\n")
+    assert [match.line for match in explain(path).troubles] == ["Killed"]
+
+
+def test_text_in_any_encoding_is_read(tmp_path):
+    path = tmp_path / "log"
+    for content in (
+        "Größe: 3\nKilled\n".encode("latin-1"),
+        "Größe: 3\nKilled\n".encode("utf-16"),  # PowerShell's ">"
+        b"\xff\xfe\x00Killed",  # that, cut in the middle: no line of it is known, and nothing fails
+        b"\0" * 5000 + b"\nKilled\n",  # what a log that was cut while it was written begins with
+    ):
+        path.write_bytes(content)
+        explain(path)
+    path.write_bytes("Größe: 3\nKilled\n".encode("utf-16"))
+    assert explain(path).troubles[0].line == "Killed"
+    assert explain("\udcff\nKilled").troubles  # an argument that is no valid UTF-8
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "library.so"
+    path.write_bytes(random.Random(0).randbytes(10_000) + b"Killed out of memory")
+    with pytest.raises(InputError, match="is no text"):
+        explain(path)
+    os.mkfifo(tmp_path / "pipe")
+    for wrong in (path.with_name("nowhere"), tmp_path, tmp_path / "pipe", Path("x\0"), None, 5, b"Killed"):
+        with pytest.raises(InputError):
+            explain(wrong)
+
+
+def test_no_escape_sequence_reaches_the_terminal():
+    shown = str(explain("CUDA out of memory \x1b]0;title\x07 \x1b[2J \x9b2J \x08\x00 more"))
+    assert "CUDA out of memory" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
+
+
+def test_anchors_and_gaps():
+    def hits(words, text):
+        return [match.line for match in matches(text, [Card((words,), "cause", "fix")])]
+
+    assert hits("^killed$", "a\n Killed \nb") == ["Killed"]
+    assert not hits("^killed$", "Killed by\nwas Killed")
+    assert hits("a...b...c", "x\na 1 b 2 c") and not hits("a...b...c", "a\nb\nc") and not hits("a...b", "b a")
+    assert hits("^a...c$", "abc") and not hits("^a...c$", "abcd") and not hits("aa...aa", "aaa")
+
+
+# ---- from a terminal ------------------------------------------------------------------------------------------
+
+
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "helpers", "explain", *arguments], capture_output=True, **options)
+
+
+def test_the_command_takes_words_a_file_or_standard_input(tmp_path):
+    (tmp_path / "a b.log").write_text("first\nKilled\n")
+    for done in (
+        command("Killed"),
+        command("CUDA", "error:", "out", "of", "memory"),
+        command("a b.log", cwd=tmp_path),
+        command(input=b"first\r\n\xff\nKilled"),
+    ):
+        assert done.returncode == 0 and b"What ends it:" in done.stdout, done
+    unknown = command("something", "else")
+    assert unknown.returncode == 1 and b"does not know" in unknown.stdout
+    closed = command(input=b"\x7fELF" + bytes(range(32)) * 500)
+    assert closed.returncode == 1 and b"no text" in closed.stderr
