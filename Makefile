@@ -102,6 +102,7 @@ constraints: ## resolve the newest versions anew and write constraints/
 	$(RESOLVE) constraints/oldest.in -o $(TOOLS)/oldest.txt
 	$(RESOLVE) --config-file constraints/nvidia.toml constraints/trtllm.in -o $(TOOLS)/trtllm.txt
 	$(RESOLVE) constraints/vllm.in -o $(TOOLS)/vllm.txt
+	$(RESOLVE) constraints/edgellm.in -o $(TOOLS)/edgellm.txt
 	@{ echo '# Written by `make constraints` from pyproject.toml, for Python 3.10 to 3.13.'; \
 	  $(PLAIN) $(TOOLS)/course.txt; } > constraints/course.txt
 	@{ echo '# Written by `make constraints` from oldest.in, for Python 3.10 to 3.12.'; \
@@ -110,3 +111,5 @@ constraints: ## resolve the newest versions anew and write constraints/
 	  $(CUDA13) $(TOOLS)/trtllm.txt; } > constraints/trtllm.txt
 	@{ echo '# Written by `make constraints` from vllm.in, for Python 3.10 to 3.13 on Linux.'; \
 	  cat $(TOOLS)/vllm.txt; } > constraints/vllm.txt
+	@{ echo '# Written by `make constraints` from edgellm.in, for Python 3.10 to 3.12 on Linux.'; \
+	  sed -E '/^(nvidia-[a-z0-9-]*|cuda-toolkit|triton)==/d' $(TOOLS)/edgellm.txt; } > constraints/edgellm.txt

@@ -292,9 +292,11 @@ def check_tensorrt() -> Check:
 
 
 def check_environment(name: str) -> Check:
-    """TensorRT-LLM's or vLLM's own environment: does its Python start, and is it the pinned version?"""
+    """A library's own environment: does its Python start, and is it the pinned version?"""
     environment, python = environments.ENVIRONMENTS[name], environments.python_of(name)
     if python is None:
+        if not environment.driver:
+            return ok(f"not here, and needed by one section of notebook 06 only: helpers env create {name}")
         if not hardware.driver():
             return ok("not here: it needs an NVIDIA GPU; the cells that need it are skipped")
         return warning("no environment", f"helpers env create {name}, or the container of compose.yaml")
@@ -323,6 +325,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "TensorRT": check_tensorrt,
     "TensorRT-LLM": lambda: check_environment("trtllm"),
     "vLLM": lambda: check_environment("vllm"),
+    "TensorRT Edge-LLM": lambda: check_environment("edgellm"),
 }
 
 

@@ -1,4 +1,5 @@
-"""The Pythons of other environments: TensorRT-LLM and vLLM pin packages that cannot live beside this course's.
+"""The Pythons of other environments: TensorRT-LLM, vLLM and TensorRT Edge-LLM pin packages that cannot live beside
+this course's.
 
 `create` makes one from its lock in constraints/, after checking what is known to break such an installation. An
 environment that could not be finished is removed.
@@ -29,7 +30,8 @@ UNFINISHED = ".unfinished"  # a file in an environment that is still being made
 class Environment:
     """What one environment needs.
 
-    disk: bytes for the packages and, while they are installed, their downloads; estimated, not measured.
+    disk: bytes for the packages and, while they are installed, their downloads. Estimated for TensorRT-LLM and vLLM.
+    For TensorRT Edge-LLM the sum over its wheels, packed and unpacked, with PyTorch's build for CUDA.
     """
 
     title: str
@@ -38,10 +40,11 @@ class Environment:
     version: str
     pythons: tuple[str, ...]  # the versions with wheels, the best first
     disk: float
-    driver: int  # the oldest driver branch
+    driver: int  # the oldest driver branch; 0 where no GPU is needed
     indexes: tuple[str, ...]  # beside pip's own
     libraries: tuple[str, ...]  # of the system, beside libcuda
     instead: str  # the way out where it cannot be installed
+    machines: tuple[str, ...] = ("x86_64", "aarch64")  # with wheels
 
 
 ENVIRONMENTS = {
@@ -70,6 +73,20 @@ ENVIRONMENTS = {
         libraries=(),
         instead="Use a Python that has vLLM already: export COURSE_VLLM_PYTHON=/path/to/its/python",
     ),
+    # Only its exporter is used, which runs on a CPU.
+    "edgellm": Environment(
+        title="TensorRT Edge-LLM",
+        package="tensorrt-edgellm",
+        module="tensorrt_edgellm.scripts.export",
+        version="0.11.0",
+        pythons=("3.12", "3.11", "3.10"),
+        disk=9e9,
+        driver=0,
+        indexes=(),
+        libraries=(),
+        instead="Without it, notebook 06 shows a recorded export.",
+        machines=("x86_64",),
+    ),
 }
 
 
@@ -85,7 +102,7 @@ def folder(name: str) -> Path:
 
 
 def python_of(name: str) -> Path | None:
-    """The Python interpreter of environment `name` ("trtllm", "vllm"), or None where there is none.
+    """The Python interpreter of environment `name` ("trtllm", "vllm", "edgellm"), or None where there is none.
 
     Looked for in this order: the variable COURSE_<NAME>_PYTHON, `.venv-<name>/bin/python` in the course's folder, and
     for "trtllm" this interpreter, if TensorRT-LLM is installed beside it (as in NVIDIA's container).
@@ -112,7 +129,8 @@ def need_python(name: str) -> str:
         f"{environment.title} {environment.version} is not here.",
         cause="It lives in an environment of its own, and "
         + (f"{python} {state}." if python else f"neither {folder(name).name} nor {variable(name)} is there."),
-        fix=f"Without an NVIDIA GPU use backend='aot'; with one: helpers env create {name}. {environment.instead}",
+        fix=("Without an NVIDIA GPU use backend='aot'; with one: " if environment.driver else "")
+        + f"helpers env create {name}. {environment.instead}",
     )
 
 
@@ -157,22 +175,14 @@ class Problem:
 def problems(name: str, python: str = "") -> Iterator[Problem]:
     """What is known to break this environment and is so on this machine."""
     environment = ENVIRONMENTS[name]
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+    if sys.platform != "linux" or platform.machine() not in environment.machines:
+        machines = " and ".join(environment.machines)
         yield Problem(
-            f"This is {platform.system()} on {platform.machine()}; the wheels are for Linux on x86_64 and aarch64.",
-            "Use a Linux machine with an NVIDIA GPU.",
+            f"This is {platform.system()} on {platform.machine()}; the wheels are for Linux on {machines}.",
+            f"Use a Linux machine{' with an NVIDIA GPU' if environment.driver else ''}.",
         )
-    driver = hardware.driver() if _loads("libcuda.so.1") else ""
-    if not driver:
-        yield Problem(
-            "There is no NVIDIA driver (libcuda.so.1 does not load, or nvidia-smi does not answer).",
-            "Install the driver; in a container, start it with the GPU (docker run --gpus all).",
-        )
-    elif int(driver.split(".")[0]) < environment.driver:
-        yield Problem(
-            f"The NVIDIA driver is {driver}; the wheels are built for CUDA 13.",
-            f"Install driver {environment.driver} or newer.",
-        )
+    if environment.driver:
+        yield from _driver_problems(environment.driver)
     free = shutil.disk_usage(PROJECT).free
     if free < environment.disk:
         yield Problem(
@@ -197,6 +207,20 @@ def problems(name: str, python: str = "") -> Iterator[Problem]:
                 f"{library} is not there, or not where the loader looks.",
                 "Install Open MPI: apt install libopenmpi-dev",
             )
+
+
+def _driver_problems(oldest: int) -> Iterator[Problem]:
+    driver = hardware.driver() if _loads("libcuda.so.1") else ""
+    if not driver:
+        yield Problem(
+            "There is no NVIDIA driver (libcuda.so.1 does not load, or nvidia-smi does not answer).",
+            "Install the driver; in a container, start it with the GPU (docker run --gpus all).",
+        )
+    elif int(driver.split(".")[0]) < oldest:
+        yield Problem(
+            f"The NVIDIA driver is {driver}; the wheels are built for CUDA 13.",
+            f"Install driver {oldest} or newer.",
+        )
 
 
 def find_python(name: str, asked: str = "") -> str:
@@ -275,7 +299,7 @@ def _install(name: str, target: Path, base: str, explain: Explain | None) -> Pat
     target.mkdir()
     (target / UNFINISHED).touch()
     _step([base, "-m", "venv", str(target)], environment)
-    print("[3/4] Fetching the wheel, then what it needs, and installing: several GB", flush=True)
+    print("[3/4] Fetching the wheel, then what it needs, and installing: gigabytes", flush=True)
     pip = [str(interpreter), "-m", "pip", "--disable-pip-version-check"]
     indexes = [word for index in environment.indexes for word in ("--extra-index-url", index)]
     # The one wheel that matters comes first: where it cannot be had, this fails within seconds, and not after gigabytes
@@ -296,7 +320,7 @@ def _install(name: str, target: Path, base: str, explain: Explain | None) -> Pat
     print(f"[4/4] Importing {environment.module}, which can take a minute", flush=True)
     start = time.monotonic()
     try:
-        _step([str(interpreter), "-c", f"import {environment.module} as m; print(m.__version__)"], environment)
+        _step([str(interpreter), "-c", f"import {environment.module}"], environment)
     except CourseError as error:
         raise _not_importable(name, error.cause, explain) from None
     print(f"      {time.monotonic() - start:.0f} s. Ready: {shown(interpreter)}")

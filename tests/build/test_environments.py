@@ -1,5 +1,6 @@
-"""The environments of TensorRT-LLM and vLLM: which Python is taken, what is checked before one is made, and how one
-is made. It is made for real, from a small package that stands in for vLLM; the true wheels are not installed here."""
+"""The environments of TensorRT-LLM, vLLM and TensorRT Edge-LLM: which Python is taken, what is checked before one is
+made, and how one is made. It is made for real, from a small package that stands in for vLLM; the true wheels are not
+installed here."""
 
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import backends, cli
 from helpers.backends.tensorrt import builder
 from helpers.backends.tensorrt_llm.errors import explain_import
 from helpers.errors import BackendUnavailable, CourseError, InputError
@@ -167,6 +169,14 @@ def test_a_named_python_of_another_version_is_refused_not_replaced(fit, tmp_path
     assert len(found(python=str(other))) == 1 and "python3.13" in found(python=str(other))[0]
 
 
+def test_the_exporter_of_edge_llm_needs_no_gpu_and_an_x86_processor(fit, monkeypatch):
+    monkeypatch.setattr(hardware, "driver", lambda: "")
+    assert found("edgellm") == []
+    monkeypatch.setattr(environments.platform, "machine", lambda: "aarch64")
+    (problem,) = found("edgellm")
+    assert "x86_64" in problem and "GPU" not in problem
+
+
 @pytest.mark.parametrize(
     ("library", "fix"),
     [("libmpi.so.40", "libopenmpi-dev"), ("libpython", "LD_LIBRARY_PATH"), ("libcuda.so.1", "driver")],
@@ -194,6 +204,20 @@ def test_on_a_machine_that_cannot_it_fails_at_once_with_every_reason_and_the_con
     assert "There is no driver." in refused.value.what and "Install it." in refused.value.what
     assert "compose.yaml" in refused.value.fix
     assert not (project / ".venv-trtllm").exists()
+
+
+def test_who_needs_no_gpu_is_not_told_of_one(project):
+    with pytest.raises(BackendUnavailable, match="Edge-LLM") as refused:
+        environments.need_python("edgellm")
+    assert "env create edgellm" in refused.value.fix and "GPU" not in refused.value.fix
+
+
+def test_the_command_line_makes_every_environment_that_there_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(environments, "create", lambda name, **_: asked.append(name))
+    for name in environments.ENVIRONMENTS:
+        assert cli.main(["env", "create", name]) == 0
+    assert asked == list(environments.ENVIRONMENTS)
 
 
 def test_an_unknown_name_is_refused(project):
@@ -287,7 +311,29 @@ def pins(name):
 def test_a_lock_pins_the_version_that_the_course_is_made_for(name):
     wanted = environments.ENVIRONMENTS[name]
     assert pins(name)[wanted.package] == wanted.version
-    assert {"filelock", "psutil", "tqdm", "safetensors", "tokenizers"} <= pins(name).keys()  # what a worker imports
+
+
+@pytest.mark.parametrize("name", set(backends.ENVIRONMENTS.values()))
+def test_a_lock_has_what_a_worker_imports(name):
+    assert {"filelock", "psutil", "tqdm", "safetensors", "tokenizers"} <= pins(name).keys()
+
+
+def test_the_lock_of_edge_llm_keeps_what_its_release_requires_and_leaves_torch_its_build():
+    """Requires-Dist of tensorrt-edgellm 0.11.0 with the extra `export` (its wheel's METADATA)."""
+    locked = pins("edgellm")
+    for requirement in (
+        "torch==2.13.0",
+        "transformers==5.14.1",
+        "onnx==1.19.0",
+        "onnxscript==0.7.1",
+        "safetensors==0.8.0",
+        "numpy==2.2.6",
+        "onnx-graphsurgeon==0.6.1",
+    ):
+        package, version = requirement.split("==")
+        assert locked[package] == version
+    assert locked["cuda-python"].startswith("13.")
+    assert not [name for name in locked if name.startswith("nvidia-") or name in ("triton", "cuda-toolkit")]
 
 
 def test_the_lock_of_tensorrt_llm_keeps_what_its_release_requires():
