@@ -100,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("message", nargs="*", help="the message, or the file of a log; default: standard input")
     command.set_defaults(run=_explain)
 
-    command = commands.add_parser("env", help="the environments of TensorRT-LLM and vLLM")
+    command = commands.add_parser("env", help="the environments of TensorRT-LLM, vLLM and TensorRT Edge-LLM")
     actions = command.add_subparsers(required=True, metavar="ACTION")
     action = actions.add_parser("create", help="check this machine, then install from the lock in constraints/")
-    action.add_argument("name", choices=["trtllm", "vllm"])
+    action.add_argument("name", choices=["trtllm", "vllm", "edgellm"])
     action.add_argument("--python", default="", help="the Python to make it with")
     action.set_defaults(run=_env_create)
     action = actions.add_parser("list", help="which are there, and where")
