@@ -1,4 +1,4 @@
-"""The course from a terminal: helpers build, list, inspect, verify, generate, remove, model, bench, run, doctor,
+"""The course from a terminal: helpers build, list, inspect, verify, generate, chat, remove, model, bench, run, doctor,
 explain, env, gpu-check."""
 
 from __future__ import annotations
@@ -46,10 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="answer prompts with an engine")
     command.add_argument("engine")
     command.add_argument("prompts", nargs="+")
-    for name, kind in _SAMPLING_OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
     command.add_argument("--stream", action="store_true", help="print each token as it comes")
     command.set_defaults(run=_generate)
+    _add_sampling(command)
+
+    command = commands.add_parser("chat", help="talk with an engine of a model that has a chat template")
+    command.add_argument("engine")
+    command.set_defaults(run=_chat)
+    _add_sampling(command)
 
     command = commands.add_parser("remove", help="delete an engine")
     command.add_argument("engine", nargs="+")
@@ -116,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=1, help="tests and notebooks at a time; the benchmark runs alone")
     command.set_defaults(run=_gpu_check)
     return parser
+
+
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    for name, kind in _SAMPLING_OPTIONS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    command.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end an answer before it; more than one may be"
+    )
 
 
 _RECIPE_OPTIONS = {
@@ -203,7 +215,7 @@ def _generate(settings: argparse.Namespace) -> None:
     from helpers.engine import load
     from helpers.model.sampling import SamplingParams
 
-    sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS))
+    sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS), stop=settings.stop or ())
     with load(settings.engine) as engine:
         if settings.stream:
             for prompt in settings.prompts:
@@ -219,6 +231,27 @@ def _generate(settings: argparse.Namespace) -> None:
                 f"  [{len(answer.token_ids)} tokens, {answer.finish_reason}; TTFT {m.ttft_s * 1e3:.1f} ms, "
                 f"TPOT {m.tpot_s * 1e3:.2f} ms]"
             )
+
+
+def _chat(settings: argparse.Namespace) -> None:
+    from helpers.engine import load
+    from helpers.model.sampling import SamplingParams
+
+    sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS), stop=settings.stop or ())
+    with load(settings.engine) as engine:
+        messages: list[dict[str, str]] = []
+        while True:
+            try:
+                messages.append({"role": "user", "content": input("> ")})
+            except EOFError:
+                print()
+                return
+            answer = ""
+            for token in engine.stream_chat(messages, sampling):
+                print(printable(token.text), end="", flush=True)
+                answer += token.text
+            print()
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _remove(settings: argparse.Namespace) -> None:

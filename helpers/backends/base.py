@@ -9,16 +9,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from helpers.backends.answers import NOT_A_TOKEN, Generation, RunningSequence, Token
+from helpers.backends.answers import NOT_A_TOKEN, AnswerText, Generation, RunningSequence, Token
 from helpers.errors import InputError, LimitError, out_of_memory
 from helpers.machine.plain_torch import is_plain, plain_torch
 from helpers.model.prompts import as_list, is_id, no_prompt, plain_list
 from helpers.model.sampling import Sampler, SamplingParams, checked
-from helpers.model.tokenizer import IncrementalDetokenizer, Tokenizer
+from helpers.model.tokenizer import Tokenizer
 from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
@@ -88,13 +87,15 @@ class Engine(ABC):
         sampling = checked(sampling)
         batch = [self.tokenize(prompt) for prompt in as_list(prompts)]
         self._check_limits(batch, sampling.max_tokens)
-        sequences = [RunningSequence(ids) for ids in batch]
+        # Only a stop string needs an answer's text while it grows, which takes time.
+        sequences = [RunningSequence(ids, text=self._text(ids, sampling) if sampling.stop else None) for ids in batch]
         with self._lock:
             for _ in self._run(sequences, sampling):
                 pass
+        texts = ["".join(s.pieces) if s.text else self.detokenize(s.output, s.prompt) for s in sequences]
         return [
-            Generation(self.detokenize(s.output, s.prompt), s.output, s.prompt, s.finish_reason, s.metrics())
-            for s in sequences
+            Generation(text, s.output, s.prompt, s.finish_reason, s.metrics())
+            for text, s in zip(texts, sequences, strict=True)
         ]
 
     def stream(
@@ -107,7 +108,7 @@ class Engine(ABC):
         sampling = checked(sampling)
         ids = self.tokenize(prompt)
         self._check_limits([ids], sampling.max_tokens)
-        return self._stream(ids, sampling, observe)
+        return self._stream(RunningSequence(ids, text=self._text(ids, sampling)), sampling, observe)
 
     def chat(self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None) -> Generation:
         """Answer a conversation: [{"role": "user", "content": "Hello!"}, ...], by the model's own chat template."""
@@ -254,24 +255,23 @@ class Engine(ABC):
             self._check_not_overtaken(request)
             logits = self._guarded(next_logits)
 
-    def _stream(self, ids: list[int], sampling: SamplingParams, observe: Observer | None) -> Iterator[Token]:
-        sequence = RunningSequence(ids)
+    def _stream(self, sequence: RunningSequence, sampling: SamplingParams, observe: Observer | None) -> Iterator[Token]:
         steps = self._run([sequence], sampling, observe)
-        detokenizer = IncrementalDetokenizer(self.tokenizer, ids)
-        held: Token | None = None  # ends inside a character; if it is the last, it brings what there is of that one
-        while True:
-            if not sequence.finish_reason:
-                self._check_usable()
+        given, text = 0, sequence.text
+        while not sequence.finish_reason:
+            self._check_usable()
             with self._lock:
-                ended = next(steps, None) is None or sequence.finish_reason == "stop"
-            if held:
-                yield replace(held, text=held.text + detokenizer.end()) if ended else held
-            if ended:
-                return
-            token = Token(sequence.output[-1], detokenizer.add(sequence.output[-1]), sequence.times[-1])
-            held = token if detokenizer.holds_back else None
-            if not held:
-                yield token
+                next(steps, None)
+            # A token whose text is held back waits for the next: if it is the last, it brings what there is.
+            waits = bool(not sequence.finish_reason and text and text.holds_back)
+            for at in range(given, len(sequence.output) - waits):
+                yield Token(sequence.output[at], sequence.pieces[at], sequence.times[at])
+            given = max(given, len(sequence.output) - waits)
+
+    def _text(self, prompt: list[int], sampling: SamplingParams) -> AnswerText:
+        if sampling.stop:
+            self._need_tokenizer()
+        return AnswerText(self.tokenizer, prompt, sampling.stop)
 
     def _claim(self) -> int:
         """Begin a request: the cache is its own from here on. Call it with the lock held."""
@@ -305,9 +305,9 @@ class Engine(ABC):
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise InputError(
-                "This model has no tokenizer.json, so it takes no text.",
+                "This model has no tokenizer.json, so it knows no text.",
                 cause="Dummy weights of a bare configuration, or a checkpoint with a slow tokenizer only.",
-                fix="Give the prompt as a list of token ids.",
+                fix="Give the prompt as a list of token ids, and no stop strings.",
             )
         return self.tokenizer
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from helpers.errors import InputError, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from torch import Tensor
@@ -31,6 +31,8 @@ class SamplingParams:
     seed                same seed, same text; None takes a new one each time
     max_tokens          most new tokens
     ignore_eos          go on after the end token (benchmarks need equal lengths)
+    stop                texts that end the answer, one or several: its text ends before the first of them, while its
+                        token_ids are all that were generated. An end token is no text; it ends an answer by itself
     """
 
     temperature: float = 1.0
@@ -40,6 +42,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 64
     ignore_eos: bool = False
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, lambda v: v >= 0, "0 or more (0 is greedy)")
@@ -49,6 +52,10 @@ class SamplingParams:
         _whole("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**63 - 1)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"SamplingParams.stop is {shown(self.stop)}.", fix="Give a text, or a list of texts.")
+        object.__setattr__(self, "stop", tuple(stop))  # of one form, whatever was given
 
     @property
     def greedy(self) -> bool:

@@ -102,6 +102,11 @@ def test_an_engine_in_a_worker_answers_as_it_does_in_this_process(remote, recipe
         streamed = list(engine.stream(PROMPTS[0], GREEDY))  # whatever is printed meanwhile
         assert [token.token_id for token in streamed] == expected.token_ids
         assert "".join(token.text for token in streamed) == expected.text
+        stop = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop=expected.text[5:8])
+        ended = local.generate(PROMPTS[0], stop)[0]
+        assert ended.finish_reason == "stop" and len(ended.text) <= 5
+        answers = [engine.generate(PROMPTS[0], stop)[0], local.generate(PROMPTS[0], stop)[0]]
+        assert [(a.text, a.token_ids, a.finish_reason) for a in answers] == [(ended.text, ended.token_ids, "stop")] * 2
         assert (engine.logits(PROMPTS[1]) - local.logits(PROMPTS[1])).abs().max().item() < 1e-5
 
 

@@ -261,6 +261,18 @@ def test_text_goes_in_and_out_by_the_engines_own_tokenizer(folder):
         assert answer.text == engine.detokenize(answer.token_ids)
 
 
+def test_a_stop_string_ends_an_answer_and_the_next_request_waits_for_the_rest(folder):
+    with load(folder) as engine:
+        texts = [engine.detokenize([token], [10]) for token in range(11, 20)]
+        sampling = SamplingParams(temperature=0, max_tokens=9, stop=texts[2] + texts[3])
+        for answer in [*engine.generate([[10], [10]], sampling), *engine.generate([10], sampling)]:
+            assert (answer.text, answer.token_ids) == ("".join(texts[:2]), [11, 12, 13, 14])
+            assert answer.finish_reason == "stop"
+        tokens = list(engine.stream([10], sampling))
+        assert [token.text for token in tokens] == [*texts[:2], "", ""]
+        assert engine.generate([10], GREEDY)[0].token_ids == [11, 12, 13, 14]
+
+
 def test_a_stream_hands_out_what_generate_returns(folder):
     with load(folder) as engine:
         tokens = list(engine.stream("Once", GREEDY))

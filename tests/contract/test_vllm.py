@@ -50,6 +50,17 @@ def test_the_end_token_stops_an_answer_and_is_not_part_of_it(stand_in, monkeypat
         assert len(answer.token_ids) == 9
 
 
+def test_a_stop_string_ends_an_answer_and_the_next_request_waits_for_the_rest(stand_in):
+    with load(BuildRecipe(**LIMITS)) as engine:  # the stand-in counts up from token 3, which is "!"
+        sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, stop=["#$", "%"])
+        for answer in engine.generate(["Once", "Once upon a time"], sampling):
+            assert (answer.text, answer.token_ids, answer.finish_reason) == ('!"', [3, 4, 5, 6], "stop")
+        tokens = list(engine.stream("Once", sampling))
+        assert [token.text for token in tokens] == ["!", '"', "", ""]
+        plain = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        assert engine.generate("Once", plain)[0].token_ids == [3, 4, 5]
+
+
 def test_a_stream_left_early_does_not_disturb_the_next_request(stand_in):
     with load(BuildRecipe(**LIMITS)) as engine:
         stream = engine.stream("Once", SamplingParams(max_tokens=20))

@@ -382,3 +382,26 @@ def test_a_template_is_rendered_whatever_files_lie_in_the_current_folder(tmp_pat
         (tmp_path / name).write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     assert ChatTemplate("{{ messages | tojson }}", {}).render([USER]) == json.dumps([USER])
+
+
+def test_a_conversation_in_a_terminal(tmp_path, monkeypatch, capsys):
+    """Each answer is a part of the conversation that the next one is asked for with."""
+    from helpers.cli import main
+
+    tokenizer = load_tokenizer(model(tmp_path, "{% for message in messages %}{{ message.content }}|{% endfor %}"))
+    engine = Scripted([*tokenizer.encode(" a river.", False), 2], tokenizer=tokenizer)
+    prompts, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, *more, **named: prompts.append(text) or encode(text))
+    monkeypatch.setattr("helpers.engine.load", lambda name: engine)
+    typed = iter(["Once", "Go on"])
+
+    def type_a_line(_):
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", type_a_line)
+    assert main(["chat", "an engine", "--temperature", "0", "--stop", "river", "--stop", "?"]) == 0
+    assert prompts == ["Once|", "Once| a |Go on|"]
+    assert capsys.readouterr().out == " a \n a \n\n"
+    assert engine.closed

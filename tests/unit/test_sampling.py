@@ -179,3 +179,22 @@ def test_a_wrong_setting_is_refused_naming_it_and_its_value(name, value):
         SamplingParams(**{name: value})
     assert f"{name} is {value!r}" in refused.value.what
     assert refused.value.fix
+
+
+# ---- stop strings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(None, ()), ((), ()), ([], ()), ("\n\n", ("\n\n",)), (["a", "b"], ("a", "b")), (("a",), ("a",))],
+)
+def test_stop_takes_one_text_or_several_and_keeps_them_in_one_form(given, kept):
+    assert SamplingParams(stop=given).stop == kept
+    assert hash(SamplingParams(stop=given)) == hash(SamplingParams(stop=kept))
+    assert SamplingParams(stop=given) == SamplingParams(stop=kept)
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], 7, [7], {"a": 1}, [["a"]], b"a", {"a"}, iter("ab")], ids=repr)
+def test_what_is_no_stop_string_is_refused(stop):
+    with pytest.raises(InputError, match="stop"):
+        SamplingParams(stop=stop)

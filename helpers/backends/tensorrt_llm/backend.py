@@ -18,12 +18,12 @@ from helpers.backends.remote import RemoteEngine
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import layers
 from helpers.digests import file_digest
-from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, ModelError
+from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, InputError, ModelError
 from helpers.machine import environments
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.config import ModelConfig, load_config, read_config, read_fields
-from helpers.model.sampling import SamplingParams
+from helpers.model.sampling import SamplingParams, checked
 from helpers.model.tokenizer import load_tokenizer
 from helpers.progress import Progress, say
 from helpers.recipe import BuildRecipe
@@ -195,7 +195,10 @@ def model_runner(
     In a worker of its own: close a loaded engine before, for two of them on one GPU can hang.
     """
     fraction = settings(recipe)["free_gpu_memory_fraction"]
-    fields = {**vars(sampling or SamplingParams()), "end_ids": list(load_config(folder).eos_token_ids)}
+    sampling = checked(sampling)
+    if sampling.stop:
+        raise InputError("ModelRunner takes no stop strings here.", fix="Use generate, or leave `stop` out.")
+    fields = {**vars(sampling), "end_ids": list(load_config(folder).eos_token_ids)}
     with start_worker() as worker:
         arguments = {"prompts": prompts, "sampling": fields, "cpp": cpp, "memory_fraction": fraction}
         return worker.call("walk", time_limit=LOAD_LIMIT_S, engine_dir=str(folder / FOLDER), **arguments)
