@@ -1,6 +1,6 @@
 """Train the bundled model on stories drawn from the grammar, and write it in Hugging Face format.
 
-    python -m helpers.maintain.train_stories --out helpers/stories/checkpoint
+    python -m helpers.maintain.train_stories --out helpers/model/stories/checkpoint
 
 Every training story is fresh: the script draws as many as the training takes, so the model can not learn any
 by heart and its loss can only approach the grammar's entropy from above. On one H100 it takes a few minutes.
@@ -25,12 +25,15 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from helpers.model.stories.evaluate import held_out_loss, parse_share, sample_stories, story_loss
-from helpers.model.stories.grammar import draw_corpus, entropy
+from helpers import BuildRecipe, SamplingParams, load
+from helpers.backends.base import Engine
+from helpers.bench import quality
+from helpers.model.stories.grammar import Story, draw_corpus, entropy, parses
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 PAD_ID, BOS_ID, END_ID = 0, 1, 2
@@ -38,6 +41,8 @@ VOCABULARY = 2048
 CHUNK = 2000  # stories a worker draws at a time
 TOKENIZER_CHUNKS = 10  # the tokenizer is trained on the first 20,000 training stories
 HELD_OUT_STORIES = 2000
+SAMPLED = 200  # stories at each temperature
+LONGEST = 256  # tokens of a sampled story; one that has not ended by then is cut
 SIZE_LIMIT = 16 * 2**20  # bytes; the checkpoint is tracked by git
 
 # Written in the form of transformers 4, which 5 reads too; hence both names of the data type.
@@ -138,6 +143,44 @@ def build_corpus(stories: int, seed: int) -> tuple[Tokenizer, torch.Tensor, int]
     return tokenizer, torch.from_numpy(padded), int(lengths.sum()) - stories
 
 
+def story_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy (nats) of the next token over a padded batch [stories, length], padding left out."""
+    # Padding is on the right, so causal attention keeps it out of sight and no attention mask is needed.
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD_ID)
+
+
+def held_out_loss(engine: Engine, stories: list[Story]) -> tuple[float, float]:
+    """The model's loss and the grammar's own on the same stories, both in nats per token.
+
+    A story's tokens are those that the model predicts: its text and the end token, not the begin token. The
+    difference of the two numbers is what the model has not learned.
+    """
+    encoded = [[*engine.tokenize(story.text), END_ID] for story in stories]
+    chunks = (encoded[start : start + SAMPLED] for start in range(0, len(encoded), SAMPLED))
+    surprise = torch.cat([quality.score(engine, chunk, quiet=True).surprise for chunk in chunks])
+    return surprise.mean().item(), -sum(story.log_probability for story in stories) / len(surprise)
+
+
+def sample_stories(engine: Engine, n: int, temperature: float, seed: int) -> list[str]:
+    """`n` stories without a prompt, in one batch. Not by `generate`: with one seed it gives one story n times."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = engine.prefill([[BOS_ID]] * n)
+    columns: list[torch.Tensor] = []
+    ended = torch.zeros(n, dtype=torch.bool)
+    while len(columns) < LONGEST and not ended.all():
+        columns.append(torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=generator)[:, 0])
+        ended |= columns[-1] == END_ID
+        logits = engine.decode(columns[-1])
+    rows = torch.stack(columns, 1).tolist()
+    return [engine.detokenize(row[: row.index(END_ID)] if END_ID in row else row) for row in rows]
+
+
+def parse_share(texts: list[str]) -> float:
+    """The share (0 to 1) of the texts that the grammar could have told."""
+    return sum(map(parses, texts)) / len(texts)
+
+
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over 3 % of the steps, then a cosine down to zero: it ends on settled weights."""
     warmup = max(1, steps * 3 // 100)
@@ -164,7 +207,7 @@ def train(
             group["lr"] = learning_rate_at(step, steps, peak)
         tokens = corpus[step * batch : (step + 1) * batch].long()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = story_loss(model, tokens, PAD_ID)
+            loss = story_loss(model, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -230,10 +273,10 @@ pipeline_tag: text-generation
 # stories: the bundled model
 
 A Llama of {parameters:,} parameters that tells short children's stories. It was trained from scratch by
-`helpers/stories/train.py` on stories drawn from the seeded grammar in `helpers/stories/grammar.py`: nobody
-else's text went into it, and it knows nothing but these stories. It is there to be compiled, measured and
-sampled from: small enough for any machine, with head size {head_dim} and grouped key and value heads as large
-models have.
+`helpers/maintain/train_stories.py` on stories drawn from the seeded grammar in
+`helpers/model/stories/grammar.py`: nobody else's text went into it, and it knows nothing but these stories. It is
+there to be compiled, measured and sampled from: small enough for any machine, with head size {head_dim} and grouped
+key and value heads as large models have.
 
 Prompts that it knows: "Once upon a time", "Long ago", "One morning", "Hello, my name is".
 
@@ -310,15 +353,16 @@ def main(arguments: list[str] | None = None) -> None:
     print("evaluating the saved weights ...", flush=True)
     # Loaded again as a user would: what counts is the rounded weights, evaluated without further rounding.
     torch.set_float32_matmul_precision("highest")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.out)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.out).float().to(options.device).eval()
     held_out = draw_corpus(HELD_OUT_STORIES, f"held-out-{options.seed}")
-    loss, floor = held_out_loss(model, tokenizer, held_out)
-    sampled = 200
-    shares = {
-        temperature: parse_share(sample_stories(model, tokenizer, sampled, temperature, options.seed))
-        for temperature in (0.7, 1.0, 1.5)
+    limits: dict[str, Any] = {
+        "max_batch_size": SAMPLED,
+        "max_input_len": 64,
+        "max_seq_len": CONFIG["max_position_embeddings"],
     }
+    with load(BuildRecipe(str(options.out), "pytorch", device=options.device, **limits)) as engine:
+        loss, floor = held_out_loss(engine, held_out)
+        shares = {t: parse_share(sample_stories(engine, SAMPLED, t, options.seed)) for t in (0.7, 1.0, 1.5)}
+        greedy = engine.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=LONGEST))[0].text
     seen = {row.tobytes() for row in corpus.numpy()}
     encoded = [[*fast_tokenizer.encode(story.text).ids, END_ID] for story in held_out]
     width = corpus.shape[1]
@@ -328,8 +372,8 @@ def main(arguments: list[str] | None = None) -> None:
         parameters=sum(p.numel() for p in model.parameters()),
         held_out=len(held_out), seed=options.seed, floor=floor, loss=loss, excess=loss / floor - 1,
         entropy=entropy(), tokens_per_story=tokens / stories,
-        sampled=sampled, share_cool=shares[0.7], share_plain=shares[1.0], share_hot=shares[1.5],
-        greedy=sample_stories(model, tokenizer, 1, 0.0, prompt="Once upon a time")[0],
+        sampled=SAMPLED, share_cool=shares[0.7], share_plain=shares[1.0], share_hot=shares[1.5],
+        greedy="Once upon a time" + greedy,
         command="python -m helpers.maintain.train_stories --out DIR"
         f" --steps {options.steps} --batch {options.batch} --learning-rate {options.learning_rate:g}"
         f" --seed {options.seed} --device {options.device}",

@@ -13,6 +13,7 @@ import torch
 from conftest import GREEDY, PROMPTS, STORIES, limits
 
 from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
+from helpers.bench import quality
 from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, OutOfMemory, WorkerError
 
 
@@ -214,28 +215,33 @@ def test_prompts_read_together_answer_as_alone(built, checkpoint, monkeypatch):
 # ---- precision --------------------------------------------------------------------------------------------
 
 
-def loss_of(engine, texts) -> float:
-    """Nats per token of held-out stories, each token fed through the engine's decode."""
-    total = count = 0
-    for text in texts:
-        ids = [*engine.tokenize(text), 2]
-        logits = engine.prefill([ids[:1]])
-        for token in ids[1:]:
-            total -= logits[0].float().log_softmax(-1)[token].item()
-            count += 1
-            logits = engine.decode(torch.tensor([token]))
-    return total / count
+@pytest.fixture(scope="module")
+def passages(aot):
+    """Held-out stories with their end token, as ids."""
+    return [[*aot.tokenize(story.text), 2] for story in STORIES[:4]]
 
 
-def test_lower_precision_keeps_the_held_out_loss(aot, int8, bf16, stories_reference):
-    from helpers.model.stories.evaluate import held_out_loss
+def test_lower_precision_keeps_the_held_out_loss(aot, int8, bf16, passages, stories_reference):
+    model, _ = stories_reference
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids])).logits[0, :-1] for ids in passages]
+    targets = torch.cat([torch.tensor(ids[1:]) for ids in passages])
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), targets).item()
+    exact = quality.score(aot, passages, quiet=True)
+    assert exact.loss == pytest.approx(loss, rel=1e-4)
+    for engine in (int8, bf16):
+        rounded = quality.score(engine, passages, quiet=True)
+        assert rounded.loss == pytest.approx(loss, rel=0.01)
+        assert 0 < rounded.kl(exact) < 0.01 and rounded.greedy_kept(exact) > 0.97
 
-    stories = STORIES[:4]
-    exact, _ = held_out_loss(*stories_reference, stories)
-    texts = [story.text for story in stories]
-    assert loss_of(aot, texts) == pytest.approx(exact, rel=1e-4)
-    assert loss_of(int8, texts) == pytest.approx(exact, rel=0.01)
-    assert loss_of(bf16, texts) == pytest.approx(exact, rel=0.01)
+
+def test_a_wrong_scale_raises_the_loss(int8_folder, passages):
+    with load(int8_folder) as engine:
+        exact = quality.score(engine, passages, quiet=True)
+        scales = [tensor for name, tensor in engine.weights.items() if "scale" in name]
+        scales[0].mul_(2)
+        change, margin = quality.score(engine, passages, quiet=True).change(exact)
+    assert change > margin
 
 
 def test_lower_precision_keeps_logits_close(aot, int8, bf16):

@@ -236,6 +236,15 @@ def parse(text: str) -> float:
     return next(derivations(text))
 
 
+def parses(text: str) -> bool:
+    """Whether this is a story that the grammar could have told."""
+    try:
+        parse(text)
+    except ParseError:
+        return False
+    return True
+
+
 def entropy() -> float:
     """The entropy of the grammar in nats per story. Exact, since no rule is chosen by the words drawn."""
     return _entropy(Expand("STORY"))
