@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -11,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from helpers.errors import BackendUnavailable
-from helpers.machine import commands
+from helpers.machine import commands, limits
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,9 @@ def free_memory() -> int:
     """Bytes that this process can still take: what the system has free, less what a container's limit leaves out."""
     import psutil
 
+    left = limits.memory()
     free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, so no limit to obey
-    return max(0, free)
+    return free if left is None else min(free, left)
 
 
 def peak_host_bytes(pid: int | str = "self") -> int:
@@ -110,13 +106,18 @@ def peak_host_bytes(pid: int | str = "self") -> int:
 def free_cores() -> int:
     """Cores this process may run on: the scheduler's mask, less what a container's quota leaves out."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, so no quota to obey
-    return cores
+    granted = limits.cores()
+    return cores if granted is None else min(cores, max(1, int(granted)))
+
+
+@cache
+def cache_bytes() -> int:
+    """The processor's largest cache, as Linux tells its size; 32 MB where nobody does."""
+    sizes = [32 * 2**20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes)
 
 
 def default_threads(weight_bytes: int) -> int:

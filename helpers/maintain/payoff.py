@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record, read
@@ -35,16 +36,17 @@ def draw(axes: Axes, record: Record, model: str) -> None:
         colour, hatch = (COLOURS[0], HATCHES[0]) if engine else (COLOURS[1], HATCHES[1])
         axes.barh(place, median, 0.6, color=colour, hatch=hatch, edgecolor="white")
         axes.plot([least, most], [place, place], color="black", marker="|")
-        axes.text(max(most, median), place, f"  {median:.2f} ms", va="center")
+        axes.text(max(most, median), place, f"  {median:.2f} ms, least {least:.2f}", va="center")
     axes.set_yticks(range(len(rows)), [f"{WORDS[row.backend]}, {row.precision}" for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, max(row.spread("tpot_s")[1] for row in rows) * 1.2e3)
-    axes.set_title(f"{record.place}\n{model}", loc="left", fontsize="small")
+    axes.set_xlim(0, max(row.spread("tpot_s")[1] for row in rows) * 1.35e3)
+    place_and_remarks = textwrap.fill(f"{record.place}{record.remarks(1)}", 115)
+    axes.set_title(f"{place_and_remarks}\n{model}", loc="left", fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
-    figure, first = new_figure(width=8.0, height=4.6)
+    figure, first = new_figure(width=8.0, height=5.0)
     first.remove()
     for axes, (name, model) in zip(figure.subplots(len(RECORDS), 1), RECORDS.items(), strict=True):
         draw(axes, read(REFERENCES / name), model)
