@@ -1,9 +1,10 @@
-"""Engines that were built elsewhere, to be looked at where TensorRT cannot build: on macOS, for example.
+"""Engines and exports that were made elsewhere, to be looked at where they cannot be made: on macOS, for example.
 
     folder = recorded("block", "fp16")       # says in one line when, where and by what it was built
     inspect(folder)                          # its report, as that of any engine
 
 A recording is an engine's folder without its plan file: the report, and the manifest with the word "recorded" in it.
+That of an export by TensorRT Edge-LLM ("edge_llm", MODEL) is its folder without weights: the ONNX file and a manifest.
 helpers/maintain/recordings.py writes them.
 """
 
@@ -18,18 +19,18 @@ FOLDER = Path(__file__).parent / "recordings"
 
 
 def recorded(label: str, kind: str, *, quiet: bool = False) -> Path:
-    """The folder of a recorded engine: "block" and how it was built. Raises EngineNotFound."""
+    """The folder of a recording: "block" and how it was built, for example. Raises EngineNotFound."""
     names = sorted(path.name for path in FOLDER.iterdir())
     if f"{label}-{kind}" not in names:
         raise EngineNotFound(f"There is no recording of '{label}-{kind}'.", fix=f"There are: {', '.join(names)}.")
     folder = FOLDER / f"{label}-{kind}"
     if not quiet:
-        print(f"Recorded engine {folder.name}: {words(folder)}. It was not built on this machine.")
+        print(f"Recorded {folder.name}: {words(folder)}. It was not built on this machine.")
     return folder
 
 
 def words(folder: Path) -> str:
-    """When, where and by what a recorded engine was built."""
+    """When, where and by what a recording was made."""
     manifest = store.read_manifest(folder)
     details, machine = manifest["details"], manifest["hardware"]
     by = f"{details['provider']} {details['version']}"

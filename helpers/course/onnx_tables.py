@@ -1,0 +1,141 @@
+"""What is in an ONNX file of a language model, as tables: its nodes, one plugin's node, its inputs and outputs; and two
+such files side by side. Weights are never read."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from helpers.backends.tensorrt import llama_onnx, onnx_export
+from helpers.display import Table
+from helpers.model.checkpoint import find_checkpoint
+
+PLAIN = ("", "ai.onnx")  # the domain of ONNX's own operators; a node of any other is a plugin
+PRODUCTS = ("MatMul", "Gemm")
+
+
+def read(path: Path | str) -> ModelProto:
+    return onnx_export.read(Path(path), weights=False)
+
+
+def course_graphs(model: Path | str, *, cache_length: int = 1024) -> list[ModelProto]:
+    """The graphs that this course's `tensorrt` backend builds engines from: prefill and decode, in fp16."""
+    checkpoint = find_checkpoint(str(model))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, config = Path(temporary), checkpoint.config
+        weights = llama_onnx.write_weights(checkpoint, "fp16", cache_length, folder)
+        sizes: dict[str, Any] = {"cache_length": cache_length, "batch_sizes": (1, 4)}
+        return [
+            read(llama_onnx.write(graph, config, weights, folder, precision="fp16", **sizes))
+            for graph in (llama_onnx.PREFILL, llama_onnx.DECODE)
+        ]
+
+
+def operators(model: ModelProto, caption: str = "") -> Table:
+    counts = Counter((node.op_type, _library(node)) for node in model.graph.node)
+    return Table(caption, ("operator", "defined by", "nodes"), [(*key, n) for key, n in counts.most_common()])
+
+
+def plugin_node(model: ModelProto, caption: str = "") -> Table:
+    """The first node that is no ONNX operator: what it reads and writes, and its attributes."""
+    node = next(node for node in model.graph.node if is_plugin(node))
+    graph = model.graph
+    types = {value.name: _type(value) for value in (*graph.input, *graph.output, *graph.value_info)}
+    rows = [("input", name, types.get(name, "")) for name in node.input if name]
+    rows += [("output", name, types.get(name, "")) for name in node.output]
+    rows += [("attribute", a.name, _attribute(helper.get_attribute_value(a))) for a in node.attribute]
+    return Table(caption or f"One {node.op_type} of {node.domain}", ("", "name", "type or value"), rows)
+
+
+def interface(model: ModelProto, caption: str = "") -> Table:
+    """Inputs and outputs; those that differ only in a number at their name's end, such as a layer's, are one row."""
+    rows = [("input", *row) for row in _families(model.graph.input)]
+    rows += [("output", *row) for row in _families(model.graph.output)]
+    return Table(caption, ("", "how many", "name", "type and shape"), rows)
+
+
+def compare(graphs: Mapping[str, Sequence[ModelProto]], caption: str = "") -> Table:
+    """A column for each title. Where a model is several graphs, each has its own number."""
+
+    def plugins(model: ModelProto) -> str:
+        counts = Counter(node.op_type for node in model.graph.node if is_plugin(node))
+        return ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
+
+    def products(model: ModelProto) -> int:
+        return sum(node.op_type in PRODUCTS and not is_plugin(node) for node in model.graph.node)
+
+    def axes(model: ModelProto) -> str:
+        names = dict.fromkeys(d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim)
+        return ", ".join(filter(None, names)) or "none"
+
+    rows = {
+        "graphs": lambda models: len(models),
+        "nodes": _each(lambda model: f"{len(model.graph.node):,}"),
+        "of them plugins": _each(plugins),
+        "kinds of ONNX operator": _each(lambda m: len({n.op_type for n in m.graph.node if not is_plugin(n)})),
+        "matrix products in ONNX": _each(products),
+        "KV cache, read": _each(lambda model: _cache(model.graph.input)),
+        "KV cache, written": _each(lambda model: _cache(model.graph.output)),
+        "open axes": _each(axes),
+        "weights, MB": _each(lambda model: f"{weights_bytes(model) / 1e6:,.0f}"),
+    }
+    return Table(caption, ("", *graphs), [(name, *map(row, graphs.values())) for name, row in rows.items()])
+
+
+def _each(value: Any) -> Any:
+    """The value of a single graph; of several, each with the graph's name."""
+
+    def cell(models: Sequence[ModelProto]) -> Any:
+        if len(models) == 1:
+            return value(models[0])
+        return "; ".join(f"{model.graph.name}: {value(model)}" for model in models)
+
+    return cell
+
+
+def _cache(values: Iterable[ValueInfoProto]) -> str:
+    """Keys and values have axes for heads and for a head's size, so four or more; nothing else here has."""
+    rows = _families(value for value in values if len(value.type.tensor_type.shape.dim) >= 4)
+    return ", ".join(f"{count} {name} {kind}" for count, name, kind in rows) or "none"
+
+
+def _families(values: Iterable[ValueInfoProto]) -> list[tuple[int, str, str]]:
+    counts = Counter((re.sub(r"\d+$", "N", value.name), _type(value)) for value in values)
+    return [(n, name, kind) for (name, kind), n in counts.items()]
+
+
+def is_plugin(node: NodeProto) -> bool:
+    return node.domain not in PLAIN
+
+
+def _library(node: NodeProto) -> str:
+    return node.domain if is_plugin(node) else "ONNX"
+
+
+def _type(value: ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    shape = ", ".join(d.dim_param or str(d.dim_value) for d in tensor.shape.dim)
+    return f"{TensorProto.DataType.Name(tensor.elem_type).lower()} [{shape}]"
+
+
+def _attribute(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def weights_bytes(model: ModelProto) -> int:
+    """Bytes of the constants, by their shapes: where they lie in another file, that is not opened."""
+    bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
+    total = 0
+    for tensor in model.graph.initializer:
+        width = bits.get(tensor.data_type) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        total += math.prod(tensor.dims) * width // 8
+    return total
