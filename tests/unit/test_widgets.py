@@ -1,5 +1,6 @@
 """The widgets without a browser: their plain functions, and their callbacks called directly."""
 
+import asyncio
 import base64
 
 import pytest
@@ -7,9 +8,13 @@ import torch
 
 pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
 
+from conftest import Scripted
+from test_chat import TEMPLATES, model
+
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.course import widgets
 from helpers.errors import InputError, LimitError, NumericsError
+from helpers.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,26 @@ def test_controls_are_off_while_it_runs(explorer, monkeypatch):
     assert seen and all(seen)
 
 
+def test_stop_ends_the_text_and_other_clicks_are_ignored_meanwhile(explorer, monkeypatch):
+    shown = []
+    monkeypatch.setattr(explorer, "_show_text", shown.append)
+
+    async def click():
+        explorer.button.click()
+        while len(shown) < 3:
+            await asyncio.sleep(0)
+        for _ in range(3):
+            explorer.button.click()
+        chart = explorer.chart.value
+        explorer.temperature.value = 0.1  # a slider that was moved before it was off
+        assert explorer.chart.value == chart and not explorer.stop_button.disabled
+        explorer.stop_button.click()
+        await explorer.task
+
+    asyncio.run(click())
+    assert 3 <= len(shown) <= 5 and explorer.stop_button.disabled and not explorer.button.disabled
+
+
 def test_moving_a_slider_moves_the_distribution(explorer):
     before = explorer.chart.value
     explorer.temperature.value = 0
@@ -103,16 +128,16 @@ def test_moving_a_slider_moves_the_distribution(explorer):
 
 def test_errors_are_shown_and_go_away(explorer):
     explorer.prompt.value = "word " * 80
-    assert "LimitError" in explorer.messages.outputs[0]["text"]
+    assert "LimitError" in explorer.errors.outputs[0]["text"]
     assert explorer.chart.value == "" and not explorer.button.disabled
     explorer.prompt.value = "Long ago"
-    assert explorer.messages.outputs == ()
+    assert explorer.errors.outputs == ()
 
 
 def test_a_fault_of_ours_is_shown_too(explorer, monkeypatch):
     monkeypatch.setattr(widgets, "stream_choices", lambda *_: 1 / 0)
     explorer.button.click()
-    assert "ZeroDivisionError" in explorer.messages.outputs[0]["text"]
+    assert "ZeroDivisionError" in explorer.errors.outputs[0]["text"]
 
 
 def test_a_prompt_is_text_and_nothing_else(explorer):
@@ -160,3 +185,128 @@ def test_two_that_show_choices_do_not_mix(engine):
     with pytest.raises(InputError):
         next(first)
     assert len(list(second)) == 11
+
+
+# ---- chat -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(model(tmp_path_factory.mktemp("chat"), TEMPLATES["gemma"]))
+
+
+@pytest.fixture
+def talker(tokenizer):
+    """An engine that answers every question with the same words."""
+    return Scripted([*tokenizer.encode("By the <b>river</b>.", False), 2], tokenizer=tokenizer)
+
+
+@pytest.fixture
+def talk(talker):
+    return widgets.chat(talker, sampling=SamplingParams(temperature=0, max_tokens=60))
+
+
+def pressed_enter(talk, text):
+    talk.question.value = text
+    talk.question._handle_custom_msg({"event": "submit"}, [])
+
+
+ANSWER = {"role": "assistant", "content": "By the <b>river</b>."}
+
+
+def test_enter_and_send_answer_with_all_that_was_said(talk, talker, monkeypatch):
+    asked = []
+    tokenize = talker.tokenize_chat
+    monkeypatch.setattr(talker, "tokenize_chat", lambda messages: asked.append(messages) or tokenize(messages))
+    pressed_enter(talk, "Where?")
+    assert talk.messages == [{"role": "user", "content": "Where?"}, ANSWER] and talk.question.value == ""
+    talk.question.value = "Who?"
+    talk.button.click()
+    assert asked == [talk.messages[:1], talk.messages[:3]] and talk.messages[3] == ANSWER
+    assert "&lt;b&gt;river" in talk.text.value and "<b>river" not in talk.text.value
+    pressed_enter(talk, "  ")  # nothing to send
+    assert len(talk.messages) == 4 and talk.question.value == "  "
+    talk.anew.click()
+    assert talk.messages == [] and "has not begun" in talk.text.value
+
+
+def test_an_answer_can_be_stopped_and_what_is_clicked_meanwhile_does_not_queue(talk):
+    async def click():
+        pressed_enter(talk, "Where?")
+        while "By" not in talk.text.value:
+            await asyncio.sleep(0)
+        pressed_enter(talk, "Who?")
+        talk.button.click()
+        talk.anew.click()
+        assert talk.button.disabled and talk.anew.disabled and not talk.question.disabled
+        talk.stop_button.click()
+        await talk.task
+
+    asyncio.run(click())
+    question, answer = talk.messages
+    assert ANSWER["content"].startswith(answer["content"]) and "By" in answer["content"] != ANSWER["content"]
+    assert talk.question.value == "Who?" and not talk.button.disabled and talk.stop_button.disabled
+
+
+def test_the_last_letters_may_come_after_enter(talk):
+    async def click():
+        pressed_enter(talk, "Wh")
+        await asyncio.sleep(0)
+        talk.question.value = "Where?"
+        await talk.task
+
+    asyncio.run(click())
+    assert talk.messages[0]["content"] == "Where?"
+
+
+def test_settings_are_those_of_the_controls_and_the_rest_as_given(talker):
+    talk = widgets.chat(talker, sampling=SamplingParams(temperature=0.5, top_p=0.8, stop="x", seed=3, max_tokens=9))
+    assert talk.sampling() == SamplingParams(temperature=0.5, top_p=0.8, stop="x", seed=3, max_tokens=9)
+    talk.temperature.value, talk.max_tokens.value = 0, 3
+    pressed_enter(talk, "Where?")
+    assert len(talker.tokenizer.encode(talk.messages[1]["content"], False)) <= 3
+    with pytest.raises(InputError, match="cannot show"):
+        widgets.chat(talker, sampling=SamplingParams(temperature=2.5))
+    with pytest.raises(InputError, match="SamplingParams"):
+        widgets.chat(talker, sampling=0.7)
+
+
+def test_errors_are_shown_with_cause_and_fix_and_the_message_is_not_lost(talk):
+    pressed_enter(talk, "word " * 80)
+    assert "LimitError" in talk.errors.outputs[0]["text"] and "Fix:" in talk.errors.outputs[0]["text"]
+    assert talk.messages == [] and talk.question.value == "word " * 80 and "word" not in talk.text.value
+    pressed_enter(talk, "Where?")
+    assert talk.errors.outputs == () and len(talk.messages) == 2
+
+
+def test_an_answer_that_another_request_overtakes_says_so(talk, talker):
+    async def click():
+        pressed_enter(talk, "Where?")
+        while "By" not in talk.text.value:
+            await asyncio.sleep(0)
+        talker.generate([5])
+        await talk.task
+
+    asyncio.run(click())
+    assert "answers another prompt" in talk.errors.outputs[0]["text"] and talk.question.value == "Where?"
+
+
+def test_a_model_that_cannot_chat_is_refused_at_once(engine, talker):
+    with pytest.raises(InputError, match="no chat template"):
+        widgets.chat(engine)
+    with pytest.raises(InputError, match="System role not supported"):
+        widgets.chat(talker, system="Be brief.")
+
+
+def test_every_control_has_a_label(talk, explorer):
+    for control in [*talk.controls, talk.question, talk.stop_button, *explorer.controls, explorer.stop_button]:
+        assert control.description
+
+
+def test_what_was_said_is_there_for_readers_without_a_kernel(talker):
+    talk = widgets.chat(talker, "Where?", sampling=SamplingParams(temperature=0, max_tokens=60))
+    data, _ = talk._repr_mimebundle_()
+    assert "By the &lt;b&gt;river&lt;/b&gt;." in data["text/html"] and "Where?" in data["text/html"]
+    assert data["text/plain"] == "user: Where?\nassistant: By the <b>river</b>."
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert "not begun" in widgets.chat(talker)._repr_mimebundle_()[0]["text/plain"]
