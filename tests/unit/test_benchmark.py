@@ -61,6 +61,14 @@ def test_bytes_per_step_are_weights_and_keys_and_values():
     assert benchmark.bytes_per_step(SMALL, "int8", 1) < benchmark.bytes_per_step(SMALL, "fp32", 1) / 3
 
 
+def test_the_shape_that_published_figures_are_about():
+    """Llama-3.2-1B as its publisher counts its parameters; tied, so each is read in a step."""
+    workload = dataclasses.replace(SMALL, model="dummy:llama-3.2-1b")
+    weights = 1_235_814_400 * 2
+    kv = 2 * 16 * 8 * 64 * 2 * (SMALL.input_len + SMALL.output_len // 2)
+    assert benchmark.bytes_per_step(workload, "bf16", 1) == weights + kv
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_torchs_default_type_changes_no_measured_bandwidth(monkeypatch, dtype):
     import torch
