@@ -75,7 +75,7 @@ def export_or_recording(model: Path | str, folder: Path | str) -> Path:
     try:
         return export(model, folder)
     except (BackendUnavailable, BuildError) as error:
-        say(f"{error}\n")
+        say(str(error))
     return recorded("edge_llm", "smollm2")
 
 
