@@ -219,30 +219,8 @@ def bytes_per_step(workload: Workload, precision: str, batch_size: int) -> int:
     return int(weights * BYTES[precision]) + config.kv_cache_bytes(batch_size, length, kv)
 
 
-def least_time(size: int, device: str, threads: int) -> float:
-    """Seconds to read `size` bytes once, by the best of up to 20 sums over one float32 array of that size.
-
-    The array is read again and again, as a decode step reads its weights. So where these fit in the processor's
-    cache, the limit is the cache's, not the memory's.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        values = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
-        times: list[float] = []
-        while len(times) < 20 and (len(times) < 5 or sum(times) < 0.3):
-            start = time.perf_counter()
-            values.sum().item()
-            times.append(time.perf_counter() - start)
-        return min(times)
-    finally:
-        torch.set_num_threads(before)
-
-
 def _limit(row: Row, record: Record) -> float:
-    return least_time(row.bytes_per_step, record.hardware["device"], record.threads)
+    return hardware.least_time(row.bytes_per_step, record.hardware["device"], record.threads)
 
 
 # What goes in, and what comes out

@@ -131,30 +131,36 @@ def default_threads(weight_bytes: int) -> int:
 
 
 def measure_bandwidth(device: str = "auto", threads: int | None = None) -> float:
-    """Bytes per second that reading memory once reaches, by the best of ten sums over a large float32 array.
+    """Bytes per second that reading memory once reaches: of 64 MB on a CPU for each thread that has a core (past the
+    caches), of 2 GB on a GPU.
 
-    The array is 64 MB on a CPU for each thread that has a core (past the caches) and 2 GB on a GPU. Reading is what a
-    decode step does with its weights, so weight bytes over this figure is the least possible time per token.
+    Reading is what a decode step does with its weights, so weight bytes over this figure is the least possible time
+    per token.
+    """
+    kind, threads = resolve_device(device), threads or free_cores()
+    size = 2**31 if kind == "cuda" else min(threads, free_cores()) * 2**26
+    return size / least_time(size, kind, threads)
+
+
+def least_time(size: int, device: str, threads: int) -> float:
+    """Seconds to read `size` bytes once, by the best of up to 20 sums over one float32 array of that size.
+
+    The array is read again and again, as a decode step reads its weights. So where these fit in the processor's
+    cache, the limit is the cache's, not the memory's.
     """
     import torch
 
-    kind = resolve_device(device)
     before = torch.get_num_threads()
-    threads = threads or free_cores()
+    torch.set_num_threads(threads)
     try:
-        if kind == "cpu":
-            torch.set_num_threads(threads)
         # The type is named, because a notebook may have set another as torch's default.
-        size = 2**29 if kind == "cuda" else min(threads, free_cores()) * 2**24
-        values = torch.ones(size, dtype=torch.float32, device=kind)
-        best = float("inf")
-        for _ in range(10):
-            if kind == "cuda":
-                torch.cuda.synchronize()
+        values = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+        times: list[float] = []
+        while len(times) < 20 and (len(times) < 5 or sum(times) < 0.3):
             start = time.perf_counter()
             values.sum().item()
-            best = min(best, time.perf_counter() - start)
-        return values.numel() * 4 / best
+            times.append(time.perf_counter() - start)
+        return min(times)
     finally:
         torch.set_num_threads(before)
 

@@ -78,7 +78,7 @@ def test_torchs_default_type_changes_no_measured_bandwidth(monkeypatch, dtype):
     monkeypatch.setattr(torch, "ones", lambda *given, **named: arrays.append(ones(*given, **named)) or arrays[-1])
     torch.set_default_dtype(getattr(torch, dtype))
     try:
-        benchmark.least_time(1 << 20, "cpu", 1)
+        hardware.least_time(1 << 20, "cpu", 1)
         hardware.measure_bandwidth("cpu", 5000)  # and threads without a core take no memory
     finally:
         torch.set_default_dtype(torch.float32)
@@ -86,7 +86,7 @@ def test_torchs_default_type_changes_no_measured_bandwidth(monkeypatch, dtype):
 
 
 def test_least_time_grows_with_the_bytes():
-    assert 0 < benchmark.least_time(10**6, "cpu", 1) < benchmark.least_time(10**8, "cpu", 1)
+    assert 0 < hardware.least_time(10**6, "cpu", 1) < hardware.least_time(10**8, "cpu", 1)
 
 
 @pytest.mark.parametrize(("mine", "theirs", "equal"), [([1, 2, 3], [1, 2, 4], 2), ([1], [1], 1), ([9], [1], 0)])
