@@ -7,8 +7,8 @@ Checks compute the right answer from what the learner holds (engine, report, rec
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import CourseError, EngineNotFound
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from helpers.backends.base import Engine
     from helpers.backends.report import EngineReport
+    from helpers.bench.quality import Precision, Scores
     from helpers.bench.records import Record
     from helpers.model.config import ModelConfig
     from helpers.model.sampling import SamplingParams
@@ -64,8 +65,8 @@ def check_answer(answer: Any, is_right: Callable[[Any], bool], right: str, wrong
         return Outcome("wrong", f"This answer cannot be checked ({type(error).__name__}: {str(error):.200}).", hint)
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What the learner's function returns, as a list. An error in it is told as the learner's, with its line."""
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the learner's function returns. An error in it is told as the learner's, with its line."""
     try:
         result = function(*arguments)
     except CourseError:
@@ -76,7 +77,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
         raise CourseError(f"Your function raises {type(error).__name__}{where}: {error}") from error
     if result is None:
         raise _Unanswered
-    return list(result)
+    return result
 
 
 def near(answer: Any, value: float, share: float = 0.05) -> bool:
@@ -335,7 +336,7 @@ def check_fit(answer: Callable[[list[int], BuildRecipe, int], list[int] | None],
             ids = list(range(1, length + 1))
             room = min(recipe.max_input_len, recipe.max_seq_len - new_tokens)
             expected = ids if length <= room else [1, *ids[length - room + 1 :]]
-            if call(function, list(ids), recipe, new_tokens) != expected:
+            if list(call(function, list(ids), recipe, new_tokens)) != expected:
                 raise CourseError(f"Not right for {length} tokens and {new_tokens} new ones.")
         return True
 
@@ -358,3 +359,117 @@ def check_largest_batch(config: ModelConfig, seq_len: int, budget: float, answer
         f"{answer} is not the largest batch that fits.",
         "config.kv_cache_bytes(1, seq_len, 4) is the size for one sequence.",
     )
+
+
+# 06_your_own_model
+
+
+def check_cache_per_token(config: ModelConfig, answer: float | None) -> Outcome:
+    """Bytes of keys and values that one more token adds, in fp32."""
+    size = config.kv_cache_bytes(1, 1, 4)
+    return check_answer(
+        answer,
+        lambda a: float(a) == size,
+        f"{size:,} bytes: 2 x {config.num_hidden_layers} layers x {config.num_key_value_heads} heads x "
+        f"{config.head_dim} numbers x 4 bytes.",
+        f"{answer} is not the number of bytes.",
+        "Each layer keeps a key and a value for each KV head: head_dim numbers of 4 bytes.",
+    )
+
+
+def check_fastest(results: Sequence[Precision], most: float, answer: str | None) -> Outcome:
+    """The contender with the least TPOT among those whose KL divergence is at most `most`."""
+    allowed = [result for result in results if result.kl <= most]
+    best = min(allowed, key=lambda result: result.tpot_s).name
+    return check_answer(
+        answer,
+        lambda a: _words(getattr(a, "name", a)) in (_words(best), _words(best.removeprefix("aot "))),
+        f"{best}: the fastest of {', '.join(result.name for result in allowed)}.",
+        f"{answer!r} is not the fastest whose KL is at most {most:g}.",
+        "First leave out what moves the distribution too far, then compare TPOT.",
+    )
+
+
+def _words(name: Any) -> list[str]:
+    return str(name).lower().replace(":", " ").split()
+
+
+def check_kl(answer: Callable[[Tensor, Tensor], Any] | None) -> Outcome:
+    """A function of two tables of logits [N, V], tried with some of different sizes; one number comes back."""
+    import torch
+
+    generator = torch.Generator().manual_seed(6)
+
+    def right_for_all(function: Callable[..., Any]) -> bool:
+        for count, vocabulary in ((4, 10), (7, 30)):
+            reference, logits = (torch.randn(count, vocabulary, generator=generator) for _ in range(2))
+            theirs, mine = reference.log_softmax(-1), logits.log_softmax(-1)
+            expected = (theirs.exp() * (theirs - mine)).sum(-1).mean().item()
+            value = float(call(function, reference.clone(), logits.clone()))
+            if not near(value, expected, 1e-3):
+                raise CourseError(f"For {count} tokens it gives {value:.4f}; right is {expected:.4f}.")
+        return True
+
+    return check_answer(
+        answer,
+        right_for_all,
+        "The mean over the tokens, in nats, and from the reference's side.",
+        "",
+        "log_softmax(-1) of each. Then the reference's probabilities times the difference; the sum of that, then the mean.",
+    )
+
+
+def check_shorten(answer: Callable[..., Any] | None) -> Outcome:
+    """A function that leaves out the oldest turns of a conversation, tried with several conversations."""
+    roles = ["system", *["user", "assistant"] * 3, "user"]
+    talk = [
+        {"role": role, "content": "word " * length}
+        for role, length in zip(roles, (3, 5, 9, 4, 8, 2, 6, 7), strict=True)
+    ]
+
+    def count(messages: Sequence[Mapping[str, str]]) -> int:
+        return sum(len(message["content"].split()) + 2 for message in messages)
+
+    def right_for_all(function: Callable[..., Any]) -> bool:
+        for messages, room in ((talk, 1000), (talk, count(talk) - 1), (talk, 30), (talk[:2], 12), (talk, 14)):
+            kept = messages
+            while count(kept) > room:  # the system message, and the longest end that fits
+                kept = [kept[0], *kept[2:]]
+            result = [dict(m) for m in call(function, [dict(m) for m in messages], count, room)]
+            if result != kept:
+                raise CourseError(
+                    f"Of {len(messages)} messages with room for {room} tokens it keeps {len(result)}: "
+                    f"{count(result)} tokens. Right are the first and the last {len(kept) - 1}, {count(kept)} tokens."
+                )
+        return True
+
+    return check_answer(
+        answer,
+        right_for_all,
+        "Right for short conversations and long ones.",
+        "",
+        "As long as count(messages) is more than room, take out the message after the first.",
+    )
+
+
+def check_new_scores(known: Mapping[str, Scores], reference: str, answer: Scores | None) -> Outcome:
+    """Scores of a precision that is not in the table yet."""
+    line = ""
+
+    def is_new(scores: Scores) -> bool:
+        nonlocal line
+        distances = [scores.kl(other) for other in known.values()]
+        if 0 in distances:
+            raise CourseError("These scores are in the table already.")
+        change, margin = scores.change(known[reference])
+        line = f"Loss {change:+.4f} against {reference}, chance {margin:.4f}; KL {scores.kl(known[reference]):.5f}."
+        return min(distances) < 1
+
+    outcome = check_answer(
+        answer,
+        is_new,
+        "Scored.",
+        "These scores are another model's.",
+        "build(recipe.replace(precision=...)), load it, and quality.score(engine, quality.evaluation_text()).",
+    )
+    return replace(outcome, message=f"{outcome.message} {line}") if outcome else outcome

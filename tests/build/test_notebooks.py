@@ -44,6 +44,16 @@ def test_a_cell_that_cannot_work_here_is_listed_with_its_reason(tmp_path):
     assert (result.cells_run, result.skipped, result.ok) == (1, [(1, "needs an NVIDIA GPU")], True)
 
 
+def test_cells_after_a_model_that_is_not_here_are_skipped_with_the_command_that_gets_it(tmp_path):
+    need = "from helpers.course.skip import need_model\nneed_model({!r})"
+    missing = need.format("nobody/nothing")
+    nb, result = run(tmp_path, "1", missing, "1/0", "x = [\n  1,\n]", need.format("stories"), "print(6 * 7)", "None")
+    reasons = [reason for _, reason in result.skipped]
+    assert [number for number, _ in result.skipped] == [2, 3, 4] and result.ok
+    assert "helpers model get nobody/nothing" in reasons[0] and len(set(reasons)) == 1
+    assert result.cells_run == 4 and "42" in text(nb)
+
+
 def test_a_tagged_cell_needs_a_reason(tmp_path):
     tag = {"tags": ["skip-execution"]}
     nb, result = run(tmp_path, "1", "1/0", "1/0", cell_2=tag | {"skip_reason": "takes an hour"}, cell_3=tag)

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 from helpers import BuildRecipe, SamplingParams, load
-from helpers.bench import records
+from helpers.bench import quality, records
 from helpers.course import exercises
 from helpers.errors import InputError
+from helpers.model.checkpoint import find_checkpoint
 
 RECIPE = BuildRecipe(backend="pytorch", max_batch_size=1, max_input_len=64, max_seq_len=256)
 PROMPT = "Once upon a time"
@@ -39,6 +42,29 @@ def best(engine, prompt, count):
 def fit(ids, recipe, new_tokens):
     room = min(recipe.max_input_len, recipe.max_seq_len - new_tokens)
     return ids if len(ids) <= room else ids[:1] + ids[len(ids) - (room - 1) :]
+
+
+def kl(reference, logits):
+    theirs, mine = reference.log_softmax(-1), logits.log_softmax(-1)
+    return (theirs.exp() * (theirs - mine)).sum(-1).mean()
+
+
+def shorten(messages, count, room):
+    while count(messages) > room:
+        messages = messages[:1] + messages[2:]
+    return messages
+
+
+CONFIG = find_checkpoint("stories").config
+RESULTS = [
+    quality.Precision("aot fp32", 100, 3e-3, 2.0, 0.0, 0.0, 1.0, 0.0),
+    quality.Precision("aot int8", 50, 2e-3, 2.01, 0.01, 0.02, 0.97, 0.002),
+    quality.Precision("aot int4", 30, 1e-3, 2.2, 0.2, 0.05, 0.8, 0.05),
+]
+LOGITS = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.arange(20)
+EXACT = quality.Scores(TARGETS, LOGITS.log_softmax(-1))
+ROUNDED = quality.Scores(TARGETS, LOGITS.bfloat16().float().log_softmax(-1))
 
 
 class Unequal:
@@ -91,6 +117,11 @@ def checks(engine):
         "most_room": (lambda a: x.check_most_room(record, a), most, "nobody"),
         "update": (x.check_error_after_update, "EngineMismatch", "EngineCorrupt"),
         "second_best": (lambda a: x.check_second_best(engine, PROMPT, a), second_best, best),
+        "cache_per_token": (lambda a: x.check_cache_per_token(CONFIG, a), 4 * 2 * 6 * 2 * 64, 2 * 2 * 6 * 2 * 64),
+        "fastest": (lambda a: x.check_fastest(RESULTS, 0.01, a), "aot int8", "aot int4"),
+        "kl": (x.check_kl, kl, lambda reference, logits: kl(logits, reference)),
+        "shorten": (x.check_shorten, shorten, lambda messages, count, room: messages[-2:]),
+        "new_scores": (lambda a: x.check_new_scores({"aot fp32": EXACT}, "aot fp32", a), ROUNDED, EXACT),
         "fit": (lambda a: x.check_fit(a, RECIPE), fit, lambda ids, recipe, new_tokens: ids[: recipe.max_input_len]),
     }
 
@@ -180,3 +211,86 @@ def test_an_engine_that_saves_nothing_has_no_break_even():
     record.row("aot fp32").tpot_s = record.row("pytorch fp32").tpot_s
     outcome = exercises.check_break_even(record, 5)
     assert outcome.state == "open" and "saves nothing" in outcome.message
+
+
+# ---- 06: each check with other right answers, and with the mistakes that learners make ----------------------
+
+F = torch.nn.functional
+
+
+def shorten_by_suffix(messages, count, room):
+    """Another right way: the longest end that fits."""
+    for start in range(1, len(messages)):
+        if count(kept := [messages[0], *messages[start:]]) <= room:
+            return tuple(kept)
+    return messages
+
+
+def shorten_in_place(messages, count, room):
+    while count(messages) > room:
+        del messages[1]
+    return messages
+
+
+def shorten_by_pairs(messages, count, room):
+    while count(messages) > room:
+        messages = messages[:1] + messages[3:]
+    return messages
+
+
+OTHERS_RIGHT = {
+    "cache_per_token": [6144.0, np.int64(6144), torch.tensor(6144), Fraction(6144), "6144"],
+    "fastest": ["int8", "AOT int8", "aot:int8", RESULTS[1], np.str_("aot int8")],
+    "kl": [
+        lambda r, x: F.kl_div(x.log_softmax(-1), r.log_softmax(-1), log_target=True, reduction="batchmean"),
+        lambda r, x: F.kl_div(x.log_softmax(-1), r.softmax(-1), reduction="batchmean").item(),
+        lambda r, x: (F.cross_entropy(x, r.softmax(-1)) - F.cross_entropy(r, r.softmax(-1))).numpy(),
+        lambda r, x: [kl(r, x)][0].double(),
+    ],
+    "shorten": [shorten_by_suffix, shorten_in_place],
+    "new_scores": [quality.Scores(TARGETS, LOGITS.half().float().log_softmax(-1))],
+}
+OTHERS_WRONG = {
+    "cache_per_token": [6145, 6143, 3072, 12288, 6144 * 8, 1536, 6.144],  # one of K and V, all heads, bits, numbers, kB
+    "fastest": ["fp32", "aot fp32", RESULTS[2], "int", ""],
+    "kl": [
+        lambda r, x: kl(r, x) * len(x),  # the sum over the tokens
+        lambda r, x: kl(r, x) / math.log(2),  # bits
+        lambda r, x: kl(r, x) / x.shape[-1],  # kl_div's own mean
+        lambda r, x: -kl(r, x),
+        lambda r, x: (r.softmax(-1) - x.softmax(-1)).abs().sum(-1).mean(),
+        lambda r, x: kl(r[:, :-1], x[:, :-1]),
+        lambda r, x: 0,
+        lambda r, x: r,
+    ],
+    "shorten": [
+        shorten_by_pairs,
+        lambda messages, count, room: messages,
+        lambda messages, count, room: messages[:1] + messages[-1:],
+        lambda messages, count, room: shorten(messages, count, room - 1),  # one token off
+        lambda messages, count, room: shorten(messages[1:], count, room),  # the system message went first
+        lambda messages, count, room: list(reversed(shorten(messages, count, room))),
+    ],
+    "new_scores": [
+        LOGITS,
+        quality.Scores(TARGETS, (LOGITS * 9).log_softmax(-1)),
+        quality.Scores(TARGETS[:5], LOGITS[:5]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS_RIGHT)
+def test_other_right_answers_are_right(engine, name):
+    check = checks(engine)[name][0]
+    assert [check(answer).state for answer in OTHERS_RIGHT[name]] == ["right"] * len(OTHERS_RIGHT[name])
+
+
+@pytest.mark.parametrize("name", OTHERS_WRONG)
+def test_usual_mistakes_are_wrong(engine, name):
+    check = checks(engine)[name][0]
+    assert [check(answer).state for answer in OTHERS_WRONG[name]] == ["wrong"] * len(OTHERS_WRONG[name])
+
+
+def test_a_function_without_a_return_is_open(engine):
+    for name in ("kl", "shorten", "second_best", "fit"):
+        assert checks(engine)[name][0](lambda *_: None).state == "open"
