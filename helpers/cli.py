@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_run)
 
     command = commands.add_parser("doctor", help="is this machine ready? each check with the step that mends it")
+    command.add_argument("recipe", nargs="?", help="a TOML file: is there room for what it builds?")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_doctor)
 
@@ -313,7 +314,13 @@ def _run(settings: argparse.Namespace) -> int:
 def _doctor(settings: argparse.Namespace) -> int:
     from helpers.machine import doctor
 
-    return doctor.main(as_json=settings.json)
+    needed = 0.0
+    if settings.recipe:
+        from helpers import recipe as recipes
+        from helpers.engine import disk_needed
+
+        needed = disk_needed(recipes.read(settings.recipe))
+    return doctor.main(as_json=settings.json, needed=needed)
 
 
 def _explain(settings: argparse.Namespace) -> int:

@@ -177,6 +177,15 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
     return engines_folder() / name
 
 
+def disk_needed(recipe: BuildRecipe) -> float:
+    """Bytes of disk that building the recipe takes; 0 for a backend that compiles nothing."""
+    if recipe.backend not in COMPILED:
+        return 0
+    checkpoint = find_checkpoint(recipe.model)
+    device = identity(recipe, checkpoint)["recipe"]["device"]
+    return _room(backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)[1])
+
+
 def recipe_of(engine: Path | str) -> BuildRecipe:
     """The recipe that an engine was built from. Raises ModelError if its checkpoint is gone, or another by now."""
     folder = store.find(engine)
@@ -281,11 +290,16 @@ def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
     return engines_folder() / name
 
 
+def _room(size: int) -> float:
+    """Bytes that a build of an engine of this size takes while it goes on."""
+    return 1.5 * size + 50e6
+
+
 def _check_disk(size: int) -> None:
     free = shutil.disk_usage(engines_folder()).free
-    if free < 1.5 * size + 50e6:
+    if free < _room(size):
         raise BuildError(
-            f"The disk has {free / 1e6:.0f} MB free; this build needs about {1.5 * size / 1e6 + 50:.0f} MB.",
+            f"The disk has {free / 1e6:.0f} MB free; this build needs about {_room(size) / 1e6:.0f} MB.",
             cause="An engine holds the weights, and the compiler needs room to work.",
             fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
         )

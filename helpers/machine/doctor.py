@@ -21,13 +21,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from helpers.errors import BackendUnavailable, CourseError
-from helpers.machine import environments, hardware
+from helpers.machine import environments, hardware, leftovers, limits
+from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import TOO_SLOW, run
 from helpers.machine.environments import shown
 from helpers.paths import engines_folder
@@ -35,25 +36,9 @@ from helpers.paths import engines_folder
 TIME_LIMIT = 14.0  # seconds for one command; all begin together, after the driver's 5
 LONGEST = 20.0  # seconds for all
 NEWEST_PYTHON, OLDEST_PYTHON = (3, 13), (3, 10)
-CUDA13_DRIVER = 580  # CUDA 13.0 release notes: the first driver branch that runs CUDA 13
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # of each CUDA, the first driver branch that runs it (its release notes)
 SPACE = 3e9  # bytes that the course's own engines and caches may take
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line. status: "OK", "warning" (the course runs, something is missing or slow) or "failure"."""
-
-    status: str
-    found: str  # what is so on this machine
-    fix: str = ""
-    name: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.status:<8} {self.name:<22} {self.found}"
-        return f"{line}\n{'':<9}Fix: {self.fix}" if self.fix else line
-
-
-ok, warning, failure = partial(Check, "OK"), partial(Check, "warning"), partial(Check, "failure")
+PROCESSES, FILES = 200, 512  # that JupyterLab, a kernel and a build take together, with some to spare
 
 
 # What torch sees, asked in a process of its own: its CUDA context and its crashes stay there. One JSON line a step,
@@ -184,11 +169,19 @@ def check_torch() -> Check:
 
 
 def check_driver() -> Check:
-    version = hardware.driver()
+    """The driver against the CUDA that PyTorch was built for, and against that of TensorRT-LLM and vLLM."""
+    version, cuda = hardware.driver(), torch_facts().get("cuda")
     if not version:
         return ok("none: the engines of this machine run on the CPU")
-    if int(version.split(".")[0]) < CUDA13_DRIVER:
-        fix = f"TensorRT-LLM 1.2.1 and vLLM are built for CUDA 13: install driver {CUDA13_DRIVER} or newer for them."
+    branch = int(version.split(".")[0])
+    needed = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0) if cuda else 0
+    if branch < needed:
+        fix = f"Install driver {needed} or newer, or a PyTorch that is built for an older CUDA."
+        return failure(f"{version}: too old for this PyTorch, which is built for CUDA {cuda}", fix)
+    if branch < OLDEST_DRIVER[13]:
+        fix = (
+            f"TensorRT-LLM 1.2.1 and vLLM are built for CUDA 13: install driver {OLDEST_DRIVER[13]} or newer for them."
+        )
         return warning(version, fix)
     return ok(version)
 
@@ -212,7 +205,7 @@ def check_gpu() -> Check:
 
 def check_memory() -> Check:
     free = hardware.free_memory()
-    line = f"{free / 2**30:.1f} GiB free"
+    line = f"{free / 2**30:.1f} GiB free{' under the limit of a control group' if free == limits.memory() else ''}"
     if "free" in (facts := torch_facts()):
         line += f"; on the GPU {facts['free'] / 2**30:.1f} of {facts['total'] / 2**30:.1f} GiB free"
         if facts["free"] < 2 * 2**30:
@@ -224,12 +217,13 @@ def check_memory() -> Check:
     return ok(line)
 
 
-def check_engines() -> Check:
-    """The folder of engines: it can be written, and has room for the course's own."""
-    return _check_folder(
-        engines_folder(),
-        "Delete what you do not need (helpers list, helpers remove ENGINE), or let COURSE_ENGINES name another folder.",
+def check_engines(needed: float = 0) -> Check:
+    """The folder of engines: it can be written, and has room for the course's own, and for a recipe that needs so many
+    bytes."""
+    fix = (
+        "Delete what you do not need (helpers list, helpers remove ENGINE), or let COURSE_ENGINES name another folder."
     )
+    return _check_folder(engines_folder(), fix, needed)
 
 
 def check_temporary_folder() -> Check:
@@ -239,12 +233,12 @@ def check_temporary_folder() -> Check:
     if named and not Path(named).is_dir():
         return failure(f"TMPDIR names {named}, which is not a folder", fix)
     folder = Path(tempfile.gettempdir())
-    if hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+    if _noexec(folder):
         return failure(f"{folder} lets no program run (noexec)", "export TMPDIR=FOLDER, one without noexec.")
     return _check_folder(folder, fix)
 
 
-def _check_folder(folder: Path, fix: str) -> Check:
+def _check_folder(folder: Path, fix: str, needed: float = 0) -> Check:
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**20))
@@ -252,9 +246,27 @@ def _check_folder(folder: Path, fix: str) -> Check:
         return failure(f"{shown(folder)} cannot be written: {error.strerror}", fix)
     free = shutil.disk_usage(folder).free
     line = f"{free / 1e9:.0f} GB free in {shown(folder)}"
-    if free < 2e8:
+    line += f"; this recipe needs {needed / 1e9:.1f} GB" if needed else ""
+    if free < max(needed, 2e8):
         return failure(line, fix)
     return warning(line, fix) if free < SPACE else ok(line)
+
+
+def check_compiler_folder() -> Check:
+    """A build works in the first of these folders that suits: torch gives paths to the compiler in one line, where a
+    space cuts them, and what is compiled there is run there. (backends/aot/backend.py makes the same choice.)"""
+    for place in (str(engines_folder()), tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if not re.search(r"""[\s'"\\]""", place) and os.access(place, os.W_OK) and not _noexec(Path(place)):
+            return ok(f"{shown(Path(place))}: no space in its path, can be written, lets programs run")
+    return failure(
+        f"{engines_folder()} and {tempfile.gettempdir()} have a space or a quote in their path, cannot be written, "
+        "or let no program run",
+        "export TMPDIR=FOLDER, one without a space in its path and without noexec.",
+    )
+
+
+def _noexec(folder: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 def check_threads() -> Check:
@@ -264,6 +276,20 @@ def check_threads() -> Check:
     if used > cores:
         fix = f"export OMP_NUM_THREADS={cores}: threads that share a core make decoding many times slower."
         return warning(line, fix)
+    return ok(line)
+
+
+def check_processes() -> Check:
+    """How many processes, threads and files this process may still have."""
+    room, files = limits.processes(), limits.open_files()
+    line = (
+        f"{'no limit on' if room is None else f'room for {room}'} processes and threads, {files or 'no limit on'} files"
+    )
+    if room is not None and room < PROCESSES:
+        fix = "ulimit -u 4096 in the terminal that starts Python; in a container: docker run --pids-limit 4096."
+        return (failure if room < PROCESSES / 4 else warning)(line, fix)
+    if files and files < FILES:
+        return (failure if files < FILES / 4 else warning)(line, "ulimit -n 4096 in the terminal that starts Python.")
     return ok(line)
 
 
@@ -300,18 +326,19 @@ def check_environment(name: str) -> Check:
         if not hardware.driver():
             return ok("not here: it needs an NVIDIA GPU; the cells that need it are skipped")
         return warning("no environment", f"helpers env create {name}, or the container of compose.yaml")
-    code = f"from importlib.metadata import version; print(version({environment.package!r}))"
-    answer = run([str(python), "-c", code], TIME_LIMIT)
-    if answer.returncode != 0:
+    version, conflicts = leftovers.pins(str(python), environment.package, TIME_LIMIT)
+    if not version:
         fix = f"Name a Python that has it: export {environments.variable(name)}=..., or: helpers env create {name}"
-        return failure(f"{shown(python)}: {_complaint(answer)}", fix)
-    version = answer.stdout.strip()
+        return failure(f"{shown(python)}: {conflicts}", fix)
     if version != environment.version:
         return warning(f"{version} ({shown(python)})", f"The course is made for {environment.version}.")
+    if conflicts:
+        fix = f"Make it anew: remove {shown(python.parent.parent)}, then helpers env create {name}"
+        return warning(f"{version} ({shown(python)}), but beside it {conflicts}", fix)
     return ok(f"{version} ({shown(python)})")
 
 
-CHECKS: dict[str, Callable[[], Check]] = {
+CHECKS: dict[str, Callable[..., Check]] = {
     "Python": check_python,
     "notebook tools": check_notebook_tools,
     "C++ compiler": check_compiler,
@@ -320,8 +347,13 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "GPU": check_gpu,
     "memory": check_memory,
     "engines": check_engines,
+    "locks": leftovers.check_locks,
     "temporary folder": check_temporary_folder,
+    "compiler's folder": check_compiler_folder,
     "threads": check_threads,
+    "processes and files": check_processes,
+    "packages": leftovers.check_packages,
+    "GPU memory": leftovers.check_gpu_memory,
     "TensorRT": check_tensorrt,
     "TensorRT-LLM": lambda: check_environment("trtllm"),
     "vLLM": lambda: check_environment("vllm"),
@@ -329,17 +361,18 @@ CHECKS: dict[str, Callable[[], Check]] = {
 }
 
 
-NEED_TORCH = ("PyTorch", "GPU", "memory", "threads")
+NEED_TORCH = ("PyTorch", "NVIDIA driver", "GPU", "memory", "threads")
 
 
-def examine() -> Iterator[Check]:
-    """Every check's line, in order, each as soon as it and those before it are known."""
+def examine(needed: float = 0) -> Iterator[Check]:
+    """Every check's line, in order, each as soon as it and those before it are known. needed: bytes for a recipe."""
+    checks = CHECKS | ({"engines": partial(check_engines, needed)} if needed else {})
     deadline = time.monotonic() + LONGEST
     torch_facts.cache_clear()
     hardware.driver.cache_clear()
     hardware.driver()  # once, before the checks that share it
     torch_known = threading.Event()
-    answers: dict[str, queue.Queue[Check]] = {name: queue.Queue() for name in CHECKS}
+    answers: dict[str, queue.Queue[Check]] = {name: queue.Queue() for name in checks}
 
     def ask_torch() -> None:
         torch_facts()
@@ -348,13 +381,13 @@ def examine() -> Iterator[Check]:
     def answer(name: str) -> None:
         if name in NEED_TORCH:
             torch_known.wait()
-        answers[name].put(replace(_guarded(CHECKS[name]), name=name))
+        answers[name].put(replace(_guarded(checks[name]), name=name))
 
     # Not an executor: the end of this process would wait for its threads, and a folder on a dead network holds one.
     threading.Thread(target=ask_torch, daemon=True).start()
-    for name in CHECKS:
+    for name in checks:
         threading.Thread(target=answer, args=(name,), daemon=True).start()
-    for name in CHECKS:
+    for name in checks:
         try:
             yield answers[name].get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -373,11 +406,11 @@ def _guarded(check: Callable[[], Check]) -> Check:
         return failure(str(error), "See the lines of the folders: can they be written, have they room?")
 
 
-def main(*, as_json: bool = False) -> int:
-    """`helpers doctor`: exit status 1 if a check failed."""
+def main(*, as_json: bool = False, needed: float = 0) -> int:
+    """`helpers doctor`: exit status 1 if a check failed. needed: bytes of disk for the recipe at hand."""
     start = time.monotonic()
     checks = []
-    for check in examine():
+    for check in examine(needed):
         checks.append(check)
         if not as_json:
             print(check, flush=True)

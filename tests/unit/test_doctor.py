@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import psutil
 import pytest
 import torch
 
-from helpers.errors import StoreError
-from helpers.machine import doctor, environments, hardware
+from helpers.errors import BuildError, StoreError
+from helpers.machine import doctor, environments, hardware, leftovers, limits
 
 FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "threads": 1, "available": True}
 GPU = {"gpu": "Test GPU", "capability": "9.0", "sms": 132, "free": 2**36, "total": 2**37, "gpus": 1}
@@ -55,11 +57,11 @@ def test_this_machine_as_a_person_sees_it(tmp_path):
 
 def test_a_failure_is_the_exit_status_and_the_fix_stands_below_it(monkeypatch, capsys):
     lines = [doctor.ok("fine", name="A"), doctor.failure("broken", "Mend.", name="B")]
-    monkeypatch.setattr(doctor, "examine", lambda: iter(lines))
+    monkeypatch.setattr(doctor, "examine", lambda needed: iter(lines))
     assert doctor.main() == 1
     shown = capsys.readouterr().out
     assert "failure  B" in shown and "Fix: Mend." in shown and "1 OK, 1 failure" in shown
-    monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.warning("old", "Renew.", name="A")]))
+    monkeypatch.setattr(doctor, "examine", lambda needed: iter([doctor.warning("old", "Renew.", name="A")]))
     assert doctor.main() == 0
 
 
@@ -207,10 +209,22 @@ def test_the_line_of_the_gpu(pretend, facts, status, words):
     assert check.status == status and words in check.found
 
 
-def test_an_old_driver_is_a_warning_with_what_it_rules_out(pretend):
-    pretend(driver="550.54.15")
+@pytest.mark.parametrize(
+    ("driver", "cuda", "status", "words"),
+    [
+        ("580.1", "13.0", "OK", ""),
+        ("550.54.15", "12.8", "warning", "driver 580"),
+        ("550.54.15", "13.0", "failure", "driver 580"),
+        ("470.1", "12.1", "failure", "driver 525"),
+        ("470.1", "11.8", "warning", "580"),
+        ("470.1", None, "warning", "580"),
+        ("580.1", "99.0", "OK", ""),
+    ],
+)
+def test_the_driver_is_held_against_the_cuda_that_pytorch_was_built_for(pretend, driver, cuda, status, words):
+    pretend(driver=driver, cuda=cuda)
     check = doctor.check_driver()
-    assert check.status == "warning" and "580" in check.fix and "TensorRT-LLM" in check.fix
+    assert check.status == status and words in check.fix
 
 
 def test_a_full_gpu_is_a_warning(pretend):
@@ -234,6 +248,15 @@ def test_memory(pretend, monkeypatch, free, status):
 def test_disk(monkeypatch, check, free, status):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
     assert check().status == status
+
+
+def test_the_disk_is_held_against_what_a_recipe_needs(monkeypatch):
+    assert doctor.check_engines(needed=1e9).status == "OK"
+    check = doctor.check_engines(needed=1e15)
+    assert check.status == "failure" and "needs 1000000.0 GB" in check.found and "helpers remove" in check.fix
+    monkeypatch.setattr(doctor, "CHECKS", {"engines": doctor.check_engines})
+    monkeypatch.setattr(doctor, "torch_facts", cache(lambda: {}))
+    assert [check.status for check in doctor.examine(needed=1e15)] == ["failure"]
 
 
 def no_room(*_, **__):
@@ -274,6 +297,264 @@ def test_more_threads_than_a_container_may_use_is_a_warning(pretend, monkeypatch
     assert check.status == "warning" and "OMP_NUM_THREADS=2" in check.fix
     pretend(threads=2)
     assert doctor.check_threads().status == "OK"
+
+
+def test_the_compilers_folder_is_the_one_that_a_build_takes(monkeypatch, tmp_path):
+    """A space in its path, or noexec: the next place is tried. With none left a build is refused."""
+    from helpers.backends.aot.backend import _scratch_folder
+
+    spaced, plain = tmp_path / "my files", tmp_path / "files"
+    spaced.mkdir(), plain.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and str(path) not in ("/tmp", "/var/tmp"))
+    for store, temporary, good in ((plain, spaced, plain), (spaced, plain, plain), (spaced, spaced, None)):
+        monkeypatch.setenv("COURSE_ENGINES", str(store))
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        check = doctor.check_compiler_folder()
+        if good:
+            assert check.status == "OK" and check.found.startswith(str(good))
+            with _scratch_folder(store) as scratch:
+                assert Path(scratch).parent == good
+        else:
+            assert check.status == "failure" and "TMPDIR" in check.fix
+            with pytest.raises(BuildError, match="no folder to work in"), _scratch_folder(store):
+                pass
+    monkeypatch.setenv("COURSE_ENGINES", str(plain))
+    monkeypatch.setattr(doctor.os, "statvfs", lambda _: type("Options", (), {"f_flag": os.ST_NOEXEC}))
+    assert doctor.check_compiler_folder().status == "failure"
+
+
+def test_few_processes_or_files_are_a_line(monkeypatch):
+    for room, files, status, words in (
+        (None, None, "OK", "no limit on processes"),
+        (5000, 20000, "OK", "room for 5000"),
+        (100, 20000, "warning", "ulimit -u"),
+        (10, 20000, "failure", "pids-limit"),
+        (5000, 256, "warning", "ulimit -n"),
+        (5000, 64, "failure", "ulimit -n"),
+    ):
+        monkeypatch.setattr(limits, "processes", lambda room=room: room)
+        monkeypatch.setattr(limits, "open_files", lambda files=files: files)
+        check = doctor.check_processes()
+        assert check.status == status and words in check.found + check.fix
+
+
+# ---- control groups and limits ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def control_groups(monkeypatch, tmp_path):
+    """control_groups(of_process, **files): what /proc/self/cgroup says, and the files under /sys/fs/cgroup."""
+
+    def set_up(of_process, files):
+        (tmp_path / "proc" / "self").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc" / "self" / "cgroup").write_text(of_process)
+        monkeypatch.setattr(limits, "PROC", tmp_path / "proc")
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        monkeypatch.setattr(limits, "CONTROL_GROUPS", root)
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(content + "\n")
+
+    return set_up
+
+
+def test_the_tightest_control_group_counts_in_either_version(control_groups):
+    control_groups("0::/user.slice/jupyter\n", {
+        "user.slice/memory.max": str(8 * 2**30), "user.slice/memory.current": str(3 * 2**30),
+        "user.slice/memory.stat": f"anon 1\ninactive_file {2**30}",
+        "user.slice/jupyter/memory.max": "max", "user.slice/jupyter/memory.current": "5",
+        "user.slice/jupyter/cpu.max": "150000 100000", "user.slice/cpu.max": "max 100000",
+        "user.slice/jupyter/pids.max": "100", "user.slice/jupyter/pids.current": "90",
+    })  # fmt: skip
+    assert limits.memory() == 6 * 2**30  # a file's pages in the cache would be given back
+    assert limits.cores() == 1.5 and limits.processes() == 10
+    assert hardware.free_cores() == 1 and hardware.free_memory() <= 6 * 2**30
+    control_groups("5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:pids:/\n0::/\n", {
+        "memory/memory.limit_in_bytes": str(2**30), "memory/memory.usage_in_bytes": str(2**29),  # its own root, inside
+        "cpu/docker/abc/cpu.cfs_quota_us": "50000", "cpu/docker/abc/cpu.cfs_period_us": "100000",
+        "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "pids/pids.max": "max",
+    })  # fmt: skip
+    assert limits.memory() == 2**29 and limits.cores() == 0.5
+    assert hardware.free_cores() == 1  # never none
+
+
+def test_without_control_groups_there_is_no_limit(control_groups):
+    for line, files in (
+        ("", {}),
+        ("nonsense\n", {}),
+        ("0::/\n", {"memory.max": "much", "cpu.max": "x", "pids.max": ""}),
+    ):
+        control_groups(line, files)
+        assert limits.memory() is None and limits.cores() is None
+    control_groups("5:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096)})
+    assert limits.memory() is None
+
+
+def test_a_memory_limit_is_named(control_groups, pretend):
+    pretend()
+    control_groups("0::/\n", {"memory.max": str(2**30), "memory.current": str(2**29)})
+    check = doctor.check_memory()
+    assert check.status == "warning" and "0.5 GiB free under the limit of a control group" in check.found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_users_own_limit_counts_its_threads(control_groups, monkeypatch):
+    control_groups("", {})
+    user = os.getuid()
+    monkeypatch.setattr(limits, "_soft_limit", lambda name: 100_000)
+    monkeypatch.setattr(limits.os, "getuid", lambda: 0)
+    assert limits.processes() is None  # root has none
+    monkeypatch.setattr(limits.os, "getuid", lambda: user or 4711)
+    if user:
+        assert 0 < limits.processes() < 100_000
+    else:
+        assert limits.processes() == 100_000  # nobody here has that number
+    monkeypatch.undo()
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        assert limits.open_files() == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---- what others have left --------------------------------------------------------------------------------
+
+
+def test_locks_that_work_are_ok_and_those_of_a_bad_disk_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    assert leftovers.check_locks().status == "OK"
+    assert not list((tmp_path / ".locks").iterdir())  # it leaves nothing
+
+    class NoLock:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(leftovers.filelock, "FileLock", NoLock)
+    check = leftovers.check_locks()
+    assert check.status == "failure" and "local disk" in check.fix
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who holds a lock")
+def test_a_lock_that_is_kept_names_its_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    (tmp_path / ".locks").mkdir()
+    code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".locks" / "stories.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            holder.stdout.readline()
+            assert leftovers.check_locks().status == "OK"  # a build that goes on
+            holder.send_signal(signal.SIGSTOP)
+            while psutil.Process(holder.pid).status() != "stopped":
+                time.sleep(0.01)
+            check = leftovers.check_locks()
+            assert check.status == "warning" and "stopped" in check.found and check.fix == f"kill -9 {holder.pid}"
+            holder.send_signal(signal.SIGCONT)
+            while psutil.Process(holder.pid).status() == "stopped":
+                time.sleep(0.01)
+            monkeypatch.setattr(leftovers, "OLD", 0.0)
+            check = leftovers.check_locks()
+            assert check.status == "warning" and "hours" in check.found and str(holder.pid) in check.fix
+        finally:
+            holder.kill()
+
+
+def test_a_lock_of_another_user_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    (tmp_path / ".locks").mkdir()
+    (tmp_path / ".locks" / "stories.lock").touch()
+    monkeypatch.setattr(leftovers.os, "access", lambda path, mode: False)  # root may write all
+    check = leftovers.check_locks()
+    assert check.status == "failure" and "sudo rm" in check.fix
+
+
+def installed(folder, name, version, *requirements):
+    """What pip leaves of a package in an environment, without the package."""
+    metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
+    metadata.write_text("\n".join([*lines, *(f"Requires-Dist: {text}" for text in requirements)]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("packages", "status", "words"),
+    [
+        ([("torch", "2.13.0"), ("numpy", "2.1")], "OK", "2, each once"),
+        ([("torch", "2.13.0"), ("torch", "2.9.1")], "failure", "torch"),
+        ([("Typing_Extensions", "4.1"), ("typing-extensions", "4.2")], "failure", "typing-extensions"),
+        ([("tensorrt_cu12", "10.1"), ("tensorrt_cu13", "10.2")], "warning", "tensorrt-cu12 and tensorrt-cu13"),
+        ([("nvidia_cublas_cu12", "12"), ("nvidia_cudnn_cu13", "9")], "OK", "each once"),
+        ([("nvidia-nccl-cu12", "2"), ("nvidia-nccl-cu13", "2")], "warning", "nvidia-nccl-cu12 and nvidia-nccl-cu13"),
+    ],
+)
+def test_packages_of_two_environments_in_one_are_a_line(monkeypatch, tmp_path, packages, status, words):
+    for name, version in packages:
+        installed(tmp_path, name, version)
+    monkeypatch.setattr(leftovers, "_own_folders", lambda: {tmp_path})
+    monkeypatch.setattr(leftovers, "PACKAGES", ())
+    check = leftovers.check_packages()
+    assert check.status == status and words in check.found and bool(check.fix) == (status != "OK")
+
+
+def test_a_package_from_elsewhere_is_a_warning(tmp_path):
+    """A PYTHONPATH that an activation script of another environment has left."""
+    (tmp_path / "safetensors").mkdir()
+    (tmp_path / "safetensors" / "__init__.py").touch()
+    code = "from helpers.machine import leftovers; check = leftovers.check_packages(); print(check.status, check.found)"
+    for path, words in (("", "OK"), (str(tmp_path), f"warning safetensors comes from {tmp_path}")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        )
+        assert done.stdout.startswith(words), done
+
+
+def test_pins_that_are_not_kept_are_named(monkeypatch, tmp_path):
+    installed(
+        tmp_path, "tensorrt_llm", "1.2.1", "torch==2.9.1", f"psutil=={psutil.__version__}", "nowhere>=2",
+        'other==1; sys_platform == "plan9"', 'more==1; extra == "all"',
+    )  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    conflicts = f"torch {torch.__version__} instead of ==2.9.1, nowhere none instead of >=2"
+    assert leftovers.pins(sys.executable, "tensorrt-llm", 30) == ("1.2.1", conflicts)
+    assert leftovers.pins(sys.executable, "no-such-library", 30)[0] == ""
+    monkeypatch.setenv("COURSE_TRTLLM_PYTHON", sys.executable)
+    check = doctor.check_environment("trtllm")
+    assert check.status == "warning" and "torch" in check.found and "env create trtllm" in check.fix
+    monkeypatch.setattr(leftovers, "_own_folders", lambda: {tmp_path})
+    monkeypatch.setattr(leftovers, "PACKAGES", ())
+    check = leftovers.check_packages()
+    assert check.status == "warning" and "tensorrt-llm is in this environment" in check.found
+
+
+def test_the_memory_of_a_kernel_that_is_gone_is_a_warning(monkeypatch, tmp_path):
+    assert leftovers.check_gpu_memory().status == "OK"  # whatever is here
+    sleep = "import time; time.sleep(60)"
+    started = "subprocess.Popen([sys.executable, '-c', sys.argv[1], 'ipykernel_launcher'], stdout=subprocess.DEVNULL)"
+    command = [sys.executable, "-c", f"import subprocess, sys; print({started}.pid)", sleep]
+    orphan = psutil.Process(int(subprocess.run(command, stdout=subprocess.PIPE).stdout))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with subprocess.Popen([sys.executable, "-c", sleep, "ipykernel_launcher"]) as child:
+        try:
+            script(tmp_path / "nvidia-smi", f"echo '{child.pid}, 512'; echo '99999999, 5'; echo 'nonsense, [N/A]'")
+            assert leftovers.check_gpu_memory().status == "OK"  # a child of this process, and one that is not here
+            script(tmp_path / "nvidia-smi", f"echo '{child.pid}, 512'; echo '{orphan.pid}, 1024'")
+            check = leftovers.check_gpu_memory()
+            if orphan.parent() is not None and orphan.parent().pid != 1 and orphan.parent().name() != "systemd":
+                pytest.skip("orphans get a parent of their own here")
+            assert check.status == "warning" and "1024 MB" in check.found and check.fix == f"kill {orphan.pid}"
+        finally:
+            child.kill()
+            orphan.kill()
 
 
 # ---- the other environments -------------------------------------------------------------------------------
