@@ -31,6 +31,15 @@ def missing(marker: str) -> str:
         return "" if torch.cuda.is_available() else "needs an NVIDIA GPU (make test-gpu there)"
     if marker == "browser":
         return "" if importlib.util.find_spec("playwright") else "needs playwright: pip install -e '.[browser]'"
+    if marker == "real_model":
+        from helpers.errors import ModelError
+        from helpers.model.checkpoint import find_checkpoint
+
+        try:
+            find_checkpoint("smollm2")
+        except ModelError:
+            return "needs the model smollm2: helpers model get smollm2"
+        return ""
     if marker == "oldest":
         import torch
 
