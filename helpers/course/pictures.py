@@ -57,13 +57,14 @@ def _purpose(name: str) -> str:
         "added_tokens.json": "tokens that were added later",
         "chat_template.jinja": "a conversation to one prompt",
     }
-    batch = name.removesuffix(".pt2").rpartition("_b")[2]
+    batch = name.partition(".")[0].rpartition("_b")[2]
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"
     return known.get(name, f"compiled code: {phase}" if name.endswith(".pt2") else "")
 
 
 def generated_loops(folder: Path, graph: str) -> list[str]:
-    """The C++ loops that the compiler wrote for one graph, one kernel each, in order; empty where there are none.
+    """The C++ loops that the compiler wrote for one graph, one kernel each, in order; empty where there are none. Of a
+    deep model, those of the layers that were compiled once for all.
 
     Casts of indices and namespaces are left out: they are much of the text and say nothing.
     """

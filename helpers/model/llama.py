@@ -133,14 +133,20 @@ class Prefill(Decoder):
     """
 
     def forward(self, weights: Weights, tokens: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
-        batch, length = tokens.shape
-        x = self.embed(weights, tokens.flatten())  # [B * T, E]
+        x = self.through(weights, self.embed(weights, tokens.flatten()), cache)  # [B * T, E]
+        return self.end(weights, x.unflatten(0, tokens.shape), lengths)  # [B, V]
+
+    def through(self, weights: Weights, x: Tensor, cache: Cache) -> Tensor:
+        """x [B * T, E] through the layers, for the B of the cache: [B * T, E]."""
+        batch = len(cache[0])
+        length = x.shape[0] // batch
         tables = weights["rope.cos"][:length], weights["rope.sin"][:length]  # [T, D]
         cos, sin = (table[None].expand(batch, -1, -1).flatten(0, 1)[:, None] for table in tables)  # [B * T, 1, D]
-        x = self.layers(weights, x, cos, sin, cache, torch.arange(length, device=x.device))
-        x = x.unflatten(0, (batch, length))  # [B, T, E]
-        last = x[torch.arange(batch, device=x.device), lengths - 1]  # [B, E]
-        return self.logits(weights, last)  # [B, V]
+        return self.layers(weights, x, cos, sin, cache, torch.arange(length, device=x.device))
+
+    def end(self, weights: Weights, x: Tensor, lengths: Tensor) -> Tensor:
+        """x [B, T, E] after the layers to the logits [B, V] of each prompt's last token."""
+        return self.logits(weights, x[torch.arange(len(x), device=x.device), lengths - 1])
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """q [B * T, H, D], k and v [B * T, G, D], cache [B, G, S, D], positions [T]: to [B * T, H * D]."""
@@ -164,11 +170,18 @@ class Decode(Decoder):
     """
 
     def forward(self, weights: Weights, tokens: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
-        x = self.embed(weights, tokens)  # [B, E]
+        x = self.through(weights, self.embed(weights, tokens), positions, span, cache)  # [B, E]
+        return self.end(weights, x)  # [B, V]
+
+    def through(self, weights: Weights, x: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
+        """x [B, E] through the layers: [B, E]."""
         cos, sin = weights["rope.cos"][positions, None], weights["rope.sin"][positions, None]  # [B, 1, D]
         hidden = span[None] > positions[:, None]  # [B, n]: entries that lie in the future, or in no sequence
-        x = self.layers(weights, x, cos, sin, cache, positions, hidden)  # [B, E]
-        return self.logits(weights, x)  # [B, V]
+        return self.layers(weights, x, cos, sin, cache, positions, hidden)
+
+    def end(self, weights: Weights, x: Tensor) -> Tensor:
+        """x [B, E] after the layers to logits [B, V]."""
+        return self.logits(weights, x)
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *rest: Tensor

@@ -156,30 +156,118 @@ CORNERS = [
 ]
 
 
-@pytest.mark.parametrize("corner", CORNERS, ids=lambda corner: f"{corner['max_input_len']}-{corner['max_seq_len']}")
-def test_every_recipe_can_be_exported_and_serves_all_its_lengths(checkpoint, corner):
-    """As far as torch.export: its program is run at both ends of each open length."""
-    from helpers.backends.aot import graphs, stored
-    from helpers.backends.aot.verify import check_graph
-    from helpers.model import llama
+@pytest.fixture
+def exported(checkpoint, monkeypatch):
+    """exported(recipe): each graph's name, what an engine runs for it, the weights, a cache. Nothing is compiled: the
+    libraries are torch.export's programs."""
+    from torch.utils._pytree import tree_structure, tree_unflatten
+
+    from helpers.backends.aot import graphs, phase, stored
     from helpers.model.checkpoint import find_checkpoint, read_tensors
     from helpers.model.weights import rope_tables
 
-    recipe = BuildRecipe(str(checkpoint("llama")), device="cpu", **corner)
-    found = find_checkpoint(recipe.model)
-    weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
-    dtype = weights["norm"].dtype
-    weights |= rope_tables(found.config, recipe.max_seq_len, dtype)
-    for name in graphs.graph_names(recipe, "cpu"):
-        module = graphs.graph_module(name, recipe, found.config, "cpu")
-        needed = graphs.weights_for(module, weights)
-        cache = graphs.empty_cache(recipe, found.config, "cpu", dtype, graphs.sequences(name))
-        program = graphs.export(name, module, recipe, needed, cache).module()
+    programs = {}
+
+    class Program:
+        def __init__(self, package, device):
+            self.program, self.structure = programs[package.name]
+
+        def run(self, inputs):
+            return [self.program(*tree_unflatten(inputs, self.structure))]
+
+    monkeypatch.setattr(phase, "Graph", Program)
+
+    def graphs_of(recipe):
+        found = find_checkpoint(recipe.model)
+        weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
+        dtype = weights["norm"].dtype
+        weights |= rope_tables(found.config, recipe.max_seq_len, dtype)
+        for name in graphs.graph_names(recipe, "cpu"):
+            cache = graphs.empty_cache(recipe, found.config, "cpu", dtype, graphs.sequences(name))
+            parts = graphs.parts_of(name, recipe, found.config, weights, cache)
+            for part in parts:
+                inputs = (dict.fromkeys(part.calls[0], 0), *part.inputs)
+                programs[f"{part.file}.pt2"] = part.export(weights).module(), tree_structure(inputs)
+            entry = {"parts": {part.file: part.calls for part in parts}}
+            yield name, entry, phase.Phase(Path(), name, entry, found.config, weights), weights, cache
+
+    return graphs_of
+
+
+@pytest.mark.parametrize("run", [0, 1, 2])
+@pytest.mark.parametrize("corner", CORNERS, ids=lambda corner: f"{corner['max_input_len']}-{corner['max_seq_len']}")
+def test_every_recipe_can_be_exported_and_serves_all_its_lengths(checkpoint, exported, corner, run, monkeypatch):
+    """As far as torch.export: its program is run at both ends of each open length. run: so many layers of the model's
+    four are in one part; 0: compiled whole."""
+    from helpers.backends.aot import graphs
+    from helpers.backends.aot.verify import check_graph
+    from helpers.model import llama
+    from helpers.model.checkpoint import find_checkpoint
+
+    if run:
+        monkeypatch.setattr(graphs, "LAYERS_OF_A_WHOLE_GRAPH", 3)
+        monkeypatch.setattr(graphs, "LAYERS_OF_A_RUN", run)
+    recipe = BuildRecipe(str(checkpoint("llama", num_hidden_layers=4)), device="cpu", **corner)
+    config = find_checkpoint(recipe.model).config
+    for name, entry, graph, weights, cache in exported(recipe):
+        assert [len(calls) for calls in entry["parts"].values()] == ([4 // run, 1] if run else [1])
         prefill = name.startswith("prefill")
-        reference = (llama.Prefill if prefill else llama.Decode)(found.config)
+        reference = (llama.Prefill if prefill else llama.Decode)(config)
         for limit in {1, 2, recipe.max_input_len} if prefill else {2, 3, recipe.max_seq_len}:
             with torch.no_grad():
-                check_graph(name, lambda *inputs, p=program, n=needed: p(n, *inputs), reference, weights, cache, limit)
+                check_graph(name, graph.run, reference, weights, cache, limit)
+
+
+def test_a_run_of_layers_with_another_runs_weights_is_refused(checkpoint, exported, monkeypatch):
+    from helpers.backends.aot import graphs
+    from helpers.backends.aot.phase import Phase
+    from helpers.backends.aot.verify import check_graph
+    from helpers.model import llama
+    from helpers.model.checkpoint import find_checkpoint
+
+    monkeypatch.setattr(graphs, "LAYERS_OF_A_WHOLE_GRAPH", 1)
+    monkeypatch.setattr(graphs, "LAYERS_OF_A_RUN", 1)
+    recipe = tiny(checkpoint("llama"))
+    config = find_checkpoint(recipe.model).config
+    for name, entry, _, weights, cache in exported(recipe):
+        first, second = entry["parts"][name]
+        assert first != second
+        entry["parts"][name] = [second, first]
+        reference = (llama.Prefill if name == "prefill" else llama.Decode)(config)
+        with torch.no_grad(), pytest.raises(BuildError, match="computes something else"):
+            check_graph(name, Phase(Path(), name, entry, config, weights).run, reference, weights, cache, 16)
+
+
+def test_layers_that_differ_in_more_than_numbers_are_compiled_whole(checkpoint, exported, monkeypatch):
+    from helpers.backends.aot import graphs, stored
+
+    def one_in_bf16(*inputs):
+        weights = convert(*inputs)
+        return weights | {"layers.1.o.weight": weights["layers.1.o.weight"].bfloat16()}
+
+    convert = stored.convert_weights
+    monkeypatch.setattr(graphs, "LAYERS_OF_A_WHOLE_GRAPH", 1)
+    monkeypatch.setattr(graphs, "LAYERS_OF_A_RUN", 1)
+    recipe = tiny(checkpoint("llama"), optimization_level=0)
+    assert [len(entry["parts"]) for _, entry, *_ in exported(recipe)] == [2, 2]
+    monkeypatch.setattr(stored, "convert_weights", one_in_bf16)
+    assert [len(entry["parts"]) for _, entry, *_ in exported(recipe)] == [1, 1]
+
+
+def test_a_deep_model_is_compiled_in_runs_of_layers_and_the_report_counts_every_run(built, checkpoint):
+    folder = checkpoint("llama", num_hidden_layers=10)
+    recipe = tiny(folder, optimization_level=0)
+    engine_folder = built(recipe)
+    details = store.read_manifest(engine_folder)["details"]["graphs"]
+    assert [len(calls) for entry in details.values() for calls in entry["parts"].values()] == [2, 1, 2, 1]
+    check_report(inspect(engine_folder), ["prefill", "decode_b1"])
+    for graph in ("prefill", "decode_b1"):
+        assert inspect(engine_folder).of(graph).operation_counts()["rsqrt"] == 21  # two a layer, and one at the end
+    with load(engine_folder) as ours, load(tiny(folder, backend="pytorch")) as eager:
+        for prompt in ([3], [3, 14, 15, 92, 65]):
+            torch.testing.assert_close(ours.logits(prompt), eager.logits(prompt), rtol=1e-4, atol=1e-4)
+            expected = [answer.token_ids for answer in eager.generate([prompt], GREEDY)]
+            assert [answer.token_ids for answer in ours.generate([prompt], GREEDY)] == expected
 
 
 @pytest.mark.slow
@@ -305,7 +393,7 @@ def test_both_phases_run_on_the_engines_threads_whatever_the_notebook_has(tiny_e
         used = []
         for graph in engine.graphs.values():
             plain = graph.run
-            graph.run = lambda inputs, plain=plain: used.append(torch.get_num_threads()) or plain(inputs)
+            graph.run = lambda *inputs, plain=plain: used.append(torch.get_num_threads()) or plain(*inputs)
         engine.num_threads = 3
         engine.generate([5, 6], SamplingParams(max_tokens=3, ignore_eos=True))
     assert used == [3, 3, 3] and torch.get_num_threads() == 1
@@ -392,9 +480,8 @@ def test_running_an_engine_imports_no_model_code_and_no_compiler_and_stays_small
 # ---- what is inside ---------------------------------------------------------------------------------------
 
 
-def test_every_operation_is_in_a_kernel_or_listed_as_removed(stories_fp32):
-    report = inspect(stories_fp32)
-    assert report.graphs() == ["prefill", "decode_b1", "decode_b4"]
+def check_report(report, graphs):
+    assert report.graphs() == graphs
     for graph in report.graphs():
         part = report.of(graph)
         names = [operation.name for operation in part.operations]
@@ -404,6 +491,10 @@ def test_every_operation_is_in_a_kernel_or_listed_as_removed(stories_fp32):
         assert set(names) == done | removed and not done & removed
         assert 0 < len(part.kernels) < len(names)
         assert all(kernel.fused for kernel in part.kernels)
+
+
+def test_every_operation_is_in_a_kernel_or_listed_as_removed(stories_fp32):
+    check_report(inspect(stories_fp32), ["prefill", "decode_b1", "decode_b4"])
 
 
 def test_the_report_counts_what_the_model_has(stories_fp32):

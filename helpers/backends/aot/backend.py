@@ -22,7 +22,7 @@ import torch
 
 from helpers.backends.aot.compile import is_one_word
 from helpers.backends.aot.engine import AotEngine
-from helpers.backends.aot.graphs import compute_dtype, graph_names
+from helpers.backends.aot.graphs import compute_dtype, graph_names, layers_of_a_run
 from helpers.backends.aot.loader import lets_programs_run
 from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.job import source_digest
@@ -92,8 +92,9 @@ def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[flo
     """About how many seconds a build takes, and how many bytes the engine: told to the user before it starts."""
     graphs = len(graph_names(recipe, device))
     weights = stored_bytes(recipe, config, device)
-    rounds = math.ceil(graphs / _jobs(graphs, sum(weights), device))
-    return 5 + rounds * (8 + 2.2 * config.num_hidden_layers), sum(weights) + graphs * 2_500_000
+    layers = layers_of_a_run(config, device, {})
+    seconds = graphs * (8 + 1.6 * layers + (6 if layers < config.num_hidden_layers else 0))
+    return 8 + seconds / _jobs(graphs, sum(weights), device), sum(weights) + graphs * 2_500_000
 
 
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -108,28 +109,35 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
     with _scratch_folder(folder) as scratch, _Compilers(jobs) as compilers:
         own = {"threads": threads, "scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
         try:
-            compilers.run("weights", [common], progress.phase)
-            calls = [{"name": name, **common, **own} for name in names]
-            if jobs == 1:
-                compiled = compilers.run("graph", calls, progress.phase)
-            else:
-                with progress.phase(f"compile {len(names)} graphs, {jobs} at a time"):
-                    compiled = compilers.run("graph", calls, progress.part)
+            (graphs,) = compilers.run("weights", [{**common, "graphs": names}], progress.phase)
+            files = [{"name": name, "file": file} for name in names for file in graphs[name]["parts"]]
+            with _shown(progress, f"compile {len(names)} graphs", jobs) as show:
+                reports = compilers.run("compile", [{**call, **common, **own} for call in files], show)
+            with _shown(progress, f"verify {len(names)} graphs", jobs) as show:
+                compilers.run("verify", [{"name": n, "entry": graphs[n], **common} for n in names], show)
         except (WorkerError, BuildError) as error:
             room = min(shutil.disk_usage(path).free for path in (folder, scratch))
             if "no space left" in str(error).lower() or room < 10e6:  # a compiler that lacks room does not say so
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
             raise
     report = EngineReport("aot", [], [])
-    for answer in compiled:
-        part = EngineReport.from_dict(answer["report"])
+    for part in map(EngineReport.from_dict, reports):
         report.operations.extend(part.operations)
         report.kernels.extend(part.kernels)
         report.removed.extend(part.removed)
     write_report(report, folder)
-    graphs = {name: answer["entry"] for name, answer in zip(names, compiled, strict=True)}
     dtype = str(compute_dtype(recipe, device)).removeprefix("torch.")
     return {"graphs": graphs, "num_threads": threads, "compute_dtype": dtype}
+
+
+@contextlib.contextmanager
+def _shown(progress: Progress, what: str, jobs: int) -> Iterator[Callable[[str], Any]]:
+    """Each step as a phase of its own; where steps run side by side, as parts of one phase."""
+    if jobs == 1:
+        yield progress.phase
+    else:
+        with progress.phase(f"{what}, {jobs} at a time"):
+            yield progress.part
 
 
 def _threads(recipe: BuildRecipe, checkpoint: Checkpoint, device: str) -> int:
@@ -147,8 +155,8 @@ def _threads(recipe: BuildRecipe, checkpoint: Checkpoint, device: str) -> int:
 
 
 def _jobs(graphs: int, weight_bytes: int, device: str) -> int:
-    """How many graphs to compile at a time: each takes a core and more, the weights, and about 1.5 GB beside them."""
-    most = min(graphs, hardware.free_cores() // 2, int(hardware.free_memory() / (1.5e9 + weight_bytes)))
+    """How many graphs to compile at a time: each takes a core, the weights, and about 1.5 GB beside them."""
+    most = min(graphs, hardware.free_cores(), int(hardware.free_memory() / (1.5e9 + weight_bytes)))
     if device == "cuda":
         most = min(most, int(torch.cuda.mem_get_info()[0] / (1e9 + weight_bytes)))
     return max(1, most)

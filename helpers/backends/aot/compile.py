@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from helpers.backends.aot.graphs import empty_cache, export, graph_module, sequences, weights_for
-from helpers.backends.aot.loader import Graph
+from helpers.backends.aot.graphs import Part, empty_cache, graph_module, parts_of, sequences
+from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.products import Decode, Prefill
 from helpers.backends.aot.recorder import InductorRecorder
 from helpers.backends.aot.stored import convert_weights, read_weights, save_weights
 from helpers.backends.aot.verify import check_graph
-from helpers.backends.report import EngineReport
+from helpers.backends.report import Kernel, Operation
 from helpers.errors import BuildError
 from helpers.machine import hardware
 from helpers.model import llama
@@ -33,47 +33,79 @@ from helpers.model.weights import Weights
 from helpers.recipe import BuildRecipe, from_dict
 
 
-def prepare_weights(recipe: dict[str, Any], device: str, folder: str) -> Iterator[str]:
-    """Save the checkpoint's tensors as the graphs read them."""
+def prepare_weights(recipe: dict[str, Any], device: str, folder: str, graphs: list[str]) -> Any:
+    """Save the checkpoint's tensors as the graphs read them. Returns what loading has to know of each graph."""
     asked, config = from_dict(recipe), load_config(Path(folder))
     yield "load weights"
     weights = convert_weights(asked, read_tensors(find_checkpoint(asked.model), config), config, device)
     yield "save weights"
     save_weights(weights, asked, config, Path(folder))
+    entries = {}
+    for name in graphs:
+        parts, module = _parts_of(name, asked, device, folder)
+        entries[name] = {"parts": {part.file: part.calls for part in parts}, "product": module.product}
+    return entries
 
 
-def compile_graph(
-    name: str, recipe: dict[str, Any], device: str, threads: int, folder: str, scratch: str, compile_threads: int
+def compile_part(
+    name: str,
+    file: str,
+    recipe: dict[str, Any],
+    device: str,
+    folder: str,
+    threads: int,
+    scratch: str,
+    compile_threads: int,
 ) -> Any:
-    """Compile one graph into `folder`. Yields each step; returns what loading has to know, and the report on it.
+    """Compile one part of a graph into `folder`. Yields each step; returns the report on it.
 
     threads: of the generated code on a CPU. compile_threads: processes that the compiler may start.
     """
     _use_private_folder(Path(scratch))
-    asked, config = from_dict(recipe), load_config(Path(folder))
-    module = graph_module(name, asked, config, device)
-    weights = _weights(folder, device)
-    needed = weights_for(module, weights)
-    kv_cache = empty_cache(asked, config, device, weights["norm"].dtype, sequences(name))
-    package = Path(folder) / f"{name}.pt2"
-    yield f"export {name}"
-    program = export(name, module, asked, needed, kv_cache)
-    yield f"compile {name}"
+    asked = from_dict(recipe)
+    parts, module = _parts_of(name, asked, device, folder)
+    (part,) = (part for part in parts if part.file == file)
+    yield f"export {file}"
+    program = part.export(_weights(folder, device))
+    yield f"compile {file}"
     recorder = InductorRecorder(name)
     options = _inductor_options(asked, device, threads, module) | {"_post_fusion_custom_pass": recorder}
-    _compile(program, package, options, device, compile_threads)
+    _compile(program, Path(folder) / f"{file}.pt2", options, device, compile_threads)
+    report = recorder.report(len(part.calls), file.removeprefix(name))
+    if part is parts[0] is not parts[-1]:
+        dtype = str(part.inputs[0].dtype).removeprefix("torch.")
+        report.operations.insert(0, Operation(name, "embedding", "embedding", dtype))
+        report.kernels.insert(0, Kernel(name, "embedding", "library", ("embedding",), dtype))
+    return report.to_dict()
+
+
+def verify_graph(name: str, entry: dict[str, Any], recipe: dict[str, Any], device: str, folder: str) -> Iterator[str]:
+    """BuildError unless the graph, compiled, computes what the decoder says."""
     yield f"verify {name}"
-    _verify(package, module, needed, weights, kv_cache, asked, device)
-    report = EngineReport("aot", recorder.operations, recorder.kernels, recorder.removed())
-    return {"entry": {"weights": list(needed), "product": module.product}, "report": report.to_dict()}
+    asked, config, weights = from_dict(recipe), load_config(Path(folder)), _weights(folder, device)
+    prefill = name.startswith("prefill")
+    reference = (llama.Prefill if prefill else llama.Decode)(config)
+    limit = asked.max_input_len if prefill else asked.max_seq_len
+    graph = Phase(Path(folder), name, entry, config, weights)
+    kv_cache = empty_cache(asked, config, device, weights["norm"].dtype, sequences(name))
+    with torch.no_grad():
+        check_graph(name, graph.run, reference, weights, kv_cache, limit)
+    graph.close()
 
 
-CALLS = {"weights": prepare_weights, "graph": compile_graph}
+CALLS = {"weights": prepare_weights, "compile": compile_part, "verify": verify_graph}
 
 
 def is_one_word(path: str) -> bool:
     """Whether a command line can hold the path without quotes."""
     return not re.search(r"""[\s'"\\]""", path)
+
+
+def _parts_of(name: str, recipe: BuildRecipe, device: str, folder: str) -> tuple[list[Part], Prefill | Decode]:
+    """The parts of a graph, and the module that they are taken from."""
+    config, weights = load_config(Path(folder)), _weights(folder, device)
+    kv_cache = empty_cache(recipe, config, device, weights["norm"].dtype, sequences(name))
+    return parts_of(name, recipe, config, weights, kv_cache), graph_module(name, recipe, config, device)
 
 
 @cache
@@ -150,25 +182,3 @@ def _compile(program: Any, path: Path, options: dict[str, Any], device: str, com
             cause="The C++ compiler is too old or lacks headers, or memory ran out.",
             fix="Run 'python -m helpers doctor': it compiles something small and says what is missing.",
         ) from error
-
-
-def _verify(
-    package: Path,
-    module: Prefill | Decode,
-    needed: Weights,
-    weights: Weights,
-    kv_cache: llama.Cache,
-    recipe: BuildRecipe,
-    device: str,
-) -> None:
-    graph = Graph(package, device)
-
-    def run(*inputs: Any) -> torch.Tensor:
-        *tensors, cache = inputs
-        return graph.run([*needed.values(), *tensors, *cache])[0]
-
-    prefill = isinstance(module, Prefill)
-    reference = (llama.Prefill if prefill else llama.Decode)(module.config)
-    limit = recipe.max_input_len if prefill else recipe.max_seq_len
-    with torch.no_grad():
-        check_graph(package.stem, run, reference, weights, kv_cache, limit)

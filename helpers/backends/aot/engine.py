@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.backends.answers import NOT_A_TOKEN
 from helpers.backends.aot.graphs import empty_cache, prefill_batch
-from helpers.backends.aot.loader import Graph
+from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.stored import read_weights
 from helpers.backends.base import Engine
 from helpers.model.config import load_config
@@ -35,9 +35,8 @@ class AotEngine(Engine):
         dtype = getattr(torch, details["compute_dtype"])
         self.cache = empty_cache(recipe, config, self.device, dtype, recipe.max_batch_size)
         self.span = torch.arange(recipe.max_seq_len, device=self.device)
-        self.graphs = {name: Graph(folder / f"{name}.pt2", self.device) for name in details["graphs"]}
-        self.graph_weights = {
-            name: [self.weights[w] for w in graph["weights"]] for name, graph in details["graphs"].items()
+        self.graphs = {
+            name: Phase(folder, name, entry, config, self.weights) for name, entry in details["graphs"].items()
         }
         self.num_threads: int = details["num_threads"]  # 0 on a GPU
         self.lengths: list[int] = []
@@ -77,7 +76,7 @@ class AotEngine(Engine):
         # Filled up with a token of its own: another one's numbers could be too large, and NaN passes any mask.
         tokens = torch.tensor([prompt + prompt[-1:] * (width - len(prompt)) for prompt in prompts], device=self.device)
         ends = torch.tensor(lengths, device=self.device)
-        return self._execute(graph, [tokens, ends, *self._slots(slot, slot + len(prompts))])
+        return self.graphs[graph].run(tokens, ends, self._slots(slot, slot + len(prompts)))
 
     @contextlib.contextmanager
     def _own_threads(self) -> Iterator[None]:
@@ -117,7 +116,7 @@ class AotEngine(Engine):
     def _release(self) -> None:
         for graph in self.graphs.values():
             graph.close()
-        self.steps, self.graphs, self.graph_weights, self.weights, self.cache = {}, {}, {}, {}, []
+        self.steps, self.graphs, self.weights, self.cache = {}, {}, {}, []
         del self.step
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -125,15 +124,12 @@ class AotEngine(Engine):
     def _slots(self, first: int, end: int) -> list[Tensor]:
         return [c[first:end] for c in self.cache]
 
-    def _execute(self, graph: str, arguments: list[Tensor]) -> Tensor:
-        return self.graphs[graph].run([*self.graph_weights[graph], *arguments])[0]
-
 
 class DecodeStep:
     """One decode graph on a CPU: attention reads as many cache entries as the longest sequence has."""
 
     def __init__(self, engine: AotEngine, size: int):
-        self.execute, self.span = partial(engine._execute, f"decode_b{size}"), engine.span
+        self.graph, self.span = engine.graphs[f"decode_b{size}"], engine.span
         self.cache = engine._slots(0, size)
         self.tokens = torch.zeros(size, dtype=torch.long, device=engine.device)
         self.positions = torch.zeros(size, dtype=torch.long, device=engine.device)
@@ -147,7 +143,7 @@ class DecodeStep:
     def run(self, longest: int) -> Tensor:
         """Logits [size, V] after the tokens in the buffer; the longest sequence had so many entries before them."""
         span = self.span[: max(2, longest + 1)]
-        logits = self.execute([self.tokens, self.positions, span, *self.cache])
+        logits = self.graph.run(self.tokens, self.positions, span, self.cache)
         self.positions += 1
         return logits
 
@@ -162,12 +158,12 @@ class CudaGraphStep(DecodeStep):
         stream = _side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside the recording, so that lazy initialization is not in it
-            self.finite = _finite(self.execute([self.tokens, self.positions, self.span, *self.cache]))
+            self.finite = _finite(self.graph.run(self.tokens, self.positions, self.span, self.cache))
         torch.cuda.current_stream().wait_stream(stream)
         self.no_tokens = torch.full_like(self.tokens, NOT_A_TOKEN)
         self.recording = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.recording):
-            self.logits = self.execute([self.tokens, self.positions, self.span, *self.cache])
+            self.logits = self.graph.run(self.tokens, self.positions, self.span, self.cache)
             self.finite.copy_(_finite(self.logits))
             self.positions += 1
 

@@ -16,9 +16,9 @@ from helpers.model.weights import Weights
 class GpuDecode(Decode):
     """Several sequences: attention is our kernel, a product ours or the library's, the rest is the compiler's."""
 
-    def forward(self, weights: Weights, tokens: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
+    def through(self, weights: Weights, x: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
         cos, sin = weights["rope.cos"], weights["rope.sin"]  # whole: the kernel looks up its position's row
-        return self.logits(weights, self.layers(weights, self.embed(weights, tokens), cos, sin, cache, positions))
+        return self.layers(weights, x, cos, sin, cache, positions)
 
     def attend(self, heads: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
         return gpu_kernels.decode_attention(self.keep(heads.flatten(1)), cos, sin, *rest)

@@ -1,10 +1,16 @@
-"""Which graphs an `aot` engine has, the module that each is compiled from, and the shapes that it is exported with."""
+"""Which graphs an `aot` engine has, the module that each is compiled from, and the shapes that it is exported with.
+
+A graph of few layers is compiled whole. Of a deeper model's, a run of a few layers is compiled once and called once for
+each such run, since its layers differ in nothing but their weights; what follows the layers is compiled beside it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from helpers.backends.aot.products import Decode, Prefill
 from helpers.model import llama
@@ -16,6 +22,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREFILL_BATCH = 8  # prompts that a GPU reads at once, if they have no more than MAX_NUM_TOKENS tokens together
 MAX_NUM_TOKENS = 8192  # TensorRT-LLM's default
 SMALL_BATCH = 4  # up to here a generated product reads the weights as fast as a library's, and fuses
+# On a CPU. Each layer more takes seconds to compile; each call more takes a decode step some microseconds.
+LAYERS_OF_A_WHOLE_GRAPH = 8  # a model of up to so many layers is compiled whole
+LAYERS_OF_A_RUN = 6  # a deeper one in runs of at most so many
 
 
 def compute_dtype(recipe: BuildRecipe, device: str) -> torch.dtype:
@@ -94,26 +103,121 @@ def empty_cache(
     return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
 
 
-def export(name: str, module: Prefill | Decode, recipe: BuildRecipe, needed: Weights, cache: llama.Cache) -> Any:
-    """The graph as torch.export sees it. On a CPU, and in prefill, one length stays open.
+@dataclass(frozen=True)
+class Part:
+    """What becomes one compiled library: a graph, or a part of it that may be called several times in one step.
+
+    calls   for each call, the names of the weights that it reads, in the order of the library's inputs
+    inputs  examples of what it takes after the weights
+    varies  which of their lengths stay open, as torch.export's dynamic_shapes has it
+    """
+
+    file: str
+    module: nn.Module
+    calls: list[list[str]]
+    inputs: tuple[Any, ...]
+    varies: tuple[Any, ...]
+
+    def export(self, weights: Weights) -> Any:
+        """The first call as torch.export sees it."""
+        needed = {name: weights[name] for name in self.calls[0]}
+        shapes = (dict.fromkeys(needed), *self.varies)
+        with torch.no_grad():
+            return torch.export.export(self.module, (needed, *self.inputs), dynamic_shapes=shapes, strict=False)
+
+
+class Run(nn.Module):
+    """A run of layers: x [B, T, E] in prefill, [B, E] in decode, to the same."""
+
+    def __init__(self, phase: Prefill | Decode):
+        super().__init__()
+        self.phase: Any = phase
+
+    def forward(self, weights: Weights, x: Tensor, numbers: list[Tensor], cache: llama.Cache) -> Tensor:
+        return self.phase.through(weights, x.flatten(0, -2), *numbers, cache).view_as(x)
+
+
+class End(nn.Module):
+    """What follows the layers: x to logits [B, V]."""
+
+    def __init__(self, phase: Prefill | Decode):
+        super().__init__()
+        self.phase: Any = phase
+
+    def forward(self, weights: Weights, x: Tensor, numbers: list[Tensor]) -> Tensor:
+        return self.phase.end(weights, x, *numbers)
+
+
+def parts_of(name: str, recipe: BuildRecipe, config: ModelConfig, weights: Weights, cache: llama.Cache) -> list[Part]:
+    """The whole graph, or two parts: a run of layers, called once for each run, and what follows the last one."""
+    device = cache[0].device.type
+    module = graph_module(name, recipe, config, device)
+    needed = weights_for(module, weights)
+    (tokens, *numbers), (of_tokens, *of_numbers) = _example(name, recipe, cache)
+    layers = layers_of_a_run(config, device, needed)
+    if layers == config.num_hidden_layers:
+        varies = (of_tokens, *of_numbers, [None] * len(cache))
+        return [Part(name, module, [list(needed)], (tokens, *numbers, cache), varies)]
+    run = graph_module(name, recipe, replace(config, num_hidden_layers=layers), device)
+    behind = [key for key in needed if key == "norm" or key.startswith("head.")]
+    rope = [key for key in needed if key.startswith("rope.")]
+    calls = [
+        rope + [_in_layer(at + _layer(key), key) for key in needed if -1 < _layer(key) < layers]
+        for at in range(0, config.num_hidden_layers, layers)
+    ]
+    x = module.embed(weights, tokens)
+    positions, of_positions = (numbers, of_numbers) if isinstance(module, Decode) else ([], [])
+    lengths, of_lengths = ([], []) if isinstance(module, Decode) else (numbers, of_numbers)
+    own = cache[: 2 * layers]
+    return [
+        Part(name, Run(run), calls, (x, positions, own), (of_tokens, of_positions, [None] * len(own))),
+        Part(f"{name}.end", End(module), [behind], (x, lengths), (of_tokens, of_lengths)),
+    ]
+
+
+def layers_of_a_run(config: ModelConfig, device: str, needed: Weights) -> int:
+    """All, unless compiling one run for several saves time, and they differ in nothing but the numbers."""
+    count = config.num_hidden_layers
+    if device == "cuda" or count <= LAYERS_OF_A_WHOLE_GRAPH:
+        return count
+    kinds: list[list[tuple]] = [[] for _ in range(count)]
+    for key, weight in needed.items():
+        if (layer := _layer(key)) >= 0:
+            kinds[layer].append((_in_layer(0, key), weight.shape, weight.dtype))
+    if any(kind != kinds[0] for kind in kinds):
+        return count
+    return max(size for size in range(1, LAYERS_OF_A_RUN + 1) if count % size == 0)
+
+
+def _layer(weight: str) -> int:
+    """Which layer a weight belongs to, by its name; -1 for those of none."""
+    return int(weight.split(".")[1]) if weight.startswith("layers.") else -1
+
+
+def _in_layer(layer: int, weight: str) -> str:
+    """The name of the same weight in another layer."""
+    return f"layers.{layer}.{weight.split('.', 2)[2]}"
+
+
+def _example(name: str, recipe: BuildRecipe, cache: llama.Cache) -> tuple[list[Tensor], list[Any]]:
+    """What a graph takes between its weights and its cache, and which lengths of it stay open: on a CPU, and in
+    prefill, one.
 
     torch.export takes an open length's bounds literally and treats the lengths 0 and 1 as special, so an open length
     runs from 2 to at least 3, and the example lies between. A prefill that would run from 2 to 2 has a fixed length.
     """
     size, device = len(cache[0]), cache[0].device
     numbers = torch.zeros(size, dtype=torch.long, device=device)
-    example: tuple[torch.Tensor, ...]
-    varies: list[dict[int, Any] | None]
     if name.startswith("prefill"):
         length = max(2, min(5, recipe.max_input_len))
-        example = numbers[:, None].repeat(1, length), numbers + 2
         most = recipe.max_input_len
-        varies = [{1: torch.export.Dim("length", min=2, max=most)} if most > 2 else None, None]
-    else:
-        span = torch.arange(recipe.max_seq_len, device=device)
-        example = numbers, numbers.clone(), span if device.type == "cuda" else span[:5]
-        open_span = {0: torch.export.Dim("span", min=2, max=recipe.max_seq_len)}
-        varies = [None, None, None if device.type == "cuda" else open_span]
-    shapes = (dict.fromkeys(needed), *varies, [None] * len(cache))
-    with torch.no_grad():
-        return torch.export.export(module, (needed, *example, cache), dynamic_shapes=shapes, strict=False)
+        open_length = {1: torch.export.Dim("length", min=2, max=most)} if most > 2 else None
+        return [numbers[:, None].repeat(1, length), numbers + 2], [open_length, None]
+    span = torch.arange(recipe.max_seq_len, device=device)
+    if device.type == "cuda":
+        return [numbers, numbers.clone(), span], [None, None, None]
+    return [numbers, numbers.clone(), span[:5]], [
+        None,
+        None,
+        {0: torch.export.Dim("span", min=2, max=recipe.max_seq_len)},
+    ]

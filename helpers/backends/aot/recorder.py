@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -38,9 +39,19 @@ class InductorRecorder:
     def __deepcopy__(self, memo: dict) -> InductorRecorder:
         return self  # Inductor copies its settings; what the copy saw must arrive here
 
-    def removed(self) -> list[str]:
-        used = {name for kernel in self.kernels for name in kernel.fused}
-        return [f"{self.graph}/{o.name}" for o in self.operations if o.name not in used]
+    def report(self, calls: int = 1, part: str = "") -> EngineReport:
+        """What one step does in this library. calls: how often it is called; each call's names get its number.
+        part: what they get beside it, where the graph has several libraries."""
+        report = EngineReport("aot", [], [])
+        for call in range(calls):
+            mark = f"{part}@{call + 1}" if calls > 1 else part
+            operations = [replace(o, name=o.name + mark) for o in self.operations]
+            kernels = [replace(k, fused=tuple(name + mark for name in k.fused)) for k in self.kernels]
+            used = {name for kernel in kernels for name in kernel.fused}
+            report.operations.extend(operations)
+            report.kernels.extend(kernels)
+            report.removed.extend(f"{self.graph}/{o.name}" for o in operations if o.name not in used)
+        return report
 
     def _is_work(self, node: Any) -> bool:
         return node.op == "call_function" and _op_name(node) not in self.FREE
@@ -135,4 +146,4 @@ def report_on_module(module: Any, inputs: tuple, name: str = "module") -> Engine
         options["aot_inductor.package_cpp_only"] = True  # written, not compiled: the report needs no more
         package = str(Path(temporary) / "module.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
-    return EngineReport("aot", recorder.operations, recorder.kernels, recorder.removed())
+    return recorder.report()
