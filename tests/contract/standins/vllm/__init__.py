@@ -62,7 +62,8 @@ class LLMEngine:
     def stop_profile(self):
         """Writes the trace from another thread, as vLLM does: 1 ms of prefill, then 0.5 ms of work in each step."""
         folder, steps, self.steps = Path(self.profiler_config["torch_profiler_dir"]), self.steps, None
-        times = [(0, 1000), *((10_000 * step, 500) for step in range(1, steps))] if steps else []
+        seen = steps and "STANDIN_BLIND" not in os.environ  # some drivers let nobody look
+        times = [(0, 1000), *((10_000 * step, 500) for step in range(1, steps))] if seen else []
         events = [{"ph": "X", "cat": "kernel", "ts": start, "dur": took} for start, took in times]
         events.append({"ph": "X", "cat": "cuda_runtime", "ts": 0, "dur": 10_000})
         text = json.dumps({"traceEvents": events})
