@@ -1,23 +1,14 @@
 """The benchmark on real engines: what a run measures, and contenders that fail alone."""
 
-import contextlib
 import dataclasses
-import json
-import math
-import random
 import tempfile
-from functools import partial
-from pathlib import Path
 
 import pytest
 
-from helpers import BuildRecipe, cli
-from helpers.bench import claims, records
+from helpers import BuildRecipe
+from helpers.bench import records
 from helpers.bench import run as benchmark
-from helpers.bench import tables as comparison
-from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
-from helpers.display import Picture
-from helpers.errors import InputError, RecipeError
+from helpers.bench.records import Workload
 from helpers.machine import hardware
 from helpers.machine.worker import Worker
 
