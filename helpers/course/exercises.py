@@ -415,7 +415,7 @@ def check_kl(answer: Callable[[Tensor, Tensor], Any] | None) -> Outcome:
         right_for_all,
         "The mean over the tokens, in nats, and from the reference's side.",
         "",
-        "log_softmax(-1) of each. Then the reference's probabilities times the difference; the sum of that, then the mean.",
+        "log_softmax(-1) of each. Then the reference's probabilities times the difference, summed; and the mean.",
     )
 
 
