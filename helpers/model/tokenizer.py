@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are no whole character
 LONGEST_WAIT = 64  # tokens; bytes that are no character after so many will not become one
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of tokenizers with byte fallback
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of tokenizers with byte fallback
 
 
 class Tokenizer:
@@ -58,6 +58,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
         """The text of the ids, as it reads after those of `after`: the same as an IncrementalDetokenizer gives."""
+        if not ids:
+            return ""
         detokenizer = IncrementalDetokenizer(self, after)
         text = detokenizer.add(*ids) + detokenizer.end()
         if INCOMPLETE in text:  # byte fallback spoils a whole run of bytes for one that is missing; token by token not
@@ -79,8 +81,10 @@ class Tokenizer:
     def has_text(self, token: int) -> bool:
         return token not in self._special and self._backend.id_to_token(token) is not None
 
-    def is_byte(self, token: int) -> bool:
-        return bool(BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or ""))
+    def byte(self, token: int) -> int | None:
+        """The byte that a token of byte fallback stands for; None for any other token."""
+        match = BYTE_TOKEN.fullmatch(self._backend.id_to_token(token) or "")
+        return int(match[1], 16) if match else None
 
 
 class IncrementalDetokenizer:
@@ -97,8 +101,15 @@ class IncrementalDetokenizer:
         self._context: list[int] = []  # the token before, or none at the beginning of a text
         self._waiting: list[int] = []  # tokens whose text is not complete
         self._handed_out = 0  # characters of their text
-        self._remember(after[:-8])
-        for token in after[-8:]:  # if the prompt ends inside a character, the answer begins with that character
+        if tokenizer is None:
+            return
+        # If the prompt ends inside a character, the answer begins with that character. So its last tokens are read,
+        # and not from inside a character on: with byte fallback that would spoil all the bytes that follow.
+        start = max(0, len(after) - 8)
+        while start > 0 and 0x80 <= (tokenizer.byte(after[start]) or 0) < 0xC0:  # UTF-8 goes on
+            start -= 1
+        self._remember(after[:start])
+        for token in after[start:]:
             self.add(token)
 
     def add(self, *tokens: int) -> str:
@@ -134,8 +145,8 @@ class IncrementalDetokenizer:
         make one run with bytes that follow, which are then decoded together."""
         if self._tokenizer is None:
             return
-        has_text, is_byte = self._tokenizer.has_text, self._tokenizer.is_byte
-        last = next((i for i in reversed(tokens) if has_text(i) and not is_byte(i)), None)
+        has_text, byte = self._tokenizer.has_text, self._tokenizer.byte
+        last = next((i for i in reversed(tokens) if has_text(i) and byte(i) is None), None)
         if last is not None:
             self._context = [last]
         elif not self._context:

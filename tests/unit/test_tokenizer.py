@@ -21,6 +21,7 @@ TEXTS = [
     "naïve 你好, \N{PARTY POPPER}\N{PARTY POPPER}! Ünïcödé",
     "  two spaces,\ta tab\nand a new line.\n\n",
     "don't , stop .",
+    "你好é\N{PARTY POPPER}" * 4,
 ]
 
 
@@ -63,6 +64,14 @@ def sentencepiece_bpe(legacy):
     return backend, None
 
 
+def without_a_space_before():
+    """As of Gemma: no space is put before a text, so none is taken away."""
+    backend, _ = sentencepiece_bpe(legacy=False)
+    backend.pre_tokenizer, backend.normalizer = pre_tokenizers.Sequence([]), normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend, None
+
+
 def unigram():
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -89,11 +98,12 @@ KINDS = {
     "byte-level": byte_level,
     "sentencepiece": lambda: sentencepiece_bpe(legacy=False),
     "sentencepiece-legacy": lambda: sentencepiece_bpe(legacy=True),
+    "sentencepiece-plain": without_a_space_before,
     "unigram": unigram,
     "word-piece": word_piece,
     "end-of-word": end_of_word,
 }
-BYTES = ("byte-level", "sentencepiece", "sentencepiece-legacy")  # these can write any text
+BYTES = ("byte-level", "sentencepiece", "sentencepiece-legacy", "sentencepiece-plain")  # these can write any text
 
 
 def make(kind):
@@ -148,6 +158,26 @@ def test_prompt_and_answer_read_as_transformers_decodes_the_whole_wherever_the_p
             assert streamed(tokenizer, ids[:cut], ids[cut:]) == answer
             # A character in which the prompt ends comes with the answer.
             assert tokenizer.decode(ids[:cut]).rstrip("\ufffd") + answer == whole
+
+
+def test_random_texts_between_special_tokens_read_as_transformers_decodes_the_whole(folder, kind, reference):
+    tokenizer, rng = load_tokenizer(folder), random.Random(kind)
+    compared = 0
+    for _ in range(300):
+        ids = []
+        for _ in range(rng.randrange(1, 4)):
+            text = "".join(
+                rng.choice("the river Once upon, .\n\té你\N{PARTY POPPER}") for _ in range(rng.randrange(1, 16))
+            )
+            ids += [*reference(text).input_ids, rng.choice([0, 1, 2])]
+        cut = rng.randrange(len(ids) + 1)
+        answer = tokenizer.decode(ids[cut:], ids[:cut])
+        assert streamed(tokenizer, ids[:cut], ids[cut:]) == answer
+        before, whole = (reference.decode(part, skip_special_tokens=True) for part in (ids[:cut], ids))
+        if "\ufffd" not in before:  # the prompt does not end inside a character
+            assert before + answer == whole
+            compared += 1
+    assert compared > 150
 
 
 def test_random_tokens_are_streamed_as_transformers_decodes_them(folder, reference):
@@ -418,6 +448,16 @@ def test_a_stream_that_ends_inside_a_character_gives_what_generate_gives(folder,
     assert answer.text.endswith("\ufffd")
     assert "".join(token.text for token in tokens) == answer.text
     assert [token.token_id for token in tokens] == answer.token_ids == ids
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_an_answer_without_a_token_is_empty_even_where_the_prompt_ends_inside_a_character(folder, kind):
+    tokenizer = load_tokenizer(folder)
+    prompt = tokenizer.encode("Once \N{PARTY POPPER}")[:-1]
+    engine = Scripted([2], (2,), tokenizer)
+    for stop in ((), "x"):
+        sampling = SamplingParams(temperature=0, stop=stop)
+        assert engine.generate(prompt, sampling)[0].text == "" and list(engine.stream(prompt, sampling)) == []
 
 
 def test_the_widgets_tokens_read_as_within_a_text(tmp_path):
