@@ -58,7 +58,7 @@ def check_answer(answer: Any, is_right: Callable[[Any], bool], right: str, wrong
             raise _Unanswered
         return Outcome("right", right) if is_right(answer) else Outcome("wrong", wrong, hint)
     except _Unanswered:
-        return Outcome("open", OPEN, hint)
+        return Outcome("open", OPEN)  # the hint is for who has tried
     except CourseError as error:
         return Outcome("wrong", str(error), hint)
     except Exception as error:  # an answer may be anything, and do anything when it is compared
