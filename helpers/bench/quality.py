@@ -215,12 +215,14 @@ def pareto(results: Sequence[Precision]) -> Picture:
         best = front(results, cost)
         line = [(getattr(p, attribute) * factor, p.loss) for p in best]
         axes.step(*zip(*line, strict=True), where="post", color=COLOURS[0], linestyle="--", zorder=1)
-        for p in results:
+        for at, p in enumerate(sorted(results, key=lambda p: getattr(p, attribute))):
             x = getattr(p, attribute) * factor
             face = COLOURS[0] if p in best else "white"
             axes.errorbar(x, p.loss, p.margin or None, color="black", marker="o", markersize=8, markerfacecolor=face)
-            axes.annotate(p.name.replace("$", r"\$"), (x, p.loss), (7, 5), textcoords="offset points")
-        axes.set_xlim(0, max(getattr(p, attribute) for p in results) * factor * 1.25)
+            place = (7, -15) if at % 2 else (7, 5)  # in turn, so that neighbours' names do not meet
+            axes.annotate(p.name.replace("$", r"\$"), (x, p.loss), place, textcoords="offset points")
+        axes.margins(y=0.2)
+        axes.set_xlim(0, max(getattr(p, attribute) for p in results) * factor * 1.3)
         axes.set_xlabel(f"{label} (less is better)")
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.spines[["top", "right"]].set_visible(False)
