@@ -176,11 +176,13 @@ def _faster(record: Record, engine: Row, other: Row) -> tuple[str, str]:
     figure = ratio(other.tpot_s, engine.tpot_s)
     both = " and ".join(f"{r.name} {METRICS['TPOT (least), ms'](record, r)}" for r in (engine, other))
     words = f"TPOT {times(figure)} shorter: median (least) of {both} ms"
-    on_any_host = (
-        min(figure[0], _floor(record, other) / max(engine.tpot_s)),
-        max(figure[1], max(other.tpot_s) / _floor(record, engine)),
-    )
-    if times(on_any_host) != times(figure):
+    (low, high), theirs, mine = figure, _floor(record, other), _floor(record, engine)
+    if theirs < min(other.tpot_s):
+        low = min(low, theirs / max(engine.tpot_s))
+    if mine < min(engine.tpot_s):
+        high = max(high, max(other.tpot_s) / mine)
+    on_any_host = (low, high)
+    if on_any_host != figure:
         words += f"; with any host beside this GPU {times(on_any_host)}"
     return words, _verdict(on_any_host, 2, 5, below="no, slower" if on_any_host[1] < 1 else "no")
 

@@ -390,6 +390,16 @@ def test_who_waits_for_its_host_is_not_judged_by_one_host(busy, verdict):
     assert ("with any host" in words) == (verdict == claims.CANNOT_TELL)
 
 
+def test_where_nobody_waits_for_a_host_the_rounds_alone_decide():
+    """A round that was slow for both widens nothing, on a CPU and on a GPU that is kept busy."""
+    mine, theirs = [0.001, 0.0019, 0.001], [0.003, 0.0057, 0.003]
+    for hardware_ in (GPU, {"name": "a CPU", "device": "cpu"}):
+        seen = {"gpu_busy_s": 0.003, "gpu_handover_s": 0.0} if hardware_ is GPU else {}
+        rows = new_row(tpot_s=mine, **seen), new_row("pytorch", tpot_s=theirs, **seen)
+        words, verdict = claims.judge(new_record(*rows, hardware=hardware_))["2 to 5 times faster than eager PyTorch"]
+        assert words.startswith("TPOT 3.0 times shorter") and "any host" not in words and verdict == "yes"
+
+
 def test_a_ratio_is_taken_round_by_round():
     """A round that was slow for both changes nothing; one that was slow for one of them does."""
     assert claims.ratio([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == (2, 2)
