@@ -54,6 +54,15 @@ def test_cells_after_a_model_that_is_not_here_are_skipped_with_the_command_that_
     assert result.cells_run == 4 and "42" in text(nb)
 
 
+def test_the_notebook_on_your_own_model_is_listed_as_skipped_where_that_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_MODELS", str(tmp_path / "models"))
+    nb, result = notebooks.run_notebook(notebooks.NOTEBOOKS / "06_your_own_model.ipynb")
+    assert result.ok and result.cells_run == 1  # the versions
+    assert len(result.skipped) == len(notebooks.code_cells(nb)) - 1
+    (reason,) = {reason for _, reason in result.skipped}
+    assert "helpers model get smollm2" in reason
+
+
 def test_a_tagged_cell_needs_a_reason(tmp_path):
     tag = {"tags": ["skip-execution"]}
     nb, result = run(tmp_path, "1", "1/0", "1/0", cell_2=tag | {"skip_reason": "takes an hour"}, cell_3=tag)

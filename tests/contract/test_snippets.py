@@ -35,6 +35,12 @@ AROUND = {
         'llm = _LLM(model="tinyllama_engine", tokenizer="TinyLlama/TinyLlama-1.1B-Chat-v1.0")',
         "llm.shutdown()",
     ),
+    # The bundled model's tokenizer, which stands for the named one's here, has no chat template.
+    "own-trtllm-python": (
+        "from transformers import AutoTokenizer as _T\n_T.from_pretrained('x').chat_template = "
+        "\"{% for m in messages %}{{ m['content'] }}{% endfor %}\"",
+        "_T.from_pretrained('x').chat_template = None",
+    ),
 }
 
 

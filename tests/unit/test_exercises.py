@@ -10,9 +10,11 @@ import torch
 
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.bench import quality, records
+from helpers.bench.run import bytes_per_step
 from helpers.course import exercises
 from helpers.errors import InputError
 from helpers.model.checkpoint import find_checkpoint
+from helpers.paths import PROJECT
 
 RECIPE = BuildRecipe(backend="pytorch", max_batch_size=1, max_input_len=64, max_seq_len=256)
 PROMPT = "Once upon a time"
@@ -294,3 +296,17 @@ def test_usual_mistakes_are_wrong(engine, name):
 def test_a_function_without_a_return_is_open(engine):
     for name in ("kl", "shorten", "second_best", "fit"):
         assert checks(engine)[name][0](lambda *_: None).state == "open"
+
+
+def test_the_solutions_that_notebook_06_shows_are_right():
+    nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
+    nb = nbformat.read(PROJECT / "notebooks" / "06_your_own_model.ipynb", as_version=4)
+    (source,) = [cell.source for cell in nb.cells if cell.id == "own-solutions"]
+    code = source.partition("```python\n")[2].partition("with load(")[0]  # what comes then takes a build
+    workload = records.Workload(model="stories")
+    names = {"config": CONFIG, "workload": workload, "bytes_per_step": bytes_per_step, "results": RESULTS, "most": 0.01}
+    exec(compile(code, "solutions", "exec"), names)
+    assert exercises.check_cache_per_token(CONFIG, names["answer_1"])
+    assert exercises.check_least_time(bytes_per_step(workload, "int8", 1), 60e9, names["answer_2"])
+    assert exercises.check_fastest(RESULTS, 0.01, names["answer_3"])
+    assert exercises.check_kl(names["kl_divergence"]) and exercises.check_shorten(names["shorten"])

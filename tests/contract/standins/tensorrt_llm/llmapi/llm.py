@@ -20,7 +20,7 @@ from ..quantization import CALIBRATED, KV_CACHE
 from ..sampling_params import SamplingParams
 from .llm_args import TORCH_ARGS, TRT_ARGS, TRT_ONLY
 
-HUB = ("TinyLlama/TinyLlama-1.1B-Chat-v1.0",)  # what the stand-in's "Hub" has
+HUB = ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "HuggingFaceTB/SmolLM2-135M-Instruct")  # what the stand-in's "Hub" has
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _alive: "weakref.WeakSet[BaseLLM]" = weakref.WeakSet()
