@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from helpers.bench.claims import ratio, times
+from helpers.bench.records import STEADY
 from helpers.machine import hardware
 from helpers.machine.load import BUSY, OtherWork
 
@@ -48,12 +49,15 @@ def seconds(call: Callable[..., Any], *arguments: Any, repeats: int = 1) -> floa
 def compare(samples: Samples, name: str, other: str, *, faster: str = "", equal: str = "", slower: str = "") -> str:
     """A sentence that says how `name` does beside `other`, and the explanation that goes with it.
 
-    The ratio is an interval, round by round. It is "faster" or "slower" only where the whole of it is on that side.
+    The ratio is an interval, round by round. It is "faster" or "slower" only where the whole of it is on that side, and
+    "equal" only where it is narrow: where it is not, nothing is explained.
     """
     speed = ratio(samples[other], samples[name])
     if speed[0] > ALIKE:
         return f"{name} is {times(speed)} as fast as {other}. {faster}".rstrip()
     if speed[1] < 1 / ALIKE:
         return f"{name} takes {times((1 / speed[1], 1 / speed[0]))} as long as {other}. {slower}".rstrip()
-    low, high = speed
-    return f"These runs show no difference between {name} and {other} (ratio {low:.2f} to {high:.2f}). {equal}".rstrip()
+    figure = f"(ratio {speed[0]:.2f} to {speed[1]:.2f})"
+    if max(speed[1], 1 / speed[0]) > STEADY:
+        return f"These runs differ too much to tell {name} and {other} apart {figure}. Run this cell again."
+    return f"There is no difference between {name} and {other} beyond that of the runs {figure}. {equal}".rstrip()
