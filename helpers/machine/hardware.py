@@ -121,11 +121,12 @@ def cache_bytes() -> int:
 
 
 def default_threads(weight_bytes: int) -> int:
-    """CPU threads for decoding: one while the weights fit in cache, else every free core.
+    """CPU threads for a comparison in which all contenders get the same: one while the weights fit in cache, else every
+    free core.
 
     A decode step is a few hundred small loops. Below about 64 MB of weights, waking a second thread for each costs
     more than it gives on some CPUs, and pays on others; threads that lose their core to another job cost ten times
-    that. So one is the safe choice; a recipe's num_threads tries another.
+    that. So one is the safe choice. An engine's own number is measured when it is built.
     """
     return 1 if weight_bytes < 64e6 else free_cores()
 

@@ -14,7 +14,7 @@ from conftest import GREEDY, PROMPTS, STORIES, limits
 
 from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
 from helpers.bench import quality
-from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, OutOfMemory, WorkerError
+from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, OutOfMemory, RecipeError, WorkerError
 
 
 def tiny(model, **changes):
@@ -378,18 +378,80 @@ def test_the_size_of_the_weights_is_known_before_a_build(checkpoint, tmp_path, p
 # ---- threads ----------------------------------------------------------------------------------------------
 
 
-def test_the_threads_that_a_recipe_comes_to_are_part_of_the_engine(tiny_llama):
+def test_the_threads_asked_for_are_part_of_the_engine_and_otherwise_what_is_tried(tiny_llama, monkeypatch):
+    """Known without a build, so that an engine that is there is found."""
     from helpers.engine import identity
     from helpers.model.checkpoint import find_checkpoint
 
+    def threads(**changes):
+        return identity(tiny(tiny_llama, **changes), find_checkpoint(str(tiny_llama)))["recipe"]["num_threads"]
+
+    for cores, tried in ((1, 1), (2, "the fastest of 1, 2"), (6, "the fastest of 1, 2, 4, 6")):
+        monkeypatch.setattr("helpers.machine.hardware.free_cores", lambda cores=cores: cores)
+        assert threads() == tried
+        assert threads(optimization_level=0) == 1  # each number tried would be compiled for
+        assert [threads(num_threads=n) for n in (1, 2, 16)] == [1, 2, 16]
+
+
+def test_the_build_keeps_the_fastest_number_of_threads(tiny_engine):
+    from helpers.backends.aot.backend import fastest
+    from helpers.machine import hardware
+
+    assert fastest([1, 2, 4], [3.0, 2.0, 1.0]) == 4
+    assert fastest([1, 2, 4], [3.0, 1.04, 1.0]) == 2  # a twentieth is not worth two cores
+    assert fastest([1, 2, 4], [1.0, 1.0, 9.0]) == 1
+    details = store.read_manifest(tiny_engine)["details"]
+    if hardware.free_cores() > 1:
+        counts = [int(count) for count in details["step_seconds"]]
+        assert counts[0] == 1 and counts[-1] == hardware.free_cores()
+        assert details["num_threads"] == fastest(counts, list(details["step_seconds"].values()))
+    with load(tiny_engine) as engine:
+        assert engine.num_threads == details["num_threads"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it counts the process's threads in /proc")
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_engine_takes_the_threads_that_were_asked_for(built, tiny_llama, count):
+    """In a process where torch would take four. Each phase is run by itself: choosing a token is not the engine's."""
+    script = """
+        import os, sys
+        from helpers import load
+        with load(sys.argv[1]) as engine:
+            before = len(os.listdir("/proc/self/task"))
+            engine._prefill([list(range(3, 19))])
+            engine._decode(engine.steps[1].tokens)
+            print(len(os.listdir("/proc/self/task")) - before)
+    """
+    folder = built(tiny(tiny_llama, num_threads=count, optimization_level=0))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), folder.name],
+        env={**os.environ, "OMP_NUM_THREADS": "4"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    started = int(done.stdout)
+    assert started == 0 if count == 1 else started >= 1  # libraries start one more of their own with the second
+
+
+def test_threads_that_a_gpu_would_ignore_are_refused(tiny_llama, monkeypatch):
+    from helpers.engine import identity
+    from helpers.machine import hardware
+    from helpers.model.checkpoint import find_checkpoint
+
+    gpu = hardware.Hardware("cuda", "a GPU", "sm_90", 132, 2**36, "580")
+    monkeypatch.setattr(hardware, "describe", lambda *_: gpu)
     found = find_checkpoint(str(tiny_llama))
-    threads = [identity(tiny(tiny_llama, num_threads=n), found)["recipe"]["num_threads"] for n in (0, 1, 2)]
-    assert threads == [1, 1, 2]  # 0: chosen, and this model's weights fit in a cache
+    recipe = tiny(tiny_llama).replace(device="auto")
+    assert identity(recipe, found)["recipe"]["num_threads"] == 0
+    with pytest.raises(RecipeError, match="num_threads is for CPUs, and device 'auto' is a GPU"):
+        identity(recipe.replace(num_threads=2), found)
 
 
 def test_both_phases_run_on_the_engines_threads_whatever_the_notebook_has(tiny_engine):
     with load(tiny_engine) as engine:
-        assert engine.num_threads == store.read_manifest(tiny_engine)["identity"]["recipe"]["num_threads"] == 1
         used = []
         for graph in engine.graphs.values():
             plain = graph.run

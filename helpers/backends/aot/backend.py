@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import shutil
 import tempfile
@@ -27,10 +26,10 @@ from helpers.backends.aot.loader import lets_programs_run
 from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
-from helpers.errors import BuildError, EngineMismatch, WorkerError
+from helpers.errors import BuildError, EngineMismatch, RecipeError, WorkerError
 from helpers.machine import hardware
 from helpers.machine.worker import Worker
-from helpers.model.checkpoint import Checkpoint, stored_tensors
+from helpers.model.checkpoint import Checkpoint
 from helpers.model.config import ModelConfig
 from helpers.paths import PROJECT
 from helpers.progress import Progress
@@ -40,6 +39,7 @@ from helpers.recipe import BuildRecipe
 MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "config", "llama", "weights")]
 COMPILER = "helpers.backends.aot.compile"
 COMPILE_LIMIT = 3600.0  # seconds for one graph
+STEP = "decode_b1"  # the graph that numbers of threads are tried with
 
 
 def check_available() -> None:
@@ -49,11 +49,12 @@ def check_available() -> None:
 def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """Native code depends on the processor or GPU, its vector instructions, and the versions of its libraries."""
     machine = hardware.describe(recipe.device)
+    counts = thread_counts(recipe, machine.device)
     return {
         "recipe": {
             "device": machine.device,
             "decode_batch_sizes": list(recipe.all_decode_batch_sizes),
-            "num_threads": _threads(recipe, checkpoint, machine.device),
+            "num_threads": counts[0] if len(counts) == 1 else f"the fastest of {', '.join(map(str, counts))}",
         },
         "architecture": machine.architecture,
         "device_name": machine.name if machine.device == "cuda" else "",
@@ -93,7 +94,8 @@ def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[flo
     graphs = len(graph_names(recipe, device))
     weights = stored_bytes(recipe, config, device)
     layers = layers_of_a_run(config, device, {})
-    seconds = graphs * (8 + 1.6 * layers + (6 if layers < config.num_hidden_layers else 0))
+    compiled = graphs + len(thread_counts(recipe, device)) - 1
+    seconds = compiled * (8 + 1.6 * layers + (6 if layers < config.num_hidden_layers else 0))
     return 8 + seconds / _jobs(graphs, sum(weights), device), sum(weights) + graphs * 2_500_000
 
 
@@ -101,18 +103,37 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
     """Compile into `folder`, in worker processes; returns what the manifest keeps for loading. Raises BuildError."""
     hardware.compiler()
     device = hardware.resolve_device(recipe.device)
-    threads = _threads(recipe, checkpoint, device)
-    names = graph_names(recipe, device)
+    names, counts = graph_names(recipe, device), thread_counts(recipe, device)
     jobs = _jobs(len(names), sum(stored_bytes(recipe, checkpoint.config, device)), device)
     given = {**recipe.to_dict(), "model": checkpoint.full_name}
     common = {"recipe": given, "device": device, "folder": str(folder)}
     with _scratch_folder(folder) as scratch, _Compilers(jobs) as compilers:
-        own = {"threads": threads, "scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
+        own = {"scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
+
+        def compile_all(what: str, todo: list[tuple[str, int, str]]) -> dict[tuple[str, int], dict[str, Any]]:
+            """Compile graphs, each given with its threads and a folder. The reports, by file and threads."""
+            keys = [(file, threads) for name, threads, _ in todo for file in graphs[name]["parts"]]
+            calls = [
+                {"name": name, "file": file, "threads": threads, "into": into, **common, **own}
+                for name, threads, into in todo
+                for file in graphs[name]["parts"]
+            ]
+            with _shown(progress, f"compile {what}", jobs) as show:
+                return dict(zip(keys, compilers.run("compile", calls, show), strict=True))
+
         try:
             (graphs,) = compilers.run("weights", [{**common, "graphs": names}], progress.phase)
-            files = [{"name": name, "file": file} for name in names for file in graphs[name]["parts"]]
-            with _shown(progress, f"compile {len(names)} graphs", jobs) as show:
-                reports = compilers.run("compile", [{**call, **common, **own} for call in files], show)
+            threads, step_seconds, reports, rest = counts[0], [], {}, names
+            if len(counts) > 1:
+                trials = [(STEP, count, f"{scratch}/{count}-threads") for count in counts]
+                reports = compile_all(f"{STEP} for {' and '.join(map(str, counts))} threads", trials)
+                timed = {"name": STEP, "entry": graphs[STEP], "trials": [trial[1:] for trial in trials], **common}
+                (step_seconds,) = compilers.run("time", [timed], progress.phase)
+                threads = fastest(counts, step_seconds)
+                for file in graphs[STEP]["parts"]:
+                    shutil.move(f"{scratch}/{threads}-threads/{file}.pt2", folder)
+                rest = [name for name in names if name != STEP]
+            reports |= compile_all(f"{len(rest)} graphs", [(name, threads, str(folder)) for name in rest])
             with _shown(progress, f"verify {len(names)} graphs", jobs) as show:
                 compilers.run("verify", [{"name": n, "entry": graphs[n], **common} for n in names], show)
         except (WorkerError, BuildError) as error:
@@ -121,13 +142,18 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
             raise
     report = EngineReport("aot", [], [])
-    for part in map(EngineReport.from_dict, reports):
+    for file in (file for name in names for file in graphs[name]["parts"]):
+        part = EngineReport.from_dict(reports[file, threads])
         report.operations.extend(part.operations)
         report.kernels.extend(part.kernels)
         report.removed.extend(part.removed)
     write_report(report, folder)
-    dtype = str(compute_dtype(recipe, device)).removeprefix("torch.")
-    return {"graphs": graphs, "num_threads": threads, "compute_dtype": dtype}
+    return {
+        "graphs": graphs,
+        "num_threads": threads,
+        "step_seconds": dict(zip(counts, step_seconds, strict=False)),
+        "compute_dtype": str(compute_dtype(recipe, device)).removeprefix("torch."),
+    }
 
 
 @contextlib.contextmanager
@@ -140,18 +166,26 @@ def _shown(progress: Progress, what: str, jobs: int) -> Iterator[Callable[[str],
             yield progress.part
 
 
-def _threads(recipe: BuildRecipe, checkpoint: Checkpoint, device: str) -> int:
-    """CPU threads of every product and kernel. Asked for each look-up of an engine, so it reads only files' headers."""
+def thread_counts(recipe: BuildRecipe, device: str) -> list[int]:
+    """How many CPU threads the generated loops and the library's products may get: the build keeps the fastest."""
     if device != "cpu":
-        return 0
+        if recipe.num_threads:
+            raise RecipeError(
+                f"num_threads is for CPUs, and device {recipe.device!r} is a GPU on this machine.",
+                fix="Leave num_threads out, or use device='cpu'.",
+            )
+        return [0]
     if recipe.num_threads:
-        return recipe.num_threads
-    if checkpoint.dummy:
-        parameters = checkpoint.config.parameter_count()
-    else:
-        parameters = sum(math.prod(tensor.shape) for tensor in stored_tensors(checkpoint.folder).values())
-    size = 1 if recipe.precision == "int8" else compute_dtype(recipe, device).itemsize
-    return hardware.default_threads(parameters * size)
+        return [recipe.num_threads]
+    if recipe.optimization_level == 0:
+        return [1]  # each count to be tried would be compiled for
+    cores = hardware.free_cores()
+    return sorted({cores, *(2**power for power in range(cores.bit_length()))})
+
+
+def fastest(counts: list[int], seconds: list[float]) -> int:
+    """The fewest threads that are as fast as any, but for a twentieth: a core left free serves whoever else works."""
+    return next(count for count, took in zip(counts, seconds, strict=True) if took <= 1.05 * min(seconds))
 
 
 def _jobs(graphs: int, weight_bytes: int, device: str) -> int:

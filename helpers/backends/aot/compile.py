@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -32,6 +34,9 @@ from helpers.model.config import load_config
 from helpers.model.weights import Weights
 from helpers.recipe import BuildRecipe, from_dict
 
+TURNS = 7  # of each number of threads
+TURN_SECONDS = 0.1
+
 
 def prepare_weights(recipe: dict[str, Any], device: str, folder: str, graphs: list[str]) -> Any:
     """Save the checkpoint's tensors as the graphs read them. Returns what loading has to know of each graph."""
@@ -53,11 +58,12 @@ def compile_part(
     recipe: dict[str, Any],
     device: str,
     folder: str,
+    into: str,
     threads: int,
     scratch: str,
     compile_threads: int,
 ) -> Any:
-    """Compile one part of a graph into `folder`. Yields each step; returns the report on it.
+    """Compile one part of a graph into a folder. Yields each step; returns the report on it.
 
     threads: of the generated code on a CPU. compile_threads: processes that the compiler may start.
     """
@@ -65,18 +71,54 @@ def compile_part(
     asked = from_dict(recipe)
     parts, module = _parts_of(name, asked, device, folder)
     (part,) = (part for part in parts if part.file == file)
-    yield f"export {file}"
+    what = file if into == folder else f"{file} for {threads}"
+    yield f"export {what}"
     program = part.export(_weights(folder, device))
-    yield f"compile {file}"
+    yield f"compile {what}"
     recorder = InductorRecorder(name)
     options = _inductor_options(asked, device, threads, module) | {"_post_fusion_custom_pass": recorder}
-    _compile(program, Path(folder) / f"{file}.pt2", options, device, compile_threads)
+    Path(into).mkdir(exist_ok=True)
+    _compile(program, Path(into) / f"{file}.pt2", options, device, compile_threads)
     report = recorder.report(len(part.calls), file.removeprefix(name))
     if part is parts[0] is not parts[-1]:
         dtype = str(part.inputs[0].dtype).removeprefix("torch.")
         report.operations.insert(0, Operation(name, "embedding", "embedding", dtype))
         report.kernels.insert(0, Kernel(name, "embedding", "library", ("embedding",), dtype))
     return report.to_dict()
+
+
+def time_threads(
+    name: str,
+    entry: dict[str, Any],
+    trials: list[tuple[int, str]],
+    recipe: dict[str, Any],
+    device: str,
+    folder: str,
+) -> Any:
+    """Seconds of one decode step for each number of threads, of the graph that was compiled for it into a folder.
+
+    They take turns, so that whatever else this machine does meets all of them.
+    """
+    yield f"time {' and '.join(str(threads) for threads, _ in trials)} threads"
+    asked, config, weights = from_dict(recipe), load_config(Path(folder)), _weights(folder, device)
+    graphs = [Phase(Path(place), name, entry, config, weights) for _, place in trials]
+    span = torch.arange(max(2, asked.max_seq_len // 2))
+    token = torch.zeros(1, dtype=torch.long)
+    inputs = token, token + len(span) - 1, span, empty_cache(asked, config, device, weights["norm"].dtype, 1)
+    seconds: list[list[float]] = [[] for _ in trials]
+    for _ in range(TURNS):
+        for (threads, _), graph, took in zip(trials, graphs, seconds, strict=True):
+            torch.set_num_threads(threads)
+            for _ in range(2):  # threads start, caches fill
+                graph.run(*inputs)
+            steps, start = 0, time.perf_counter()
+            while (passed := time.perf_counter() - start) < TURN_SECONDS or not steps:
+                graph.run(*inputs)
+                steps += 1
+            took.append(passed / steps)
+    for graph in graphs:
+        graph.close()
+    return [statistics.median(took) for took in seconds]
 
 
 def verify_graph(name: str, entry: dict[str, Any], recipe: dict[str, Any], device: str, folder: str) -> Iterator[str]:
@@ -93,7 +135,7 @@ def verify_graph(name: str, entry: dict[str, Any], recipe: dict[str, Any], devic
     graph.close()
 
 
-CALLS = {"weights": prepare_weights, "compile": compile_part, "verify": verify_graph}
+CALLS = {"weights": prepare_weights, "compile": compile_part, "time": time_threads, "verify": verify_graph}
 
 
 def is_one_word(path: str) -> bool:
