@@ -1,13 +1,22 @@
-"""What notebook 05 needs to cause trouble without harm: copies to damage, and a process that may run out of memory."""
+"""What notebook 05 needs to cause trouble without harm: copies to damage, and work for a worker that ends badly."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import shutil
+import socket
+import statistics
 import tempfile
+import threading
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from helpers.model.checkpoint import find_checkpoint
 
@@ -36,6 +45,96 @@ def other_tokenizer(name: str = "stories") -> Path:
     return folder
 
 
+def without_end_token(name: str = "stories") -> Path:
+    """A copy of a checkpoint that says of no token that it ends a text."""
+    folder = copy_of(find_checkpoint(name).folder)
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**fields, "eos_token_id": None}), encoding="utf-8")
+    return folder
+
+
+def source_checkout(package: str) -> Path:
+    """A folder that holds a package's Python files without its compiled ones, as a clone of its repository does."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    compiled = shutil.ignore_patterns("*.so", "*.pyd", "*.dylib", "__pycache__")
+    folder = Path(tempfile.mkdtemp(dir=_scratch().name)) / "clone"
+    shutil.copytree(Path(spec.origin).parent, folder / package, ignore=compiled)
+    return folder
+
+
+def wrong_scale(engine: Path, name: str, factor: float) -> Path:
+    """A copy of an int8 `aot` engine in which one layer's scales are too large, as a faulty quantization leaves them:
+    the manifest fits, because the fault was there before the engine was sealed."""
+    from safetensors.torch import load_file, save_file
+
+    from helpers import store
+
+    folder = copy_of(engine)
+    path = folder / "weights.safetensors"
+    weights = load_file(path)
+    save_file({**weights, f"{name}.scale": weights[f"{name}.scale"] * factor}, path)
+    manifest = store.read_manifest(folder)
+    manifest["files"][path.name] = store.entry_of(path)
+    store.save_manifest(folder, manifest)
+    return folder
+
+
+def kill_beyond(megabytes: int, pid: int) -> None:
+    """Play the kernel's part where it has a limit on memory: kill a process once it holds so much more than now."""
+    process = psutil.Process(pid)
+    limit = process.memory_info().rss + megabytes * 10**6
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            while process.memory_info().rss < limit:
+                time.sleep(0.005)
+            process.kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# What a worker is asked
+
+
+def convert(megabytes: int, parts: int) -> str:
+    """Convert weights of so many megabytes to half the size, all at once or one part after another."""
+    import numpy as np
+
+    size = 0
+    for _ in range(parts):
+        part = np.ones(megabytes * 10**6 // 4 // parts, dtype=np.float32)
+        size += part.astype(np.float16).nbytes
+        time.sleep(0.02)
+    return f"{size / 1e6:.0f} MB converted"
+
+
+def wait_for_partners(processes: int) -> str:
+    """Wait until so many processes have met, this one among them, as MPI does when it starts."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(processes - 1):
+            server.accept()
+    return "all here"
+
+
+def seconds_per_token(threads: list[int]) -> dict[int, float]:
+    """Seconds per token of PyTorch's eager model on the CPU with each number of threads: the median of 24 steps."""
+    import torch
+
+    from helpers.engine import load
+    from helpers.model.sampling import SamplingParams
+    from helpers.recipe import BuildRecipe
+
+    seconds = {}
+    with load(BuildRecipe(backend="pytorch", device="cpu")) as engine:
+        for number in threads:
+            torch.set_num_threads(number)
+            answer = engine.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=25, ignore_eos=True))[0]
+            seconds[number] = statistics.median(answer.metrics.gaps_s)
+    return seconds
+
+
 def generate_within(megabytes: int, batch_size: int, input_len: int) -> dict[str, Any]:
     """Answer a batch in this process, which may take only so many megabytes more than it has. Called in a worker:
     the limit stays until the process ends. Linux only."""
@@ -56,4 +155,17 @@ def generate_within(megabytes: int, batch_size: int, input_len: int) -> dict[str
     return {"answers": len(answers), "tokens": sum(len(answer.token_ids) for answer in answers)}
 
 
-CALLS = {"generate_within": generate_within}
+def build_small(size: int) -> dict[str, Any]:
+    """Build a TensorRT engine of one layer: its name, what the build told, and how many seconds it took."""
+    import torch
+
+    from helpers.engine import build_module
+
+    torch.manual_seed(0)  # the same weights in each process, and so the same engine
+    start, told = time.perf_counter(), io.StringIO()
+    with contextlib.redirect_stderr(told):
+        folder = build_module(torch.nn.Linear(size, size), (torch.ones(1, size),), precision="fp16", name="small")
+    return {"name": folder.name, "told": told.getvalue().strip().split("\n"), "seconds": time.perf_counter() - start}
+
+
+CALLS = {call.__name__: call for call in (generate_within, convert, wait_for_partners, seconds_per_token, build_small)}

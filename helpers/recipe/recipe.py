@@ -28,6 +28,9 @@ else:
     import tomli as tomllib
 
 
+RENAMED = {"max_output_len": "max_seq_len, which counts the prompt and the answer"}  # in TensorRT-LLM, in 2024 (its pull request 2057)
+
+
 @dataclass(frozen=True)
 class BuildRecipe(RecipeFields):
     """What to build. Two recipes with equal fields on the same machine give the same engine.
@@ -176,9 +179,10 @@ def _from_fields(kind: type, fields: dict[str, Any], prefix: str = "") -> Any:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in fields:
         if name not in known:
+            renamed = f"An old name: today it is {RENAMED[name]}." if name in RENAMED else ""
             raise RecipeError(
                 f"A recipe has no field {shown(f'{prefix}{name}')}.",
-                cause="A misspelt name, or a setting that belongs under options.",
+                cause=renamed or "A misspelt name, or a setting that belongs under options.",
                 fix=f"The fields are: {', '.join(prefix + k for k in known)}.",
             )
     return kind(**fields)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers import errors
-from helpers.course import cards
+from helpers import BuildRecipe, SamplingParams, errors, load
+from helpers.course import cards, troubles
 from helpers.course.cards import CARDS, explain
-from helpers.errors import CourseError, InputError
+from helpers.errors import CourseError, InputError, RecipeError, WorkerError
+from helpers.machine.worker import Worker
 from helpers.messages import Card, matches
+from helpers.model.checkpoint import find_checkpoint
 from helpers.paths import PROJECT
 
 # What users of TensorRT-LLM report most, in the words of the public threads that each card names, and a word of the
@@ -168,6 +170,16 @@ def test_every_card_is_complete_and_no_earlier_one_hides_it():
             assert card in same, words
 
 
+def test_what_a_card_shows_is_in_the_notebook():
+    for card in CARDS:
+        if "section" in card.shown:
+            number, section = card.shown.removeprefix("notebook ").split(", section ")
+            (path,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
+            assert f"## {section}. " in path.read_text(encoding="utf-8"), card.shown
+        else:
+            assert not card.shown or list((PROJECT / "notebooks").glob(f"{card.shown.removeprefix('notebook ')}_*"))
+
+
 # ---- any input ------------------------------------------------------------------------------------------------
 
 
@@ -271,3 +283,55 @@ def test_the_command_takes_words_a_file_or_standard_input(tmp_path):
     assert unknown.returncode == 1 and b"does not know" in unknown.stdout
     closed = command(input=b"\x7fELF" + bytes(range(32)) * 500)
     assert closed.returncode == 1 and b"no text" in closed.stderr
+
+
+# ---- what notebook 05 provokes: the text that it gives is known, and the mend mends it -----------------------
+
+
+def test_a_worker_beyond_its_memory_is_killed_and_one_that_takes_less_at_a_time_is_not():
+    with Worker("helpers.course.troubles") as worker:
+        troubles.kill_beyond(150, worker.pid)
+        with pytest.raises(WorkerError) as killed:
+            worker.call("convert", megabytes=1200, parts=1)
+    assert "more memory" in explain(str(killed.value)).troubles[0].card.fix
+    with Worker("helpers.course.troubles") as worker:
+        troubles.kill_beyond(150, worker.pid)
+        assert worker.call("convert", megabytes=1200, parts=40) == "600 MB converted"
+
+
+def test_a_worker_that_waits_for_ever_is_ended():
+    with Worker("helpers.course.troubles") as worker, pytest.raises(WorkerError) as ended:
+        worker.call("wait_for_partners", processes=2, time_limit=1)
+    assert "time_limit" in explain(str(ended.value)).troubles[0].card.fix
+    with Worker("helpers.course.troubles") as worker:
+        assert worker.call("wait_for_partners", processes=1) == "all here"
+
+
+def test_a_checkpoint_without_an_end_token_goes_on_after_the_end():
+    folder = troubles.without_end_token()
+    recipe = BuildRecipe(model=str(folder), backend="pytorch", max_input_len=8, max_seq_len=250)
+    greedy = SamplingParams(temperature=0, max_tokens=200)
+    (end,) = find_checkpoint("stories").config.eos_token_ids
+    with load(recipe) as engine:
+        (endless,) = engine.generate("Once upon a time", greedy)
+    assert endless.finish_reason == "length" and end in endless.token_ids[:-1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with load(recipe) as engine:
+        (mended,) = engine.generate("Once upon a time", greedy)
+    assert mended.finish_reason == "stop"
+    assert mended.token_ids == endless.token_ids[: endless.token_ids.index(end)]
+
+
+def test_a_clone_without_its_compiled_part_hides_the_package_that_is_installed():
+    clone = troubles.source_checkout("safetensors")
+    command = [sys.executable, "-c", "import safetensors"]
+    hidden = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert hidden.returncode == 1 and "_safetensors_rust" in hidden.stderr
+    assert subprocess.run(command, cwd=clone.parent).returncode == 0
+
+
+def test_an_old_name_of_a_field_says_what_took_its_place():
+    with pytest.raises(RecipeError) as refused:
+        BuildRecipe().replace(max_output_len=64)
+    assert "max_seq_len" in refused.value.cause
+    assert "max_input_len + " in explain(str(refused.value)).troubles[0].card.fix
