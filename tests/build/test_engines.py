@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,15 @@ def test_any_of_several_end_tokens_stops():
     engine = Scripted([50, 60, 7, 7], end_ids=(9, 60))
     (answer,) = engine.generate("x", SamplingParams(temperature=0, max_tokens=5))
     assert (answer.token_ids, answer.finish_reason) == ([50], "stop")
+
+
+def test_a_stop_string_ends_a_text_where_it_first_stands(engine):
+    prompt, sampling = "Once upon a time", SamplingParams(temperature=0, max_tokens=60)
+    (whole,) = engine.generate(prompt, sampling)
+    (answer,) = engine.generate(prompt, replace(sampling, stop="."))
+    assert answer.text == whole.text.partition(".")[0] and answer.finish_reason == "stop"
+    assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+    assert "".join(token.text for token in engine.stream(prompt, replace(sampling, stop="."))) == answer.text
 
 
 def test_a_stream_that_was_overtaken_is_refused_instead_of_mixing_two_texts(engine):

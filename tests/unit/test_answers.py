@@ -1,10 +1,8 @@
 """Stop strings: where an answer ends, whole or streamed, wherever its tokens end."""
 
 import random
-import re
 
 import pytest
-import torch
 from conftest import Scripted
 from test_tokenizer import KINDS, make, saved
 
@@ -118,13 +116,3 @@ def test_the_older_interface_refuses_what_it_would_ignore(tmp_path):
     recipe = BuildRecipe(backend="tensorrt_llm", precision="bf16", max_input_len=8, max_seq_len=16)
     with pytest.raises(InputError, match="stop"):
         model_runner(recipe, tmp_path, [[1]], SamplingParams(stop="a"))
-
-
-def test_the_real_end_of_a_story(aot):
-    """An engine that is one: a sentence, by its full stop."""
-    prompt, sampling = "Once upon a time", {"temperature": 0, "max_tokens": 60}
-    (whole,) = aot.generate(prompt, SamplingParams(**sampling))
-    (answer,) = aot.generate(prompt, SamplingParams(**sampling, stop="."))
-    assert answer.text == re.match(r"[^.]*", whole.text)[0] and answer.finish_reason == "stop"
-    assert "".join(token.text for token in aot.stream(prompt, SamplingParams(**sampling, stop="."))) == answer.text
-    assert torch.get_num_threads() >= 1

@@ -405,3 +405,32 @@ def test_a_conversation_in_a_terminal(tmp_path, monkeypatch, capsys):
     assert prompts == ["Once|", "Once| a |Go on|"]
     assert capsys.readouterr().out == " a \n a \n\n"
     assert engine.closed
+
+
+# ---- the real model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_model
+def test_the_real_models_prompts_and_answers_are_those_of_transformers():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from helpers import BuildRecipe, load
+    from helpers.model.checkpoint import find_checkpoint
+
+    folder = find_checkpoint("smollm2").folder
+    reference = AutoTokenizer.from_pretrained(folder)
+    recipe = BuildRecipe(model="smollm2", backend="pytorch", max_batch_size=1, max_input_len=256, max_seq_len=320)
+    with load(recipe) as engine:
+        for messages in CONVERSATIONS.values():
+            expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            assert engine.tokenize_chat(messages) == expected["input_ids"]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        inputs = reference.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
+        answer = engine.chat(messages, SamplingParams(temperature=0, max_tokens=40))
+        assert answer.finish_reason == "stop" and [*answer.token_ids, *engine.end_ids] == output.tolist()
+        assert answer.text == reference.decode(output, skip_special_tokens=True)
