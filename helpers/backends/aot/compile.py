@@ -187,6 +187,7 @@ def _inductor_options(recipe: BuildRecipe, device: str, threads: int, module: Pr
     options["aot_inductor.precompile_headers"] = False  # 280 MB that only pay off in a later build, if they are kept
     if device == "cpu":
         options["cpp.threads"] = threads
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a product and a sum in one instruction
     if not recipe.fusion.kernels:
         # One kernel an operation: nothing is inlined into its consumer, nothing merged by the scheduler.
         options |= {

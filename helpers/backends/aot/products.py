@@ -94,14 +94,14 @@ def _bytes(words: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _columns(blocks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Blocks [N/P, K, P] and x [M, K]: whole, or, where P is 8 (AVX2), in four parts of every fourth column.
+    """Blocks [N/P, K, P] and x [M, K] in four parts of every fourth column; whole where 4 does not divide K.
 
-    Each addition to a sum waits for the one before. With four parts, a step of the generated loop adds up four
-    products by themselves and then one number to the sum: a quarter of the waiting.
+    Each addition to a sum waits for the one before, two to four cycles. With four parts, a step of the generated loop
+    adds up four products by themselves and then one number to the sum: a quarter of the waiting.
     """
-    if blocks.shape[-1] != 8 or x.shape[1] % 4:
+    if x.shape[1] % 4:
         return [(blocks.to(x.dtype), x)]
-    return [(blocks[:, j::4], x[:, j::4]) for j in range(4)]
+    return [(blocks[:, j::4].to(x.dtype), x[:, j::4]) for j in range(4)]
 
 
 def _widened(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
