@@ -96,6 +96,15 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
     )
 
 
+def not_finite(tokens: int) -> NumericsError:
+    """The error for logits that hold NaN or infinity. tokens: how many stand before the one that they are for."""
+    return NumericsError(
+        f"Behind token {tokens} the model's scores are not finite numbers.",
+        cause="An intermediate result was too large for the precision; fp16 holds no more than 65504.",
+        fix="Build with precision='bf16' or 'fp32'; if it stays, the checkpoint's weights are damaged.",
+    )
+
+
 def printable(text: str) -> str:
     """The text with control characters spelled out, because a terminal obeys them. Line ends and tabs stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)

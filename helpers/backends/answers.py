@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from helpers.errors import NumericsError
+from helpers.errors import not_finite
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -104,11 +104,7 @@ class RunningSequence:
     def accept(self, token: int, seconds: float, sampling: SamplingParams, end_ids: tuple[int, ...]) -> None:
         """Take one token. An end token stops the answer and is not part of it. For NOT_A_TOKEN see `Engine._take`."""
         if token == NOT_A_TOKEN:
-            raise NumericsError(
-                f"Behind token {len(self.prompt) + len(self.output)} the model's scores are not finite numbers.",
-                cause="An intermediate result was too large for the precision; fp16 holds no more than 65504.",
-                fix="Build with precision='bf16' or 'fp32'; if it stays, the checkpoint's weights are damaged.",
-            )
+            raise not_finite(len(self.prompt) + len(self.output))
         if token in end_ids and not sampling.ignore_eos:
             self.end(seconds)
             return

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from helpers.bench.records import REFERENCES, Record
 from helpers.display import COLOURS, Picture, Table, new_figure
 from helpers.errors import InputError, LimitError, NumericsError
+from helpers.model.prompts import as_list
 from helpers.progress import Progress
 
 if TYPE_CHECKING:
@@ -82,14 +83,15 @@ class Scores:
             )
 
 
-def score(engine: Engine, passages: Sequence[str | Sequence[int]], *, quiet: bool = False) -> Scores:
-    """Read each passage (a text, or token ids) with the engine, and keep what it expected at every token.
+def score(engine: Engine, passages: str | Sequence[str | Sequence[int]], *, quiet: bool = False) -> Scores:
+    """Read each passage (a text, or token ids) with the engine, and keep what it expected at every token. One passage
+    need not stand in a list.
 
     Keeps tokens x vocabulary x 4 bytes. Raises LimitError for a passage longer than the engine takes, before any work.
     """
     import torch
 
-    sequences = [engine.tokenize(passage) for passage in passages]
+    sequences = [engine.tokenize(passage) for passage in as_list(passages)]
     count = sum(len(ids) - 1 for ids in sequences)
     if not count:
         raise InputError("There is nothing to score: no passage has a second token.", fix="Give a longer text.")
@@ -150,7 +152,7 @@ class Precision:
     @property
     def verdict(self) -> str:
         """What this text can say about the loss."""
-        if abs(self.change) <= self.margin or not self.change:
+        if not abs(self.change) > self.margin:  # NaN, the margin of a single token, is no margin to be beyond
             return "no change that this text shows"
         return f"{abs(self.change):.4f} nats {'more' if self.change > 0 else 'less'}, more than chance"
 

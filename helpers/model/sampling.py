@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from helpers.errors import InputError, shown
+from helpers.errors import InputError, not_finite, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -156,9 +156,12 @@ class Sampler:
 
 
 def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[int]) -> Tensor:
-    """Probabilities [V] that the next token would be drawn from, for logits [V]; greedy puts all on one token."""
+    """Probabilities [V] that the next token would be drawn from, for logits [V]; greedy puts all on one token.
+    Raises NumericsError for logits that are not finite: there is no likeliest token among them."""
     import torch
 
+    if not bool(logits.isfinite().all()):
+        raise not_finite(len(seen))
     filtered = filter_logits(logits[None], checked(params), [seen])[0]
     if params.greedy:
         return torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)

@@ -112,6 +112,17 @@ def test_what_cannot_be_scored_is_refused(engine):
     assert len(quality.score(engine, [[5] * 256], quiet=True).targets) == 255
 
 
+def test_one_text_is_one_passage(engine, exact):
+    alone = quality.score(engine, TEXT[0], quiet=True)
+    assert torch.equal(alone.targets, exact.targets[: len(alone.targets)]) and len(alone.targets) > 5
+
+
+@pytest.mark.parametrize("passages", [{"a": "The cat", "b": "sat"}, b"The cat", None, 5, {"The cat"}], ids=repr)
+def test_what_only_looks_like_passages_is_refused(engine, passages):
+    with pytest.raises(InputError):
+        quality.score(engine, passages, quiet=True)
+
+
 def test_logits_that_are_no_numbers_have_no_loss():
     engine = Scripted([5])
     engine._prefill = lambda prompts: torch.full((len(prompts), 2048), float("nan"))
@@ -174,6 +185,12 @@ def test_a_change_within_chance_is_no_verdict(change, words):
     result = replace(points((1, 1, 1))[0], change=change)
     assert result.verdict.startswith(words)
     assert words in str(quality.table([result], 100))
+
+
+def test_a_single_token_is_no_verdict(exact, bf16):
+    one, other = (quality.Scores(scores.targets[:1], scores.log_probs[:1]) for scores in (exact, bf16))
+    change, margin = other.change(one)
+    assert change and quality.Precision("p", 1, 1.0, 1.0, change, margin, 1.0, 0.0).verdict.startswith("no change")
 
 
 def test_size_and_speed_come_from_the_record(exact, bf16):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import SamplingParams
-from helpers.errors import InputError
+from helpers.errors import InputError, NumericsError
 from helpers.model.sampling import Sampler, filter_logits, next_token_distribution
 
 V = 50
@@ -156,6 +156,15 @@ def test_an_impossible_token_is_never_drawn():
 def test_the_shown_distribution_sums_to_one(params):
     p = next_token_distribution(logits_of("random")[0], params, [1])
     assert p.sum().item() == pytest.approx(1, abs=1e-5) and (p >= 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_have_no_distribution(temperature, value):
+    logits = torch.zeros(5)
+    logits[3] = value
+    with pytest.raises(NumericsError, match="Behind token 2 "):
+        next_token_distribution(logits, SamplingParams(temperature=temperature), [0, 1])
 
 
 @pytest.mark.parametrize(
