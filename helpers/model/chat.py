@@ -57,7 +57,7 @@ class ChatTemplate:
         except subprocess.CalledProcessError as error:
             last = (error.stderr.decode("utf-8", "replace").strip().splitlines() or ["it was killed."])[-1]
             raise _no_prompt(f"its process ended: {last:.200}") from None
-        outcome, text = json.loads(done.stdout)
+        outcome, text = json.loads(done.stdout.rpartition(b"\n")[2])
         if outcome == "refused":
             raise InputError(
                 f"The model's chat template refuses this conversation: {text:.300}",

@@ -1,6 +1,7 @@
-"""The process in which a chat template is rendered: a request in JSON on standard input, the answer on standard output.
+"""The process in which a chat template is rendered: a request in JSON on standard input; the answer is the last line on
+standard output.
 
-{"source": "...", "tokens": {...}, "messages": [...]}    to {"text": "..."}, {"refused": "..."} or {"failed": "..."}
+{"source": "...", "tokens": {...}, "messages": [...]}    to ["rendered", text], ["refused", why] or ["failed", why]
 """
 
 from __future__ import annotations
@@ -94,4 +95,6 @@ if __name__ == "__main__":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    json.dump(render(**json.load(sys.stdin)), sys.stdout)
+    answer = render(**json.load(sys.stdin.buffer))
+    sys.stdout.flush()  # what an environment's own start-up printed, such as a sitecustomize.py
+    sys.stdout.buffer.write(f"\n{json.dumps(answer)}".encode())

@@ -384,6 +384,13 @@ def test_a_template_is_rendered_whatever_files_lie_in_the_current_folder(tmp_pat
     assert ChatTemplate("{{ messages | tojson }}", {}).render([USER]) == json.dumps([USER])
 
 
+def test_a_template_is_rendered_whatever_python_prints_when_it_starts_and_in_whatever_encoding(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('Welcome to our cluster', end='')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-16")
+    assert ChatTemplate("{{ messages | tojson }}", {}).render([USER]) == json.dumps([USER])
+
+
 def test_a_conversation_in_a_terminal(tmp_path, monkeypatch, capsys):
     """Each answer is a part of the conversation that the next one is asked for with."""
     from helpers.cli import main
