@@ -45,7 +45,7 @@ class BuildRecipe(RecipeFields):
     fusion              what may be merged
     device              "cpu", "cuda", or "auto": cuda where there is one
     decode_batch_sizes  the batch sizes that get a decode graph of their own; empty: 1 and max_batch_size
-    num_threads         CPU threads that the kernels are compiled for; 0: chosen from the weights' size
+    num_threads         CPU threads of the engine; 0: the build tries several and keeps the fastest (level 0: one)
     options             settings that only this backend has, in its own words; in a file, the section named after it
 
     Raises RecipeError with the field, the value and what is allowed.

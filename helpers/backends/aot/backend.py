@@ -1,7 +1,8 @@
 """The `aot` backend: an ahead-of-time engine by PyTorch's AOTInductor.
 
 Build: the decoder is exported once a phase and batch size and compiled to native code, a shared library in each .pt2
-file (graphs.py, compile.py), which is compared with the decoder run by PyTorch (verify.py). Run: engine.py.
+file (graphs.py, compile.py). The decode step is compiled for several numbers of CPU threads, and the fastest is kept.
+Each graph is compared with the decoder run by PyTorch (verify.py). Run: phase.py, engine.py.
 """
 
 from __future__ import annotations
