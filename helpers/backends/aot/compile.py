@@ -34,8 +34,9 @@ from helpers.model.config import load_config
 from helpers.model.weights import Weights
 from helpers.recipe import BuildRecipe, from_dict
 
-TURNS = 7  # of each number of threads
-TURN_SECONDS = 0.1
+TURNS = 7  # at most, of each number of threads
+TURN_SECONDS = 0.1  # at least, of each turn
+TRIAL_SECONDS = 15.0  # after so many there is no further turn: steps are slow, or other work disturbs them
 
 
 def prepare_weights(recipe: dict[str, Any], device: str, folder: str, graphs: list[str]) -> Any:
@@ -106,7 +107,8 @@ def time_threads(
     token = torch.zeros(1, dtype=torch.long)
     inputs = token, token + len(span) - 1, span, empty_cache(asked, config, device, weights["norm"].dtype, 1)
     seconds: list[list[float]] = [[] for _ in trials]
-    for _ in range(TURNS):
+    begin = time.perf_counter()
+    while len(seconds[-1]) < TURNS and time.perf_counter() - begin < TRIAL_SECONDS:
         for (threads, _), graph, took in zip(trials, graphs, seconds, strict=True):
             torch.set_num_threads(threads)
             for _ in range(2):  # threads start, caches fill
