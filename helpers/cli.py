@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
     command.set_defaults(run=_build)
 
-    command = commands.add_parser("list", help="the engines built here")
+    command = commands.add_parser("list", help="the engines in all stores, and where each lies")
     command.set_defaults(run=_list)
 
     command = commands.add_parser("inspect", help="what is inside an engine")
@@ -167,6 +167,7 @@ def _build(settings: argparse.Namespace) -> None:
 
 def _list(settings: argparse.Namespace) -> None:
     from helpers import store
+    from helpers.paths import engines_folder, engines_folders
 
     folders = store.list_engines()
     if not folders:
@@ -178,11 +179,14 @@ def _list(settings: argparse.Namespace) -> None:
             manifest = store.read_manifest(folder)
             built = [f"{sum(manifest['seconds'].values()):.0f} s", manifest["built"][:16]]
         except EngineCorrupt:
-            built = ["", f"damaged, or of another version; helpers remove {folder.name}"]
+            mend = f"; helpers remove {folder.name}" if folder.parent == engines_folder() else ""
+            built = ["", f"damaged, or of another version{mend}"]
         except CourseError:
             continue  # removed meanwhile, or another person's
-        rows.append([folder.name, f"{store.size(folder) / 1e6:.1f}", *built])
-    print(Table("", ("engine", "MB", "built in", "built"), rows))
+        rows.append([folder.name, f"{store.size(folder) / 1e6:.1f}", *built, str(folder.parent)])
+    columns = ("engine", "MB", "built in", "built", "store")
+    several = len(engines_folders()) > 1
+    print(Table("", columns if several else columns[:-1], [row if several else row[:-1] for row in rows]))
 
 
 def _inspect(settings: argparse.Namespace) -> None:

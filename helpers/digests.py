@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import engines_folder
+from helpers.paths import engines_folder, user_id
 
-MEMORY = ".digests.json"  # in the engines' folder: path -> [what the file was like, its digest]
+# In the learner's own store: path -> [what the file was like, its digest]. Each user's own, and readable by no other:
+# in a shared store, one user could not replace another's, and should not believe it.
+MEMORY = f".digests-{user_id()}.json"
 LARGE = 1 << 24  # bytes; a smaller file is read faster than remembered
 SETTLED_S = 2.0  # a file that was written later than this may change again within one tick of the clock
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers import backends, store
+from helpers.access import check_trust, origin
 from helpers.backends.base import Engine
 from helpers.backends.job import BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
@@ -25,6 +26,7 @@ from helpers.errors import (
     EngineNotFound,
     ModelError,
     RecipeError,
+    StoreError,
     out_of_memory,
     shown,
 )
@@ -42,10 +44,10 @@ if TYPE_CHECKING:
 
 
 def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> Path:
-    """Build what the recipe says and return the engine's folder under engines/.
+    """Build what the recipe says and return the engine's folder, in the first of the stores (COURSE_ENGINES).
 
-    If an equal engine is there, that one is returned at once. `force` builds again all the same. A build that fails
-    or is interrupted leaves nothing behind. Raises BuildError, ModelError, BackendUnavailable.
+    If an equal engine is in any of them, that one is returned at once. `force` builds again all the same. A build that
+    fails or is interrupted leaves nothing behind. Raises BuildError, ModelError, BackendUnavailable.
     """
     if not isinstance(recipe, BuildRecipe):
         raise RecipeError(f"An engine is built from a recipe, not from {shown(recipe)}.", fix="Give a BuildRecipe.")
@@ -122,7 +124,8 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         with _loading():
             return backends.module(engine.backend).load(engine)
     folder = locate(engine)
-    with store.reading(folder):
+    with store.reading(folder), _understood(folder):
+        check_trust(folder)
         manifest = _read_language_model(folder)
         backend = backends.module(manifest["recipe"]["backend"])
         backend.check_machine(folder.name, manifest["identity"])
@@ -143,6 +146,7 @@ def load_plan(engine: Path | str) -> dict[str, Any]:
 
     folder = store.find(engine)
     with store.reading(folder):
+        check_trust(folder)
         manifest = store.read_manifest(folder)
         builder.check_plans(folder.name, manifest)
         store.verify(folder, manifest)
@@ -167,14 +171,14 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
         return store.find(engine)
     _need_compiled(engine)
     depends_on = identity(engine, find_checkpoint(engine.model))
-    name = store.name_of(engine.short_name, depends_on)
-    if not store.is_built(name):
+    folder = store.lookup(store.name_of(engine.short_name, depends_on))
+    if folder is None:
         raise EngineNotFound(
             f"No engine has been built from this recipe ({engine.short_name}).",
             cause=store.explain_miss(depends_on),
             fix="Build it first: build(recipe).",
         )
-    return engines_folder() / name
+    return folder
 
 
 def disk_needed(recipe: BuildRecipe) -> float:
@@ -225,6 +229,19 @@ def _loading() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """EngineCorrupt where a backend does not find in a manifest what its own builds write there."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise EngineCorrupt(
+            f"Engine {folder.name!r} is not loaded: its manifest is of another kind ({type(error).__name__}: {error}).",
+            cause="Another version of the course built it.",
+            fix=f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+        ) from error
+
+
 def _need_compiled(recipe: BuildRecipe) -> None:
     if recipe.backend not in COMPILED:
         raise BuildError(
@@ -252,34 +269,42 @@ def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
         if not quiet:
             say(line)
 
-    def is_stored() -> bool:
-        if force or not store.is_built(name):
-            return False
+    def stored() -> Path | None:
+        folder = None if force else store.lookup(name)
+        if folder is None:
+            return None
         try:
-            manifest = store.read_manifest(engines_folder() / name)
-            store.verify(engines_folder() / name, manifest)
+            with store.reading(folder):
+                check_trust(folder)
+                manifest = store.read_manifest(folder)
+                store.verify(folder, manifest)
         except (EngineCorrupt, EngineNotFound) as error:
             tell(f"{error.what} So it is built again.")
-            return False
+            return None
+        except StoreError as error:  # not yours to read, or not to be trusted
+            if folder.parent == engines_folder():
+                raise
+            tell(f"{error}\nSo it is built again, in your own store.")
+            return None
         here, then = time.perf_counter() - start, sum(manifest["seconds"].values())
-        tell(f"Cache hit: {name} is built already ({here:.2f} s; building it took {then:.0f} s).")
-        return True
+        tell(f"Cache hit: {name} is built already{origin(folder)} ({here:.2f} s; building it took {then:.0f} s).")
+        return folder
 
-    if is_stored():
-        return engines_folder() / name
+    if folder := stored():
+        return folder
     tell(store.explain_miss(job.identity))
     seconds, size = job.estimate()
     _check_disk(size)
-    with store.building(name, quiet=quiet) as folder:
-        if is_stored():  # another process built it while this one waited
-            return engines_folder() / name
+    with store.building(name, quiet=quiet) as work:
+        if folder := stored():  # another process built it while this one waited
+            return folder
         title = f"Building {name}: about {_duration(seconds)} and {size / 1e6:.0f} MB"
         with Progress(title, quiet=quiet) as progress:
-            details = job.compile_into(folder, progress)
+            details = job.compile_into(work, progress)
             machine = details.pop("hardware", None) or asdict(hardware.describe(job.identity["recipe"]["device"]))
             with progress.phase("publish"):
                 store.write_manifest(
-                    folder,
+                    work,
                     job.identity,
                     job.recipe,
                     hardware=machine,

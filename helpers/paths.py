@@ -1,8 +1,10 @@
-"""Where things lie: the course's own folder, and the folders of engines and of models."""
+"""Where things lie: the course's own folder, the stores of engines, and the folder of models."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from pathlib import Path
 
 from helpers.errors import StoreError
@@ -11,24 +13,77 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def engines_folder() -> Path:
-    """engines/ of the course, or the folder that COURSE_ENGINES names. It is made if it is missing."""
-    return _folder("engines", PROJECT / "engines", "COURSE_ENGINES")
+    """The learner's own store, where builds go: the first folder in COURSE_ENGINES, or engines/ of the course. It is
+    made if it is missing."""
+    return _made("engines", next(iter(_names("COURSE_ENGINES")), ""), PROJECT / "engines", "COURSE_ENGINES")
+
+
+def engines_folders() -> list[Path]:
+    """All stores, in the order in which an engine is looked for: the learner's own, then what else COURSE_ENGINES names
+    (os.pathsep lies between two). The others are only read."""
+    stores = [engines_folder()]
+    for folder in _listed("COURSE_ENGINES")[1:]:
+        if not (folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)):
+            raise StoreError(
+                f"The folder of engines {folder} is not there, or you may not read it.",
+                cause="COURSE_ENGINES names it after the first; only the first is made where it is missing.",
+                fix="Take it out of COURSE_ENGINES, or have it mounted or opened to you.",
+            )
+        stores.append(folder)
+    return list(dict.fromkeys(stores))
+
+
+def trusted_folders() -> list[Path]:
+    """The stores in COURSE_TRUSTED_ENGINES: whatever lies in them may be loaded (see access.py)."""
+    return [folder.resolve() for folder in _listed("COURSE_TRUSTED_ENGINES")]
+
+
+def own_store_first() -> str:
+    """The setting that goes on reading all stores, and builds into one of the learner's own."""
+    return f"COURSE_ENGINES={os.pathsep.join(['~/engines', *map(str, engines_folders())])}"
+
+
+def locks_folder() -> Path:
+    """Where builds take turns. All who may build in the store may take a lock that another of them has made: so it is
+    as open as the store, and not sticky, because filelock trusts no other user's lock in a sticky folder."""
+    store = engines_folder()
+    folder = store / ".locks"
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # another user made it, or the disk has no modes
+        folder.chmod(stat.S_IMODE(store.stat().st_mode) & ~stat.S_ISVTX)
+    return folder
 
 
 def models_folder() -> Path:
     """.models/ of the course, or the folder that COURSE_MODELS names. It is made if it is missing."""
-    return _folder("models", PROJECT / ".models", "COURSE_MODELS")
+    return _made("models", os.environ.get("COURSE_MODELS", ""), PROJECT / ".models", "COURSE_MODELS")
 
 
-def _folder(content: str, default: Path, variable: str) -> Path:
-    named = os.environ.get(variable)
+def user_id() -> str:
+    """The user's number, for what each user keeps apart; "" on Windows, where a folder is rarely shared."""
+    return str(os.getuid()) if hasattr(os, "getuid") else ""
+
+
+def _names(variable: str) -> list[str]:
+    return [name for name in os.environ.get(variable, "").split(os.pathsep) if name]
+
+
+def _listed(variable: str) -> list[Path]:
     try:
-        folder = Path(named or default).expanduser().absolute()
+        return [Path(name).expanduser().absolute() for name in _names(variable)]
+    except RuntimeError as error:
+        fix = f"Set {variable} to folders that are there, with {os.pathsep!r} between two."
+        raise StoreError(f"A folder of engines that {variable} names cannot be: {error}.", fix=fix) from error
+
+
+def _made(content: str, name: str, default: Path, variable: str) -> Path:
+    try:
+        folder = Path(name or default).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody here
         raise StoreError(
             f"The folder of {content} cannot be made: {error}.",
-            cause=f"{variable} names a file, or a place that you may not write." if named else "",
+            cause=f"{variable} names a file, or a place that you may not write." if name else "",
             fix=f"Set {variable} to a folder that you can write.",
         ) from error
     return folder

@@ -2,7 +2,8 @@
 
 The store is handed facts and knows no backend. The identity of an engine is a dictionary of all that it depends on;
 the folder's name ends with its hash. The manifest holds the hash of every file, and one of itself. Hashes guard against
-damage and mix-ups, not against a person who can write the folder: load only engines that were built here.
+damage and mix-ups, not against a person who can write the folder: access.py says whose engines are loaded. There may be
+several stores (paths.py): all are read, and only the first, the learner's own, is written to.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 
 import filelock
 
+from helpers.access import open_to_readers
 from helpers.digests import file_digest
 from helpers.errors import BuildError, CourseError, EngineCorrupt, EngineNotFound, OutOfMemory, StoreError, shown
-from helpers.paths import engines_folder
+from helpers.paths import engines_folder, engines_folders, locks_folder, own_store_first
 from helpers.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -82,18 +84,21 @@ def building(name: str, *, quiet: bool = False) -> Iterator[Path]:
     it finds the entry when it gets the lock, and must look before it builds.
     """
     root = engines_folder()
-    work = root / f".building-{name}"
-    with _refusals_explained(), _locked(name, quiet):
-        _delete(work)
-        _sweep(root)
-        work.mkdir(mode=0o700)
-        try:
-            yield work
-            if (work / MANIFEST).exists():
-                _discard(root / name)
-                work.replace(root / name)
-        finally:
+    entry, work = root / name, root / f".building-{name}"
+    with _refusals_explained():
+        if entry.is_dir() and not entry.is_symlink() and not os.access(entry, os.W_OK):  # told now, not after the build
+            raise PermissionError(errno.EACCES, "you may not replace the engine of that name", str(entry))
+        with _locked(name, quiet):
             _delete(work)
+            _sweep(root)
+            work.mkdir(mode=0o700)
+            try:
+                yield work
+                if (work / MANIFEST).exists():
+                    _discard(entry)
+                    work.replace(entry)
+            finally:
+                _delete(work)
 
 
 def write_manifest(
@@ -111,6 +116,8 @@ def write_manifest(
     recipe: as it was given; in the identity, the content of a local checkpoint stands for its path.
     details: what the backend needs to load the engine.
     """
+    (folder / MANIFEST).touch()
+    open_to_readers(folder)  # before the digests: a file whose mode changes is read again
     manifest = {
         "schema": SCHEMA,
         "identity": identity,
@@ -120,7 +127,11 @@ def write_manifest(
         "compiler": compiler,
         "seconds": {phase: round(duration, 3) for phase, duration in seconds.items()},
         "details": details,
-        "files": {path.relative_to(folder).as_posix(): entry_of(path) for path in sorted(_files(folder))},
+        "files": {
+            path.relative_to(folder).as_posix(): entry_of(path)
+            for path in sorted(_files(folder))
+            if path != folder / MANIFEST
+        },
     }
     save_manifest(folder, manifest)
 
@@ -158,9 +169,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise _corrupt(folder, f"its manifest has schema {shown(manifest.get('schema'))}, this course {SCHEMA}")
     if wrong := [name for name, kind in FIELDS.items() if not isinstance(manifest.get(name), kind)]:
         raise _corrupt(folder, f"its manifest cannot be read (it has no {wrong[0]})")
+    if not all(isinstance(seconds, (int, float)) for seconds in manifest["seconds"].values()):
+        raise _corrupt(folder, "its manifest cannot be read (a phase's seconds are no number)")
+    if not all(map(_is_entry, manifest["files"].values())):
+        raise _corrupt(folder, "its manifest cannot be read (a file has no size or hash)")
     if own_hash != hash_now:
         raise _corrupt(folder, "its manifest is not the one that was written")
-    in_store = folder.absolute().parent == engines_folder()
+    in_store = folder.absolute().parent in engines_folders()
     if in_store and folder.name != name_of(folder.name.rpartition("-")[0], manifest["identity"]):
         raise _corrupt(folder, "its name is not that of the engine that it holds")
     if outside := [name for name in manifest["files"] if not _is_inside(name)]:
@@ -205,18 +220,28 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def list_engines() -> list[Path]:
-    """Folders of the engines here that you may read, oldest first."""
-    engines = []
+    """Folders of the engines in all stores that you may read, oldest first; of one name, the first store's."""
+    engines = {}
     with _refusals_explained():
-        for folder in engines_folder().iterdir():
+        for folder in (folder for root in reversed(engines_folders()) for folder in root.iterdir()):
             with contextlib.suppress(OSError):  # no engine, removed meanwhile, or another person's
                 if not folder.name.startswith("."):
-                    engines.append(((folder / MANIFEST).stat().st_mtime, folder))
-    return [folder for _, folder in sorted(engines)]
+                    engines[folder.name] = ((folder / MANIFEST).stat().st_mtime, folder)
+    return [folder for _, folder in sorted(engines.values())]
 
 
-def is_built(name: str) -> bool:
-    return _has_manifest(engines_folder() / name)
+def lookup(name: str) -> Path | None:
+    """The folder of the engine of this name, in the first store that has one. It may be damaged, or not be yours to
+    read."""
+    for root in engines_folders():
+        try:
+            (root / name / MANIFEST).stat()
+        except PermissionError:
+            pass
+        except OSError:
+            continue
+        return root / name
+    return None
 
 
 def find(engine: Path | str) -> Path:
@@ -225,7 +250,8 @@ def find(engine: Path | str) -> Path:
         given = Path(engine)
         if given.name and _has_manifest(given):
             return given
-        in_store = given.name and (given.name == str(engine) or given.parent.resolve() == engines_folder().resolve())
+        stores = [root.resolve() for root in engines_folders()]
+        in_store = given.name and (given.name == str(engine) or given.parent.resolve() in stores)
     except (TypeError, ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
     matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []
@@ -245,10 +271,13 @@ def find(engine: Path | str) -> Path:
 
 
 def remove(engine: Path | str) -> Path:
-    """Delete one engine; returns the folder that is gone. Of an engine that is a link, only the link goes."""
+    """Delete one engine of the learner's own store; returns the folder that is gone. Of a link, only the link goes."""
     folder = find(engine)
-    if folder.absolute().parent.resolve() != engines_folder().resolve():
-        raise EngineNotFound(f"{folder.name!r} is not in this course's engines folder; it is left alone.")
+    if (parent := folder.absolute().parent).resolve() != engines_folder().resolve():
+        raise EngineNotFound(
+            f"{folder.name!r} lies in {parent}, and your own store is {engines_folder()}; it is left alone.",
+            fix="Whoever owns that folder can remove it.",
+        )
     with _refusals_explained():
         _discard(folder)
     return folder
@@ -269,15 +298,14 @@ def _has_manifest(folder: Path) -> bool:
     return False
 
 
-def _locks() -> Path:
-    folder = engines_folder() / ".locks"
-    folder.mkdir(exist_ok=True)
-    return folder
+def _lock(name: str) -> filelock.BaseFileLock:
+    """Whoever may write to the store may take the lock, also after another user."""
+    return filelock.FileLock(locks_folder() / f"{name}.lock", mode=engines_folder().stat().st_mode & 0o666)
 
 
 @contextlib.contextmanager
 def _locked(name: str, quiet: bool) -> Iterator[None]:
-    lock = filelock.FileLock(_locks() / f"{name}.lock")
+    lock = _lock(name)
     try:
         lock.acquire(timeout=1)
     except filelock.Timeout:
@@ -313,15 +341,15 @@ def _refusals_explained() -> Iterator[None]:
         if Path(str(error.filename or "")).is_relative_to(root):
             raise StoreError(
                 f"The folder of engines cannot be read or written: {error.strerror}.",
-                cause=f"It may belong to another user, or be read-only: {root}.",
-                fix="Set COURSE_ENGINES to a folder that you can write.",
+                cause=f"It may belong to another user, or be read-only: {error.filename}.",
+                fix=f"Build into a folder of your own: export {own_store_first()}",
             ) from error
         raise BuildError(f"The operating system refused: {error}; nothing was published.") from error
 
 
 def _discard(folder: Path) -> None:
     """Delete an entry of engines/ if it is there: out of sight at once, even if deleting it is interrupted."""
-    grave = _locks() / f"removed-{os.getpid()}-{time.monotonic_ns()}"
+    grave = locks_folder() / f"removed-{os.getpid()}-{time.monotonic_ns()}"
     with contextlib.suppress(FileNotFoundError):
         folder.replace(grave)
         _delete(grave)
@@ -338,14 +366,14 @@ def _delete(path: Path) -> None:
 def _sweep(root: Path) -> None:
     """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays; what
     has no lock is not ours."""
-    for grave in _locks().glob("removed-*"):
+    for grave in locks_folder().glob("removed-*"):
         _delete(grave)
     for path in root.glob(".*-*"):
-        lock = _locks() / f"{path.name.removeprefix('.building-')}.lock"
+        lock = _lock(path.name.removeprefix(".building-"))
         if OLD_LEFTOVERS.fullmatch(path.name):
             _delete(path)
-        elif path.name.startswith(".building-") and lock.exists():
-            with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):
+        elif path.name.startswith(".building-") and Path(lock.lock_file).exists():
+            with contextlib.suppress(filelock.Timeout, PermissionError), lock.acquire(timeout=0):
                 _delete(path)
 
 
@@ -354,6 +382,11 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         yield from (Path(parent, name) for name in files)
         yield from (link for name in folders if (link := Path(parent, name)).is_symlink())
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a manifest says of a file what entry_of does."""
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def _is_inside(name: str) -> bool:
@@ -393,5 +426,10 @@ def _corrupt(folder: Path, what: str, fix: str = "") -> EngineCorrupt:
     return EngineCorrupt(
         f"Engine {folder.name!r} is not loaded: {what}.",
         cause="Its files were changed, cut or mixed up after the build, or a newer course reads an older engine.",
-        fix=fix or f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+        fix=fix
+        or (
+            f"Build it again, in your own store; and tell whoever owns {folder.parent}."
+            if folder.parent in engines_folders()[1:]
+            else f"Remove it (python -m helpers remove {folder.name}) and build it again."
+        ),
     )

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -33,7 +34,7 @@ from helpers.machine import environments, hardware
 from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
-from helpers.paths import engines_folder
+from helpers.paths import user_id
 from helpers.progress import Progress, say
 from helpers.recipe import COMPILED, BuildRecipe
 
@@ -108,8 +109,9 @@ def run_all(
 
 
 def _wait_for_others(stack: contextlib.ExitStack, progress: Progress) -> None:
-    """Two benchmarks at once would time each other: the second starts nothing until the first has ended."""
-    lock = FileLock(engines_folder() / ".benchmark.lock")
+    """Two benchmarks of one user would time each other: the second starts nothing until the first has ended. The lock
+    is in no store, because a benchmark of engines that are built already needs none that can be written to."""
+    lock = FileLock(Path(tempfile.gettempdir()) / f"trtllm-course-benchmark-{user_id()}.lock")
     try:
         stack.enter_context(lock.acquire(timeout=0))
     except Timeout:

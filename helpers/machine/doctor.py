@@ -31,7 +31,7 @@ from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import TOO_SLOW, run
 from helpers.machine.environments import shown
-from helpers.paths import engines_folder
+from helpers.paths import engines_folder, engines_folders
 
 TIME_LIMIT = 14.0  # seconds for one command; all begin together, after the driver's 5
 LONGEST = 20.0  # seconds for all
@@ -218,12 +218,15 @@ def check_memory() -> Check:
 
 
 def check_engines(needed: float = 0) -> Check:
-    """The folder of engines: it can be written, and has room for the course's own, and for a recipe that needs so many
-    bytes."""
+    """The learner's own store: it can be written, and has room for the course's engines, and for a recipe that needs so
+    many bytes. The other stores, which are only read, are named."""
     fix = (
         "Delete what you do not need (helpers list, helpers remove ENGINE), or let COURSE_ENGINES name another folder."
     )
-    return _check_folder(engines_folder(), fix, needed)
+    own, *others = engines_folders()
+    check = _check_folder(own, fix, needed)
+    stores = [f"{shown(folder)} ({'writable' if os.access(folder, os.W_OK) else 'read-only'})" for folder in others]
+    return replace(check, found=f"{check.found}; also read: {', '.join(stores)}") if stores else check
 
 
 def check_temporary_folder() -> Check:

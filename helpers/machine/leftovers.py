@@ -21,7 +21,7 @@ import filelock
 
 from helpers.machine import commands
 from helpers.machine.check import Check, failure, ok, warning
-from helpers.paths import engines_folder
+from helpers.paths import locks_folder
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt")
 OLD = 2 * 3600.0  # seconds after which a build is no longer believed to go on
@@ -83,8 +83,7 @@ def pins(python: str, library: str, limit: float) -> tuple[str, str]:
 
 def check_locks() -> Check:
     """Builds take turns by locks in the folder of engines: that these work there, and that nobody keeps one."""
-    folder = engines_folder() / ".locks"
-    folder.mkdir(exist_ok=True)
+    folder = locks_folder()
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=folder) as scratch:
         file = Path(scratch) / "lock"
         with filelock.FileLock(file):

@@ -21,6 +21,7 @@ from typing import Any
 
 import filelock
 
+from helpers.access import open_to_readers
 from helpers.digests import file_digest
 from helpers.errors import ModelError
 from helpers.model.checkpoint import (
@@ -146,6 +147,7 @@ def _get_named(name: str) -> Path:
             source = _fill(name, temporary)
             (temporary / CARD).write_text(_card(name, source), encoding="utf-8")
             find_checkpoint(str(temporary)).check(1)
+            open_to_readers(temporary)
             temporary.replace(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
