@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers.backends.base import Engine
-from helpers.errors import OutOfMemory
+from helpers.errors import BackendUnavailable, OutOfMemory
 from helpers.machine import hardware
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.config import transformers_config
@@ -114,6 +114,12 @@ class TorchCompileEngine(PyTorchEngine):
 
     def __init__(self, recipe: BuildRecipe):
         super().__init__(recipe)
+        if not torch.compile(torch.compiler.is_compiling)():
+            raise BackendUnavailable(
+                "torch.compile is switched off here, so this backend would run the eager model under another name.",
+                cause="TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set, or torch.compiler.set_stance was called.",
+                fix="Unset it and start Python again, or use backend='pytorch'.",
+            )
         mode = "reduce-overhead" if self.device == "cuda" else "default"
         self.compiled: Any = torch.compile(self.model.forward, mode=mode, fullgraph=True, dynamic=False)
         self.caches: dict[int, Any] = {}

@@ -12,7 +12,7 @@ import torch
 from conftest import GREEDY, PROMPTS, STORIES, Scripted, limits
 
 from helpers import BuildRecipe, SamplingParams, load
-from helpers.errors import EngineMismatch, InputError, LimitError, NumericsError
+from helpers.errors import BackendUnavailable, EngineMismatch, InputError, LimitError, NumericsError
 
 
 @pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
@@ -465,3 +465,8 @@ def test_a_model_without_tokenizer_takes_ids_only(checkpoint):
         assert len(answer.token_ids) == 3 and answer.text == ""
         with pytest.raises(InputError, match=r"tokenizer\.json"):
             engine.generate("text")
+
+
+def test_torch_compile_is_not_loaded_where_nothing_would_be_compiled():
+    with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailable, match="switched off"):
+        load(BuildRecipe(backend="torch_compile", device="cpu"))
