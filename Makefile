@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.set-up
 QUIET  := $(shell test -t 2 || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-quick test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
+.PHONY: help setup run test test-quick nightly test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ test: $(STAMP) ## all tests: style, types, helpers, notebooks; brings the model 
 
 test-quick: $(STAMP) ## the tests that take seconds: nothing is compiled, no notebook runs
 	$(PYTEST) tests/unit
+
+nightly: $(STAMP) ## what the course promises, each tried many times; one table at the end; two hours at most
+	COURSE_NIGHTLY=1 timeout 7200 $(PY) -m pytest -m promise --timeout=2400 tests
 
 test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests

@@ -16,7 +16,9 @@ import tempfile
 from functools import cache, partial
 from pathlib import Path
 
+import promises
 import pytest
+from promises import attempts  # noqa: F401  (a fixture)
 
 from helpers import SamplingParams
 from helpers.model.stories import draw_corpus
@@ -69,6 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     once, and the engines of the person who runs the tests are neither seen nor changed."""
     # A shell has what it starts in the background ignore interrupts, and tests send some.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(promises.Table())
     if hasattr(config, "workerinput"):
         return  # a process of pytest-xdist inherits the variable
     kept = os.environ.get("COURSE_TEST_ENGINES")

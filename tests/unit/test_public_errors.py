@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Scripted
+from promises import NIGHTLY, how_many
 
 torch = pytest.importorskip("torch")
 from hypothesis import HealthCheck, example, given, settings
@@ -49,9 +50,9 @@ odd = st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=20)
 odd = odd | st.lists(odd, max_size=3) | st.dictionaries(st.text(max_size=5), odd, max_size=3)
 SHORT = SamplingParams(temperature=0, max_tokens=2)
 SETTINGS_OF_A_WALK = settings(
-    max_examples=150,
+    max_examples=how_many(150, 10_000),
     deadline=None,
-    derandomize=True,
+    derandomize=not NIGHTLY,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -137,6 +138,7 @@ def fields_of(kind):
     return [field.name for field in dataclasses.fields(kind)]
 
 
+@pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)
 @SETTINGS_OF_A_WALK
 @given(st.dictionaries(st.sampled_from(fields_of(SamplingParams)), odd, max_size=3))
 @example({"temperature": HUGE})
@@ -150,6 +152,7 @@ def test_sampling_params(fields):
         filter_logits(torch.randn(1, 8), params, [[1]])
 
 
+@pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)
 @SETTINGS_OF_A_WALK
 @given(st.dictionaries(st.sampled_from(fields_of(RecipeFields)), odd, max_size=4))
 def test_recipes(fields):
@@ -172,6 +175,7 @@ BACKENDS_OPTIONS = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS_OPTIONS)
+@pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)
 @SETTINGS_OF_A_WALK
 @given(data=st.data())
 def test_options_of_each_backend(backend, data):
@@ -181,6 +185,7 @@ def test_options_of_each_backend(backend, data):
         refuses_in_our_words(make_options, options)
 
 
+@pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)
 @SETTINGS_OF_A_WALK
 @given(
     st.fixed_dictionaries(
@@ -192,6 +197,7 @@ def test_modules(named):
     refuses_in_our_words(engine.build_module, torch.nn.ReLU(), (torch.zeros(2, 2),), **named)
 
 
+@pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)
 @SETTINGS_OF_A_WALK
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
 @example(b"max_batch_size = " + b"9" * 5000)

@@ -1,0 +1,279 @@
+"""The promises about engines, each tried at random: see tests/promises.py."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import GREEDY, PROMPTS
+from test_store import RECIPE, FakeBackend, engines, leftovers  # noqa: F401  (engines is a fixture)
+
+from helpers import backends, build, cli, engine, load, store
+from helpers.engine import inspect
+from helpers.errors import CourseError
+from helpers.machine import hardware
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="needs fork and signals")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
+
+
+def slow(folder):
+    """A compiler that writes its files bit by bit."""
+    for number in range(10):
+        with (folder / f"part{number % 3}").open("ab") as file:
+            file.write(b"x" * 1000)
+        time.sleep(0.002)
+
+
+def fork(work, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def build_again_and_again(recipe):
+    """In a fork: build the same engine until somebody ends it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    while True:
+        build(recipe, force=True, quiet=True)
+
+
+@pytest.fixture
+def fake(engines, monkeypatch):  # noqa: F811
+    backend = FakeBackend(slow)
+    monkeypatch.setattr(backends, "module", lambda name: backend)
+    hardware.describe("cpu")  # once, before the forks
+    return backend
+
+
+@POSIX
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.promise("A build that is killed at any moment leaves no half-written engine", 20, 500)
+def test_a_killed_build_lists_nothing_that_is_not_whole(fake, engines, attempts):  # noqa: F811
+    def one(rng):
+        process = fork(build_again_and_again, RECIPE)
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(process.pid, rng.choice(SIGNALS))
+        process.join(20)
+        assert process.exitcode is not None
+        for folder in store.list_engines():
+            store.verify(folder, store.read_manifest(folder), thorough=True)
+        folder = build(RECIPE, force=True, quiet=True)
+        assert leftovers(engines) == [folder.name]
+
+    attempts(one)
+
+
+@POSIX
+@pytest.mark.promise("The same, for real compilers", 1, 60)
+def test_a_killed_compiler_leaves_nothing_and_no_process(engines, tiny_llama, attempts):  # noqa: F811
+    def one(rng):
+        command = [sys.executable, "-m", "helpers", "build", "--model", str(tiny_llama), "--optimization-level", "0"]
+        small = ["--max-input-len", "16", "--max-seq-len", "48", "--device", "cpu"]
+        process = subprocess.Popen(command + small, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.5, 12))
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(rng.choice(SIGNALS))
+        process.wait(30)
+        _, alive = psutil.wait_procs(children, 20)
+        assert not alive
+        for folder in store.list_engines():
+            store.verify(folder, store.read_manifest(folder), thorough=True)
+            store.remove(folder)
+
+    attempts(one)
+
+
+def build_once(recipe, side):
+    def work(folder):
+        with side.open("a") as log:
+            log.write("x")
+        slow(folder)
+
+    backends.module = lambda name: FakeBackend(work)
+    build(recipe, quiet=True)
+
+
+@POSIX
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.promise("The same recipe by eight processes is built once", 2, 50)
+def test_eight_processes_build_once(fake, engines, tmp_path, attempts):  # noqa: F811
+    def one(rng):
+        side = tmp_path / f"{rng.random()}"
+        builders = [fork(build_once, RECIPE, side) for _ in range(8)]
+        for builder in builders:
+            builder.join(60)
+        assert [builder.exitcode for builder in builders] == [0] * 8
+        assert side.read_text() == "x"
+        (folder,) = store.list_engines()
+        store.remove(folder)
+
+    attempts(one)
+
+
+def damage(file: Path, rng) -> str:
+    """Change a file in some way; what was done."""
+    content = file.read_bytes()
+    kind = rng.choice(("bit", "cut", "longer", "gone"))
+    if kind == "gone":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(content[: rng.randrange(len(content.rstrip()))])
+    elif kind == "longer":
+        file.write_bytes(content + rng.randbytes(rng.randrange(1, 9)))
+    else:
+        place = rng.randrange(len(content.rstrip()))
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+    return f"{file.name}: {kind}"
+
+
+@pytest.mark.promise("Bytes that were changed on disk are found before native code runs", 40, 3000)
+def test_a_damaged_engine_is_never_loaded(own_engines, attempts, monkeypatch, tmp_path):
+    whole = shutil.copytree(own_engines, tmp_path / "whole")
+
+    def one(rng):
+        shutil.rmtree(own_engines)
+        shutil.copytree(whole, own_engines)
+        file = rng.choice(sorted(path for path in own_engines.rglob("*") if path.is_file()))
+        what = damage(file, rng)
+        with pytest.raises(CourseError):
+            load(own_engines).close()
+            print(what)
+
+    attempts(one)
+
+
+ODD = [None, True, -1, 10**30, 1.5, "", "\0", "../..", "\x1b[2J", [], [1], {}, {"x": None}, "x" * 10_000]
+
+
+def mutate(value, rng):
+    """The same JSON with one thing in it replaced by an odd one, taken out or put in."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(sorted(value))
+        changed = {k: v for k, v in value.items() if k != key}
+        if rng.random() < 0.8:
+            changed[key] = mutate(value[key], rng)
+        return changed
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], mutate(value[place], rng), *value[place + 1 :]]
+    return rng.choice(ODD)
+
+
+@pytest.mark.promise("A manifest that says anything else, sealed anew, is refused in our words or works", 40, 10_000)
+def test_any_manifest_is_refused_or_works(own_engines, attempts, capsys):
+    manifest = json.loads((own_engines / "manifest.json").read_text())
+
+    def one(rng):
+        changed = mutate(manifest, rng)
+        if isinstance(changed, dict):
+            store.save_manifest(own_engines, changed)
+        else:
+            (own_engines / "manifest.json").write_text(json.dumps(changed))
+        assert cli.main(["list"]) == 0
+        for call in (inspect, load):
+            try:
+                call(own_engines)
+            except CourseError as error:
+                assert error.what and "\x1b" not in str(error)
+
+    attempts(one)
+
+
+WORDS = [
+    "build", "list", "inspect", "verify", "generate", "remove", "doctor", "explain", "--json", "--help", "", "-", "--",
+    "--max-tokens", "0", "-1", "1e9", "nan", "stories", "../..", "\x1b[2J", "\udce9", "x" * 300, "--precision", "int9",
+    "--seed", "--temperature", "--stop", "--kernels", "nowhere.toml", "--options", "--force", "~nobody",
+]  # fmt: skip
+
+
+@pytest.mark.promise("Any command line is done, or refused in our words", 60, 4500)
+def test_any_command_line_is_done_or_refused(engines, attempts, monkeypatch, capsys, tmp_path):  # noqa: F811
+    monkeypatch.setattr(engine, "_run", lambda job, force, quiet: tmp_path)
+    monkeypatch.setattr("helpers.machine.doctor.main", lambda **_: 0)
+    monkeypatch.setattr("sys.stdin", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def one(rng):
+        words = [rng.choice(WORDS[:8]), *(rng.choice(WORDS) for _ in range(rng.randrange(5)))]
+        try:
+            assert cli.main(words) in (0, 1)
+        except SystemExit as end:
+            assert end.code in (0, 2)  # argparse's own
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err and "\x1b" not in shown.out
+
+    attempts(one)
+
+
+@pytest.mark.promise("Generations take no memory that they do not give back", 200, 2000)
+def test_memory_stays_flat_while_generating(aot, attempts):
+    held = []
+
+    def one(rng):
+        aot.generate(rng.choice(PROMPTS), GREEDY)
+        held.append(psutil.Process().memory_info().rss)
+
+    attempts(one)
+    early, late = held[len(held) // 4], max(held[-10:])
+    assert late < early * 1.02 + 2**22, f"{early / 1e6:.1f} MB, then {late / 1e6:.1f} MB"
+
+
+@pytest.mark.promise("Loading and closing engines takes no memory that is not given back", 10, 200)
+def test_memory_stays_flat_while_loading_and_closing(tiny_engine, attempts):
+    held = []
+
+    def one(rng):
+        with load(tiny_engine) as loaded:
+            loaded.generate([1, 2, 3], GREEDY)
+        held.append(psutil.Process().memory_info().rss)
+
+    attempts(one)
+    early, late = held[len(held) // 4], max(held[-10:])
+    assert late < early * 1.02 + 2**22, f"{early / 1e6:.1f} MB, then {late / 1e6:.1f} MB"
+
+
+@pytest.mark.promise("Four threads on one engine: nobody gets another one's text", 3, 100)
+def test_four_threads_get_their_own_texts(aot, attempts):
+    alone = {prompt: aot.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS}
+
+    def one(rng):
+        asked = rng.sample(PROMPTS, 4)
+        answers = {}
+        threads = [
+            threading.Thread(target=lambda p=p: answers.update({p: aot.generate(p, GREEDY)[0].token_ids}))
+            for p in asked
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert answers == {prompt: alone[prompt] for prompt in asked}
+
+    attempts(one)
+
+
+@pytest.mark.promise("Any text is answered or refused in our words", 100, 5000)
+def test_any_prompt_is_answered_or_refused(tiny_engine, attempts):
+    with load(tiny_engine) as loaded:
+
+        def one(rng):
+            text = "".join(
+                chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x110000)))) for _ in range(rng.randrange(9))
+            )
+            try:
+                loaded.generate(text, GREEDY)
+            except CourseError as error:
+                assert error.what
+
+        attempts(one)
