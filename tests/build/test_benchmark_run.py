@@ -5,8 +5,8 @@ import tempfile
 
 import pytest
 
-from helpers import BuildRecipe
-from helpers.bench import records
+from helpers import BuildRecipe, load
+from helpers.bench import process, records
 from helpers.bench import run as benchmark
 from helpers.bench.records import Workload
 from helpers.machine import hardware
@@ -30,7 +30,7 @@ def test_a_run_measures_what_it_promises(record):
     row = record.row("pytorch fp32")
     assert len(row.ttft_s) == SMALL.repeats and len(row.itl_s) == SMALL.repeats * (SMALL.output_len - 1)
     assert len(row.warmup_e2e_s) == SMALL.warmup
-    assert row.tokens_equal == SMALL.output_len and row.logit_error == 0 and row.agrees
+    assert row.tokens_equal == SMALL.output_len and row.logit_error < 1e-5 and row.agrees
     for ttft, tpot, e2e in zip(row.ttft_s, row.tpot_s, row.e2e_s, strict=True):
         assert e2e == pytest.approx(ttft + (SMALL.output_len - 1) * tpot)
     assert row.start_s > row.load_s > 0 and row.peak_host_bytes > 100e6 and row.limit_s < row.median("tpot_s")
@@ -40,6 +40,23 @@ def test_a_run_measures_what_it_promises(record):
 
 def test_a_runs_record_loads_back(record, tmp_path):
     assert records.read(records.save(record, tmp_path / "a.json")) == record
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("phase", ["_prefill", "_decode"])
+def test_a_contender_that_is_wrong_in_one_phase_only_does_not_agree(monkeypatch, phase, batch):
+    prompts = benchmark.make_prompts(SMALL, batch)
+    row = records.Row("pytorch", "fp32", batch)
+    with load(SMALL.recipe("pytorch", "fp32")) as engine:
+        monkeypatch.setattr(process, "_engine", engine, raising=False)
+        expected = process.check(prompts[:1], SMALL.output_len, logits=True)
+        for wrong in (False, True):
+            right = getattr(engine, phase)
+            if wrong:
+                monkeypatch.setattr(engine, phase, lambda given, right=right: right(given).roll(1, -1))
+            answer = process.check(prompts, SMALL.output_len, logits=True)
+            row.logit_error = max(benchmark._logit_error(row, expected["logits"][0]) for row in answer["logits"])
+            assert row.agrees is not wrong
 
 
 def test_one_failing_batch_size_leaves_the_others(monkeypatch):

@@ -52,7 +52,7 @@ def check(prompts, output_len, logits):
     generator.append_tokens(prompts[0])
     logits = generator.get_logits()
     last = logits.reshape(-1, logits.shape[-1])[-1].tolist()  # of the last position
-    return {"tokens": tokens, "logits": last, "seconds": times[-1], "host_bytes": peak_host_bytes()}
+    return {"tokens": tokens, "logits": [last], "seconds": times[-1], "host_bytes": peak_host_bytes()}
 
 
 def measure(prompts, output_len):
