@@ -60,7 +60,14 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
         for name in TOKENIZER_FILES:
             if (checkpoint.folder / name).exists():
                 shutil.copy(checkpoint.folder / name, folder / name)
-        return backend.build(recipe, checkpoint, folder, progress)
+        details = backend.build(recipe, checkpoint, folder, progress)
+        if not _is_of(find_checkpoint(recipe.model), depends_on):  # the engine would bear the name of other weights
+            raise BuildError(
+                f"The checkpoint {recipe.model!r} was changed while an engine was built from it.",
+                cause="Something wrote into its folder meanwhile, such as a training run that saves.",
+                fix="Build again once nothing writes there, or build from a copy.",
+            )
+        return details
 
     depends_on = identity(recipe, checkpoint)
 
@@ -195,10 +202,10 @@ def recipe_of(engine: Path | str) -> BuildRecipe:
     folder = store.find(engine)
     manifest = _read_language_model(folder)
     recipe = from_dict(manifest["recipe"])
-    if find_checkpoint(recipe.model).digest() != manifest["identity"]["checkpoint"]:
+    if not _is_of(find_checkpoint(recipe.model), manifest["identity"]):
         raise ModelError(
             f"The checkpoint {recipe.model!r} is not the one that engine {folder.name!r} was built from.",
-            cause="Its weights or its configuration were changed after the build.",
+            cause="Its weights, its configuration or its tokenizer were changed after the build.",
             fix="Build a new engine from it, or bring the old files back.",
         )
     return recipe
@@ -215,6 +222,12 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": checkpoint.tokenizer_digest(),
         **depends_on,
     }
+
+
+def _is_of(checkpoint: Checkpoint, identity: dict[str, Any]) -> bool:
+    """Whether a checkpoint's files are those that an engine of this identity depends on."""
+    digests = checkpoint.digest(), checkpoint.tokenizer_digest()
+    return digests == (identity["checkpoint"], identity["tokenizer"])
 
 
 @contextlib.contextmanager

@@ -726,14 +726,30 @@ def test_a_folder_named_like_the_bundled_model_stays_that_folder(fake, engines, 
     assert locate(recipe_of(folder)) == folder
 
 
-def test_the_recipe_of_an_engine_whose_checkpoint_is_gone_or_changed(fake, engines, tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_checkpoint_that_changes_while_an_engine_is_built_from_it_publishes_nothing(fake, engines, tmp_path, name):
+    from helpers.model.checkpoint import BUNDLED
+
+    own = shutil.copytree(BUNDLED, tmp_path / "own")
+
+    def save_anew(folder):
+        (own / name).write_text((own / name).read_text() + " ")
+
+    fake(save_anew)
+    with pytest.raises(BuildError, match="changed while"):
+        build(RECIPE.replace(model=str(own)), quiet=True)
+    assert leftovers(engines) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_the_recipe_of_an_engine_whose_checkpoint_is_gone_or_changed(fake, engines, tmp_path, name):
     from helpers.model.checkpoint import BUNDLED
 
     fake()
     own = shutil.copytree(BUNDLED, tmp_path / "own")
     folder = build(RECIPE.replace(model=str(own)), quiet=True)
     assert recipe_of(folder).model == str(own)
-    (own / "config.json").write_text((own / "config.json").read_text() + " ")
+    (own / name).write_text((own / name).read_text() + " ")
     with pytest.raises(ModelError, match="not the one that engine"):
         recipe_of(folder)
     shutil.rmtree(own)
