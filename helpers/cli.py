@@ -251,6 +251,8 @@ def _chat(settings: argparse.Namespace) -> None:
             except EOFError:
                 print()
                 return
+            except RuntimeError as error:  # Python has no standard input or output
+                raise InputError(f"There is nobody to talk with: {error}.", fix="Run it in a terminal.") from error
             answer = ""
             for token in engine.stream_chat(messages, sampling):
                 print(printable(token.text), end="", flush=True)

@@ -123,6 +123,8 @@ def status_of(command: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal lacks is spelled out
             stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text become half characters, which are refused in words
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         status = command() or 0
         print(end="", flush=True)  # what cannot be written is noticed here; without a standard output nothing is

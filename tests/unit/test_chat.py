@@ -1,7 +1,9 @@
 """Conversations: prompts beside transformers' apply_chat_template, and templates that mean no good."""
 
 import datetime
+import io
 import json
+import re
 import time
 
 import pytest
@@ -412,6 +414,23 @@ def test_a_conversation_in_a_terminal(tmp_path, monkeypatch, capsys):
     assert prompts == ["Once|", "Once| a |Go on|"]
     assert capsys.readouterr().out == " a \n a \n\n"
     assert engine.closed
+
+
+@pytest.mark.parametrize(
+    ("standard_input", "words"),
+    [
+        (None, "nobody to talk with"),
+        (io.TextIOWrapper(io.BytesIO(b"h\xff\n"), encoding="utf-8"), "half character"),
+    ],
+)
+def test_a_terminal_that_sends_no_text_is_told(tmp_path, monkeypatch, capsys, standard_input, words):
+    from helpers.cli import main
+
+    tokenizer = load_tokenizer(model(tmp_path, "{% for message in messages %}{{ message.content }}{% endfor %}"))
+    monkeypatch.setattr("helpers.engine.load", lambda name: Scripted([2], tokenizer=tokenizer))
+    monkeypatch.setattr("sys.stdin", standard_input)
+    assert main(["chat", "an engine"]) == 1
+    assert re.search(words, capsys.readouterr().err)
 
 
 # ---- the real model ---------------------------------------------------------------------------------------
