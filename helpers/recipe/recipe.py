@@ -28,7 +28,8 @@ else:
     import tomli as tomllib
 
 
-RENAMED = {"max_output_len": "max_seq_len, which counts the prompt and the answer"}  # in TensorRT-LLM, in 2024 (its pull request 2057)
+# In TensorRT-LLM, in 2024 (its pull request 2057).
+RENAMED = {"max_output_len": "max_seq_len, which counts the prompt and the answer"}
 
 
 @dataclass(frozen=True)
