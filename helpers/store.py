@@ -116,6 +116,7 @@ def write_manifest(
     recipe: as it was given; in the identity, the content of a local checkpoint stands for its path.
     details: what the backend needs to load the engine.
     """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(_files(folder))}
     (folder / MANIFEST).touch()
     open_to_readers(folder)  # before the digests: a file whose mode changes is read again
     manifest = {
@@ -127,11 +128,7 @@ def write_manifest(
         "compiler": compiler,
         "seconds": {phase: round(duration, 3) for phase, duration in seconds.items()},
         "details": details,
-        "files": {
-            path.relative_to(folder).as_posix(): entry_of(path)
-            for path in sorted(_files(folder))
-            if path != folder / MANIFEST
-        },
+        "files": {name: entry_of(path) for name, path in files.items()},
     }
     save_manifest(folder, manifest)
 
@@ -423,13 +420,11 @@ def _gone(folder: Path) -> EngineNotFound:
 
 
 def _corrupt(folder: Path, what: str, fix: str = "") -> EngineCorrupt:
+    mend = f"Remove it (python -m helpers remove {folder.name}) and build it again."
+    if folder.parent in engines_folders()[1:]:
+        mend = f"Build it again, in your own store; and tell whoever owns {folder.parent}."
     return EngineCorrupt(
         f"Engine {folder.name!r} is not loaded: {what}.",
         cause="Its files were changed, cut or mixed up after the build, or a newer course reads an older engine.",
-        fix=fix
-        or (
-            f"Build it again, in your own store; and tell whoever owns {folder.parent}."
-            if folder.parent in engines_folders()[1:]
-            else f"Remove it (python -m helpers remove {folder.name}) and build it again."
-        ),
+        fix=fix or mend,
     )
