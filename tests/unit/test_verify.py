@@ -157,6 +157,25 @@ def sees_everything(module):
     return attention_with(masked_fill=lambda plain: lambda scores, mask, value: scores)(module)
 
 
+def forgets_what_lies_far_back(module, reach=20):
+    if isinstance(module, Prefill):
+
+        def near(plain):
+            def attention(q, k, v, is_causal):
+                back = torch.arange(q.shape[-2])[:, None] - torch.arange(q.shape[-2])
+                return plain(q, k, v, attn_mask=(back >= 0) & (back < reach))
+
+            return attention
+
+        return attention_with(scaled_dot_product_attention=near)(module)
+
+    def attention(q, k, v, keys, values, positions, hidden):
+        far = torch.arange(hidden.shape[1]) <= positions[:, None] - reach
+        return type(module).attention(module, q, k, v, keys, values, positions, hidden | far)
+
+    return attention
+
+
 def scaled_wrongly(module):
     if isinstance(module, Prefill):
         return attention_with(
@@ -186,6 +205,7 @@ def no_values_kept(module):
 
 DAMAGED_ARITHMETIC = {
     "mask": {"attention": sees_everything},
+    "reach": {"attention": forgets_what_lies_far_back},
     "scale": {"attention": scaled_wrongly},
     "grouping of heads": {"attention": groups_mixed_up},
     "positions in the cache": {"attention": writes_elsewhere},

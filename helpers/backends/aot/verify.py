@@ -17,7 +17,7 @@ from helpers.model.weights import Weights
 
 # Largest difference between a compiled graph and the same graph run by PyTorch, as a share of the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-LENGTH = 24  # cache entries that the check looks at, and at most so many tokens in a prompt
+LENGTH = 512  # cache entries that the check looks at, and at most so many tokens in a prompt: more than a fault may reach
 DRAWS = 4  # of random numbers, until there is one for which the reference stays finite
 
 Run = Callable[..., Tensor]  # a graph's inputs after the weights, to logits [B, V]; it updates the cache in place
@@ -83,7 +83,7 @@ def _random_inputs(
     if isinstance(reference, llama.Prefill):
         width = max(2, used)
         return [whole_numbers(vocabulary, batch, width), width - 1 - torch.arange(batch, device=device) % (width - 1)]
-    spread = torch.arange(batch, device=device) * 5 + used // 2
+    spread = torch.arange(batch, device=device) * 5 + used * 3 // 4
     return [whole_numbers(vocabulary, batch), spread % used, torch.arange(limit, device=device)]
 
 
