@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.model.config import ModelConfig
-from helpers.model.weights import Weights, stored_names
+from helpers.model.weights import Weights, dense, stored_names
 
 Cache = list[Tensor]  # k0, v0, k1, v1, ...: each [B, G, S, D]
 
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
 
     def matmul(self, weights: Weights, name: str, x: Tensor) -> Tensor:
         """x [M, K] times the transpose of the named weight [N, K], with its scale and bias: [M, N]."""
-        return scale_and_bias(weights, name, F.linear(x, weights[f"{name}.weight"].to(x.dtype)))
+        return scale_and_bias(weights, name, F.linear(x, dense(weights, name, x.dtype)))
 
     def keep(self, x: Tensor) -> Tensor:
         """An intermediate that several products read: a backend may have it written to memory."""

@@ -10,7 +10,7 @@ from helpers.errors import RecipeError, shown
 BACKENDS = ("aot", "pytorch", "torch_compile", "tensorrt", "tensorrt_llm", "tensorrt_llm_pytorch", "vllm")
 COMPILED = ("aot", "tensorrt", "tensorrt_llm")  # these leave an engine on disk; the others only hold a recipe
 PRECISIONS = {  # what each backend can build; issue text and README table say the same
-    "aot": ("fp32", "bf16", "fp16", "int8"),
+    "aot": ("fp32", "bf16", "fp16", "int8", "int4"),
     "pytorch": ("fp32", "bf16", "fp16"),
     "torch_compile": ("fp32", "bf16", "fp16"),
     "tensorrt": ("fp32", "bf16", "fp16", "int8", "int4", "fp8"),

@@ -38,7 +38,8 @@ class BuildRecipe(RecipeFields):
 
     model               "stories" (bundled), a Hub id, a checkpoint folder, or "dummy:" before either of these
     backend             one of BACKENDS
-    precision           of weights and arithmetic; int8 keeps weights as int8 and computes in fp32 (CPU) or bf16 (GPU)
+    precision           of weights and arithmetic; with int8 and int4 only the weights are narrow: `aot` computes in
+                        fp32 (CPU) or bf16 (GPU)
     max_batch_size      most sequences at a time
     max_input_len       longest prompt, in tokens
     max_seq_len         longest prompt plus answer, in tokens; it sizes the KV cache

@@ -357,7 +357,7 @@ def test_an_engine_is_no_larger_than_promised(stories_fp32):
     assert store.size(stories_fp32) <= 2.2 * 4 * parameters + 15e6
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("level", [0, 3])
 def test_the_size_of_the_weights_is_known_before_a_build(checkpoint, tmp_path, precision, tied, level):

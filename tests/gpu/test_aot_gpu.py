@@ -33,7 +33,7 @@ def engine_of(built, folders):
             return BuildRecipe(model, precision=precision, **limits(device="cuda"))
         return BuildRecipe(str(folders[model]), precision=precision, device="cuda", max_input_len=16, max_seq_len=48)
 
-    wanted = [("stories", "fp32"), ("stories", "bf16"), ("stories", "int8"), ("large", "bf16")]
+    wanted = [("stories", "fp32"), ("stories", "bf16"), ("stories", "int8"), ("stories", "int4"), ("large", "bf16")]
     wanted += [(family, precision) for family in ("qwen2", "qwen3") for precision in ("fp32", "int8")]
     with ThreadPoolExecutor(max(1, hardware.free_cores() // 4)) as pool:
         building = {each: pool.submit(built, recipe(*each)) for each in wanted}
@@ -89,7 +89,7 @@ def close(ours, reference, share=2e-2):
     assert ((ours.float() - reference.float()).abs().max() / reference.float().abs().max()).item() < share
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_lower_precision_keeps_logits_close_in_both_phases(engine_of, fp32, precision):
     with load(engine_of("stories", precision)) as engine:
         for prompt in PROMPTS:

@@ -10,9 +10,9 @@ import torch
 from helpers import BuildRecipe, build
 from helpers.backends.aot import products
 from helpers.backends.aot.products import matmul, pack
-from helpers.errors import ModelError
+from helpers.errors import BuildError, ModelError
 from helpers.model.checkpoint import find_checkpoint, read_tensors, weight_files
-from helpers.model.weights import convert, rope_tables
+from helpers.model.weights import convert, dense, rope_tables
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -62,13 +62,12 @@ class Ours:
     def __init__(self, folder, product="library", length=64, qkv=True, gate_up=True):
         checkpoint = find_checkpoint(str(folder))
         self.config = c = checkpoint.config
-        converted = convert(read_tensors(checkpoint, c), c, torch.float32, int8=False, qkv=qkv, gate_up=gate_up)
+        converted = convert(read_tensors(checkpoint, c), c, torch.float32, qkv=qkv, gate_up=gate_up)
         self.weights = dict(converted) | rope_tables(c, length, torch.float32)
         self.weights.setdefault("head.weight", self.weights["embedding"])
         if product == "packed":
             for name in [n for n in self.weights if n.endswith(".weight")]:
-                if (packed := pack(self.weights[name])) is not None:
-                    self.weights[name.removesuffix("weight") + "packed"] = packed
+                self.weights |= pack(self.weights, name.removesuffix(".weight"))
         self.prefill_phase, self.decode = products.Prefill(c, "library", False), products.Decode(c, product, True)
         self.span = torch.arange(length)
 
@@ -155,7 +154,8 @@ def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, 
     if dtype == torch.int8:
         weights["it.scale"] = scale = torch.rand(48)
     if product == "packed":
-        weights["it.packed"] = packed = pack(stored)
+        weights |= pack(weights, "it")
+        packed = weights["it.weight.packed"]
         assert packed.shape[-1] == (8 if vectors == "AVX2" and packed.dtype == torch.float32 else 16)
     x = torch.randn(3, columns)
     expected = torch.nn.functional.linear(x, stored * scale[:, None], weights["it.bias"])
@@ -166,8 +166,8 @@ def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
     found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=True)))
     settings = {"qkv": False, "gate_up": False}
     config = found.config
-    plain = dict(convert(read_tensors(found, config), config, torch.float32, int8=False, **settings))
-    int8 = dict(convert(read_tensors(found, config), config, torch.float32, int8=True, **settings))
+    plain = dict(convert(read_tensors(found, config), config, torch.float32, **settings))
+    int8 = dict(convert(read_tensors(found, config), config, torch.float32, bits=8, **settings))
     scales = [name for name in int8 if name.endswith(".scale")]
     assert len(scales) == 7 * 2 + 1  # every product of two layers, and the head
     for name in scales:
@@ -177,6 +177,62 @@ def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
         error = (int8[f"{owner}.weight"] * int8[name][:, None] - weight).abs()
         assert int8[f"{owner}.weight"].dtype == torch.int8
         assert (error <= step * 0.501).all()
+
+
+@pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("product", ["library", "rows", "packed"])
+def test_the_forms_of_a_product_with_int4_weights_give_the_same(product, vectors, monkeypatch):
+    """Every number from 0 to 15 stands at every place of a word, and groups differ in step and least value."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    numbers = (torch.arange(48)[:, None] + 5 * torch.arange(96)) % 16  # [N, K]; 5 and 16 have no common factor
+    step, least = (torch.randint(1, 9, (48, 3)).half() / 8 for _ in range(2))
+    step[0], least[1] = 0, 0
+    words = sum(numbers.view(48, 12, 8)[..., place] << 4 * place for place in range(8))
+    words = words.to(torch.uint32).view(torch.int32)
+    weights = {"it.weight": words, "it.step": step, "it.least": -least, "it.bias": torch.randn(48)}
+    if product == "packed":
+        weights |= pack(weights, "it")
+        assert weights["it.weight.packed"].shape[-1] == (8 if vectors == "AVX2" else 16)
+    x = torch.randn(3, 96)
+    plain = (numbers.view(48, 3, 32) * step[..., None].float() - least[..., None].float()).flatten(1)
+    torch.testing.assert_close(dense(weights, "it", torch.float32), plain, rtol=0, atol=0)
+    expected = torch.nn.functional.linear(x, plain, weights["it.bias"])
+    torch.testing.assert_close(matmul(weights, "it", x, product), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_int4_weights_are_off_by_about_half_a_step_and_exact_where_they_lie_on_it(checkpoint):
+    """Half a step of the group's range, and what fp16 rounds off step and least value."""
+    found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=True)))
+    config, settings = found.config, {"qkv": False, "gate_up": False}
+    plain = dict(convert(read_tensors(found, config), config, torch.float32, **settings))
+    int4 = dict(convert(read_tensors(found, config), config, torch.float32, bits=4, **settings))
+    narrow = [name for name in int4 if int4[name].dtype == torch.int32]
+    assert len(narrow) == 7 * 2 and int4["head.weight"].dtype == torch.int8  # every product of two layers
+    for name in narrow:
+        groups = plain[name].unflatten(1, (-1, 32))
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        rounded = 2**-10 * torch.maximum(low.abs(), high - low)
+        error = (dense(int4, name.removesuffix(".weight"), torch.float32).view_as(groups) - groups).abs()
+        assert (error <= 0.501 * (high - low) / 15 + 2 * rounded).all()
+    grid = (torch.arange(64 * 64).view(64, 64) * 7 % 16 - 3) / 4
+    again = dict(convert([("model.layers.0.mlp.down_proj.weight", grid)], config, torch.float32, bits=4, **settings))
+    assert torch.equal(dense(again, "layers.0.down", torch.float32), grid)
+
+
+def test_rows_that_are_no_whole_number_of_groups_are_refused_as_int4(checkpoint):
+    config = find_checkpoint(str(checkpoint("llama"))).config
+    with pytest.raises(BuildError, match="multiple of 32") as refused:
+        list(
+            convert(
+                [("model.layers.0.mlp.up_proj.weight", torch.zeros(4, 48))],
+                config,
+                torch.float32,
+                bits=4,
+                qkv=True,
+                gate_up=False,
+            )
+        )
+    assert "int8" in refused.value.fix
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[2] / "engines" / "recipes"
         ("backend", "onnx", "aot"),
         ("backend", ["aot"], "str"),
         ("precision", "fp64", "bf16"),
-        ("precision", "int4", "int8"),  # another backend has it
+        ("precision", "fp8", "int8"),  # another backend has it
         ("device", "tpu", "cuda"),
         ("optimization_level", 4, "0, 1, 2, 3"),
         ("optimization_level", -1, "0, 1, 2, 3"),

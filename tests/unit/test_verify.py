@@ -77,7 +77,7 @@ def check(kind, product, precision="fp32", damage=None, batch=3, limit=32, swap=
 
 
 @pytest.mark.parametrize(("kind", "product"), PHASES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_right_graph_passes(kind, product, precision, batch):
     for limit in (1, 2, 3, 32) if kind is Prefill else (3, 32):
@@ -93,7 +93,7 @@ def scaled(name, factor=1.2):
 
 def forms(name):
     """A weight in both of its forms: which of them a graph reads is its product's business."""
-    return lambda weights: {n: weights[n].flip(0) for n in (f"{name}.weight", f"{name}.packed") if n in weights}
+    return lambda weights: {n: weights[n].flip(0) for n in (f"{name}.weight", f"{name}.weight.packed") if n in weights}
 
 
 def one_row_of_scales(weights):
@@ -126,6 +126,32 @@ def test_a_damaged_weight_is_refused(kind, product, batch, what):
 def test_one_damaged_scale_of_int8_weights_is_refused(kind, product):
     with pytest.raises(BuildError, match="computes something else"):
         check(kind, product, "int8", damage=one_row_of_scales)
+
+
+def int4_damaged(kind, change):
+    """One number that a group of int4 weights shares, or one word of it, in both forms."""
+
+    def damage(weights):
+        plain, packed = (weights[f"layers.1.down.{kind}{form}"].clone() for form in ("", ".packed"))
+        plain[5, 1] = packed[0, 1, 5] = change(plain[5, 1])
+        return {f"layers.1.down.{kind}": plain, f"layers.1.down.{kind}.packed": packed}
+
+    return damage
+
+
+@pytest.mark.parametrize(("kind", "product"), PHASES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        int4_damaged("weight", lambda word: word.bitwise_not()),
+        int4_damaged("step", lambda step: step * 2),
+        int4_damaged("least", lambda least: -least),
+    ],
+    ids=["weight", "step", "least"],
+)
+def test_one_damaged_group_of_int4_weights_is_refused(kind, product, damage):
+    with pytest.raises(BuildError, match="computes something else"):
+        check(kind, product, "int4", damage=damage)
 
 
 # ---- damaged arithmetic -----------------------------------------------------------------------------------

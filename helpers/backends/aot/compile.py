@@ -199,7 +199,9 @@ def _inductor_options(recipe: BuildRecipe, device: str, threads: int, module: Pr
             "realize_opcount_threshold": 0,
             "realize_acc_reads_threshold": 0,
         }
-    generated = type(module) is Decode and module.product == "rows"
+    elif recipe.precision == "int4":
+        options["realize_opcount_threshold"] = 1000  # else a product's words are widened into memory before it
+    generated = module.product == "rows" and (type(module) is Decode or recipe.precision == "int4")
     if device == "cuda" and generated and recipe.optimization_level >= 2:
         options["coordinate_descent_tuning"] = True  # tries block sizes of the generated products on this GPU
     return options

@@ -14,7 +14,10 @@ from helpers.model.weights import Weights
 
 
 class GpuDecode(Decode):
-    """Several sequences: attention is our kernel, a product ours or the library's, the rest is the compiler's."""
+    """Several sequences: attention is our kernel, a product ours or the library's, the rest is the compiler's.
+
+    It serves one sequence too where weights are int4: their products are the compiler's then, or the library's.
+    """
 
     def through(self, weights: Weights, x: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
         cos, sin = weights["rope.cos"], weights["rope.sin"]  # whole: the kernel looks up its position's row

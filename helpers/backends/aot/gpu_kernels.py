@@ -8,6 +8,7 @@ five kernels a layer. For several sequences `split_matmul` is the product. Writt
 
 Shapes: B sequences, H heads, G KV heads, D head size (a power of two), S cache length, K and N a weight's columns
 and rows. Arithmetic is in float32, whatever the tensors hold; with int8 weights products are of integers, exactly.
+No product here takes int4 weights.
 """
 
 from __future__ import annotations
@@ -203,11 +204,12 @@ def _split_matmul(  # type: ignore[no-untyped-def]
 def skinny(x: Tensor, weight: Tensor) -> bool:
     """Whether `split_matmul` is the faster product for x [B, K] and weight [N, K], as seen on an H200.
 
-    A library has none for int8 weights: they would first be widened, which takes longer than the product. For others
+    A library has none for int8 weights: they would first be widened, which takes longer than the product. For floats
     it is behind only where a weight has too few rows to keep a GPU busy.
     """
     few_rows = weight.shape[0] <= SPLIT_ROWS * BUSY
-    return x.shape[0] <= SKINNY and x.itemsize == 2 and (weight.dtype == torch.int8 or few_rows)
+    suits = weight.dtype == torch.int8 or (few_rows and weight.is_floating_point())
+    return x.shape[0] <= SKINNY and x.itemsize == 2 and suits
 
 
 @torch.library.triton_op("helpers::split_matmul", mutates_args={})

@@ -19,6 +19,7 @@ from helpers.model.weights import Weights
 from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_BITS = {"int8": 8, "int4": 4}  # weight-only precisions
 PREFILL_BATCH = 8  # prompts that a GPU reads at once, if they have no more than MAX_NUM_TOKENS tokens together
 MAX_NUM_TOKENS = 8192  # TensorRT-LLM's default
 SMALL_BATCH = 4  # up to here a generated product reads the weights as fast as a library's, and fuses
@@ -28,8 +29,8 @@ LAYERS_OF_A_RUN = 6  # a deeper one in runs of at most so many
 
 
 def compute_dtype(recipe: BuildRecipe, device: str) -> torch.dtype:
-    """The type of activations and KV cache: the recipe's; for int8 weights fp32 on a CPU, bf16 on a GPU."""
-    if recipe.precision == "int8":
+    """The type of activations and KV cache: the recipe's; for int8 and int4 weights fp32 on a CPU, bf16 on a GPU."""
+    if recipe.precision in WEIGHT_BITS:
         return torch.bfloat16 if device == "cuda" else torch.float32
     return DTYPES[recipe.precision]
 
@@ -85,14 +86,15 @@ def _decode_class(recipe: BuildRecipe, config: ModelConfig, device: str, batch: 
         return Decode
     from helpers.backends.aot import gpu_decoder
 
-    return gpu_decoder.GpuDecodeOne if batch == 1 else gpu_decoder.GpuDecode
+    one = batch == 1 and recipe.precision != "int4"  # for which our product has no form
+    return gpu_decoder.GpuDecodeOne if one else gpu_decoder.GpuDecode
 
 
 def weights_for(module: Prefill | Decode, weights: Weights) -> Weights:
     """The weights that this graph reads: the packed copy or the plain one, not both."""
     if module.product != "packed":
         return {k: v for k, v in weights.items() if not k.endswith(".packed")}
-    return {k: v for k, v in weights.items() if not (k.endswith(".weight") and k[:-6] + "packed" in weights)}
+    return {k: v for k, v in weights.items() if f"{k}.packed" not in weights}
 
 
 def empty_cache(

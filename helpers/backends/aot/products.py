@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.model import llama
 from helpers.model.config import ModelConfig
 from helpers.model.llama import scale_and_bias
-from helpers.model.weights import Weights
+from helpers.model.weights import GROUP, INT4, WORD, Weights, int4_numbers
 
 
 class Formed(llama.Decoder):
@@ -56,21 +56,30 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
     "packed"   the same over blocks of P weight rows side by side ([N/P, K, P]; see `pack`), so that one vector
                register holds P outputs and nothing is summed across lanes
 
-    int8 weights are widened inside the generated loop: what is read from memory is one byte a weight.
+    int8 and int4 weights are widened inside the generated loop: what is read from memory is one byte, or 5 bits, a
+    weight.
     """
-    if product == "packed" and f"{name}.packed" in weights:
-        blocks = weights[f"{name}.packed"]
-        words = f"{name}.scale" in weights and blocks.dtype == torch.float32
-        parts = _bytes(blocks, x) if words else _columns(blocks, x)
-        products = (part[:, None] * entries[None, :, :, None] for part, entries in parts)
-        y = reduce(torch.add, products).sum(2)  # [N/P, M, P]
-        y = y.transpose(0, 1).reshape(x.shape[0], -1)
-    elif product == "library":
-        y = F.linear(*_widened(x, weights[f"{name}.weight"]))
+    if product == "library":
+        y = F.linear(*_widened(weights, name, x))
+    elif product == "packed" and f"{name}.weight.packed" in weights:
+        y = _packed(weights, name, x)
+    elif f"{name}.step" in weights:
+        y = _int4(x, *(weights[f"{name}.{kind}"][..., None] for kind in INT4))  # blocks of one row
     else:
         weight = weights[f"{name}.weight"].to(x.dtype)
         y = (weight[:, None] * x).sum(-1).transpose(0, 1)  # the weight's rows outermost: each is read once
     return scale_and_bias(weights, name, y)
+
+
+def _packed(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """x [M, K] and a packed weight: [M, N]."""
+    if f"{name}.step.packed" in weights:
+        return _int4(x, *(weights[f"{name}.{kind}.packed"] for kind in INT4))
+    blocks = weights[f"{name}.weight.packed"]
+    words = f"{name}.scale" in weights and blocks.dtype == torch.float32
+    parts = _bytes(blocks, x) if words else _columns(blocks, x)
+    products = (part[:, None] * entries[None, :, :, None] for part, entries in parts)
+    return reduce(torch.add, products).sum(2).transpose(0, 1).flatten(1)  # [N/P, M, P], [M, N/P, P], [M, N]
 
 
 def _as_words(weight: Tensor) -> bool:
@@ -104,22 +113,51 @@ def _columns(blocks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(blocks[:, j::4].to(x.dtype), x[:, j::4]) for j in range(4)]
 
 
-def _widened(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _int4(x: Tensor, words: Tensor, step: Tensor, least: Tensor) -> Tensor:
+    """x [M, K] and blocks of int4 weights, words [N/P, K/8, P], step and least [N/P, K/32, P]: [M, N].
+
+    w = q * s + m, so a group's part of a row's product is s * sum(q * x) + m * sum(x). It is added up a word at a time:
+    of m * sum(x), a quarter with each of the four.
+    """
+    words = words.unflatten(1, (-1, GROUP // WORD))[:, None]  # [N/P, 1, K/32, 4, P]
+    step, least = (shared[:, None, :, None].to(x.dtype) for shared in (step, least))  # [N/P, 1, K/32, 1, P]
+    entries = x.unflatten(1, (-1, GROUP // WORD, WORD))  # [M, K/32, 4, 8]
+    sums = x.unflatten(1, (-1, GROUP)).sum(2) / (GROUP // WORD)  # [M, K/32]
+    products = (q.to(x.dtype) * entries[..., j, None] for j, q in enumerate(int4_numbers(words)))
+    y = reduce(torch.add, products) * step + least * sums[..., None, None]
+    return y.sum((2, 3)).transpose(0, 1).flatten(1)  # [N/P, M, P], [M, N/P, P], [M, N]
+
+
+def _widened(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] and the weight [N, K] in its type, the columns of both in the same order."""
-    if not _as_words(weight):
+    weight = weights[f"{name}.weight"]
+    if f"{name}.step" in weights:
+        shared = (weights[f"{name}.{kind}"].repeat_interleave(GROUP // WORD, 1) for kind in INT4[1:])  # [N, K/8]
+        step, least = (each.to(x.dtype) for each in shared)
+        parts = [(q * step + least, x[:, j::WORD]) for j, q in enumerate(int4_numbers(weight))]
+    elif _as_words(weight):
+        parts = _bytes(weight.view(torch.float32), x)
+    else:
         return x, weight.to(x.dtype)
-    parts = _bytes(weight.view(torch.float32), x)
     return torch.cat([entries for _, entries in parts], -1), torch.cat([part for part, _ in parts], -1)
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """[N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`); None where P does not divide N.
+def pack(weights: Weights, name: str) -> Weights:
+    """The packed copy of a product's weights: [N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`);
+    none where P does not divide N. What int4 weights share is packed as they are.
 
     P is 8 for 32-bit weights and words with AVX2, a register's sums (float32), and 16 else: a register's with AVX-512,
     two registers' for 16-bit weights with AVX2, and untried on other processors.
     """
+    weight = weights[f"{name}.weight"]
     columns = weight.view(torch.float32) if _as_words(weight) else weight
-    rows = 8 if columns.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
+    rows = 8 if columns.itemsize == 4 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
     if len(weight) % rows:
-        return None
-    return columns.view(len(weight) // rows, rows, -1).permute(0, 2, 1).contiguous()
+        return {}
+    tensors = {"weight": columns} | {
+        kind: weights[f"{name}.{kind}"] for kind in INT4[1:] if f"{name}.{kind}" in weights
+    }
+    return {
+        f"{name}.{kind}.packed": tensor.view(len(weight) // rows, rows, -1).permute(0, 2, 1).contiguous()
+        for kind, tensor in tensors.items()
+    }

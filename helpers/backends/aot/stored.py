@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from helpers.backends.aot.graphs import compute_dtype, packs
+from helpers.backends.aot.graphs import WEIGHT_BITS, compute_dtype, packs
 from helpers.backends.aot.products import pack
 from helpers.model.checkpoint import expected_shapes
 from helpers.model.config import ModelConfig
@@ -25,15 +25,13 @@ def convert_weights(
     """All that the graphs read, from a checkpoint's tensors, but the rope tables."""
     weights: Weights = {}
     joined = {"qkv": recipe.fusion.qkv, "gate_up": recipe.fusion.gate_up}
-    dtype, int8 = compute_dtype(recipe, device), recipe.precision == "int8"
-    for name, tensor in convert(tensors, config, dtype, int8=int8, **joined):
+    dtype, bits = compute_dtype(recipe, device), WEIGHT_BITS.get(recipe.precision)
+    for name, tensor in convert(tensors, config, dtype, bits=bits, **joined):
         weights[name] = tensor if tensor.is_meta else tensor.to(device)
     _alias_head(weights)
     if packs(recipe, device):
         for name in [n for n in weights if n.endswith(".weight")]:
-            packed = pack(weights[name])
-            if packed is not None:
-                weights[name.removesuffix("weight") + "packed"] = packed
+            weights |= pack(weights, name.removesuffix(".weight"))
     return weights
 
 

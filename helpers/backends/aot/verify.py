@@ -17,7 +17,9 @@ from helpers.model.weights import Weights
 
 # Largest difference between a compiled graph and the same graph run by PyTorch, as a share of the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-LENGTH = 512  # cache entries that the check looks at, and at most so many tokens in a prompt: more than a fault may reach
+LENGTH = (
+    512  # cache entries that the check looks at, and at most so many tokens in a prompt: more than a fault may reach
+)
 DRAWS = 4  # of random numbers, until there is one for which the reference stays finite
 
 Run = Callable[..., Tensor]  # a graph's inputs after the weights, to logits [B, V]; it updates the cache in place

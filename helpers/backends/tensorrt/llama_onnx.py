@@ -48,7 +48,7 @@ def write_weights(checkpoint: Checkpoint, precision: str, length: int, folder: P
     """
     config, dtype = checkpoint.config, onnx_export.compute_dtype(precision)
     narrow = precision in onnx_export.COMPUTE
-    tensors = convert(read_tensors(checkpoint, config), config, dtype, int8=False, qkv=False, gate_up=False)
+    tensors = convert(read_tensors(checkpoint, config), config, dtype, qkv=False, gate_up=False)
     placed: Protos = {}
     with (folder / WEIGHTS).open("wb") as file:
         for name, tensor in itertools.chain(tensors, rope_tables(config, length, dtype).items()):
