@@ -6,6 +6,7 @@ products.py and gpu_kernels.py make of the products, and how weights are joined,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,12 +16,14 @@ from helpers.errors import BuildError
 from helpers.model import llama
 from helpers.model.weights import Weights
 
-# Largest difference between a compiled graph and the same graph run by PyTorch, as a share of the largest value.
+# Largest difference between a compiled graph and the exact results, as a share of the largest value: this much, or what
+# rounding makes of PyTorch's own results, several times. A deep model can turn a last bit into a thousandth, or in bf16
+# into a tenth, and does so differently in each order of the additions.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-LENGTH = (
-    512  # cache entries that the check looks at, and at most so many tokens in a prompt: more than a fault may reach
-)
-DRAWS = 4  # of random numbers, until there is one for which the reference stays finite
+ROUNDINGS = 4
+WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+LENGTH = 128  # cache entries that the check looks at, and at most so many tokens in a prompt
+DRAWS = 4  # of random numbers; the one that rounding disturbs least is taken
 
 Run = Callable[..., Tensor]  # a graph's inputs after the weights, to logits [B, V]; it updates the cache in place
 
@@ -33,22 +36,30 @@ def check_graph(
     cache: of as many sequences as the graph takes, each [B, G, S, D]; its content is overwritten.
     limit: the longest prompt, or for decode the cache entries in use, that the graph takes.
     """
+    tolerance = TOLERANCE[cache[0].dtype]
+    best, best_seed = math.inf, 0
     for seed in range(DRAWS):
         inputs = _random_inputs(reference, weights, cache, limit, seed)
-        expected = _expected(reference, weights, inputs, cache)
-        if all(bool(tensor.isfinite().all()) for tensor in expected):
+        plain, exact = _expected(reference, weights, inputs, cache), _exact(reference, weights, inputs, cache)
+        if all(bool(tensor.isfinite().all()) for tensor in plain):
+            rounding = max(map(relative_error, plain, exact))
+            best, best_seed = min((best, best_seed), (rounding, seed))
+        if best * ROUNDINGS <= tolerance:
             break
-    else:
+    if best == math.inf:
         raise BuildError(
             f"{name} cannot be checked: for random tokens, PyTorch's own results are not finite numbers.",
             cause="The model's numbers are too large for this precision (fp16 holds no more than 65504), or its "
             "weights are damaged.",
             fix="Build with precision='bf16' or 'fp32', and check the checkpoint's weights.",
         )
-    used = expected[1].shape[2]
+    if best_seed != seed:
+        inputs = _random_inputs(reference, weights, cache, limit, best_seed)
+        exact = _exact(reference, weights, inputs, cache)
+    used = exact[1].shape[2]
     computed = [run(*inputs, cache), *(entries[:, :, :used] for entries in cache)]
-    error = max(map(relative_error, computed, expected))
-    if not error <= TOLERANCE[cache[0].dtype]:
+    error = max(map(relative_error, computed, exact))
+    if not error <= max(tolerance, ROUNDINGS * best):
         raise BuildError(
             f"The compiled graph {name} computes something else: it is off by {error:.2g} of the largest value.",
             cause="A fault of the compiler, or of the processor or GPU.",
@@ -99,3 +110,16 @@ def _expected(reference: llama.Decoder, weights: Weights, inputs: list[Tensor], 
         inputs[2] = inputs[2][:used]
     copies = [entries[:, :, :used].clone() for entries in cache]
     return [reference(weights, *inputs, copies), *copies]
+
+
+def _exact(reference: llama.Decoder, weights: Weights, inputs: list[Tensor], cache: llama.Cache) -> list[Tensor]:
+    """The same, computed in the next wider type."""
+    return _expected(reference, _Wide(weights), inputs, [entries.to(WIDER[entries.dtype]) for entries in cache])
+
+
+class _Wide(dict):
+    """Weights that become wider as they are read: only one at a time is in memory so."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = super().__getitem__(name)
+        return weight.to(WIDER.get(weight.dtype, weight.dtype))
