@@ -6,8 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import BuildRecipe, SamplingParams, load
-from helpers.model.checkpoint import find_checkpoint
+from helpers.backends.aot.graphs import empty_cache
+from helpers.backends.aot.products import Decode
+from helpers.backends.aot.stored import convert_weights
+from helpers.backends.aot.verify import check_graph
+from helpers.errors import BuildError
+from helpers.model import llama
+from helpers.model.checkpoint import find_checkpoint, read_tensors
 from helpers.model.tokenizer import load_tokenizer
+from helpers.model.weights import rope_tables
 
 pytestmark = pytest.mark.real_model
 
@@ -98,3 +105,22 @@ def test_the_backend_pytorch_answers_as_transformers(theirs):
     with load(recipe) as engine:
         answer = engine.generate([TEXTS[0]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0]
     assert answer.token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_the_check_of_a_build_takes_rounding_for_what_it_is(folder, precision):
+    """Thirty layers make a last bit large, in bf16 a tenth of the largest logit. A weight that is wrong is more."""
+    checkpoint = find_checkpoint("smollm2")
+    config, recipe = (
+        checkpoint.config,
+        BuildRecipe(precision=precision, device="cpu", max_input_len=64, max_seq_len=128),
+    )
+    weights = convert_weights(recipe, read_tensors(checkpoint, config), config, "cpu")
+    weights |= rope_tables(config, 128, weights["norm"].dtype)
+    cache = empty_cache(recipe, config, "cpu", weights["norm"].dtype, 1)
+    module = Decode(config, "packed", True)
+    with torch.no_grad():
+        check_graph("right", lambda *inputs: module(weights, *inputs), llama.Decode(config), weights, cache, 128)
+        wrong = weights | {"layers.7.attention_norm": weights["layers.7.attention_norm"] * 1.5}
+        with pytest.raises(BuildError, match="computes something else"):
+            check_graph("wrong", lambda *inputs: module(wrong, *inputs), llama.Decode(config), weights, cache, 128)
