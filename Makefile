@@ -26,7 +26,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: $(STAMP) ## all tests: style, types, helpers, notebooks; brings the model smollm2 (93 to 270 MB) first, once
 	@$(PY) -m helpers model get smollm2 || echo 'Going on without smollm2. What needs it is skipped, and listed.'
-	$(PYTEST) --nbmake --nbmake-timeout=600 notebooks tests
+	$(PYTEST) --nbmake --nbmake-timeout=1200 notebooks tests
 
 test-quick: $(STAMP) ## the tests that take seconds: nothing is compiled, no notebook runs
 	$(PYTEST) tests/unit
