@@ -264,7 +264,8 @@ def _logit_error(logits: list[float], reference: list[float]) -> float:
     """Largest difference over largest logit. Both less their mean: some backends give logits less a constant."""
     if not all(map(math.isfinite, logits)):
         return math.nan
-    mine, theirs = ([v - sum(values) / len(values) for v in values] for values in (logits, reference))
+    means = sum(logits) / len(logits), sum(reference) / len(reference)
+    mine, theirs = ([v - mean for v in values] for values, mean in zip((logits, reference), means, strict=True))
     return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(map(abs, theirs))
 
 
