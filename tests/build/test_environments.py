@@ -313,7 +313,7 @@ def test_a_lock_pins_the_version_that_the_course_is_made_for(name):
     assert pins(name)[wanted.package] == wanted.version
 
 
-@pytest.mark.parametrize("name", set(backends.ENVIRONMENTS.values()))
+@pytest.mark.parametrize("name", sorted(set(backends.ENVIRONMENTS.values())))
 def test_a_lock_has_what_a_worker_imports(name):
     assert {"filelock", "psutil", "tqdm", "safetensors", "tokenizers"} <= pins(name).keys()
 

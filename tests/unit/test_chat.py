@@ -258,7 +258,7 @@ def test_tokens_that_only_special_tokens_map_names_are_known_to_the_template(tmp
         [{"role": "user", "content": b"Hello"}],
         [[USER]],
         {"messages": [USER]},
-        iter([USER]),
+        pytest.param(iter([USER]), id="an iterator"),
     ],
     ids=repr,
 )

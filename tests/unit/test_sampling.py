@@ -203,7 +203,11 @@ def test_stop_takes_one_text_or_several_and_keeps_them_in_one_form(given, kept):
     assert SamplingParams(stop=given) == SamplingParams(stop=kept)
 
 
-@pytest.mark.parametrize("stop", [[""], ["a", ""], 7, [7], {"a": 1}, [["a"]], b"a", {"a"}, iter("ab")], ids=repr)
+@pytest.mark.parametrize(
+    "stop",
+    [[""], ["a", ""], 7, [7], {"a": 1}, [["a"]], b"a", {"a"}, pytest.param(iter("ab"), id="an iterator")],
+    ids=repr,
+)
 def test_what_is_no_stop_string_is_refused(stop):
     with pytest.raises(InputError, match="stop"):
         SamplingParams(stop=stop)
