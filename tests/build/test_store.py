@@ -803,4 +803,5 @@ def test_a_backend_that_compiles_nothing_ahead_has_nothing_to_build(engines, bac
 
 def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
     recipe = recipe_of(tiny_engine)
-    assert recipe.device == "cpu" and recipe.model == str(tiny_llama) and recipe.max_seq_len == 48
+    assert recipe.device == "cpu" and recipe.max_seq_len == 48
+    assert Path(recipe.model).name == tiny_llama.name  # an equal checkpoint: another test process may have built it

@@ -358,7 +358,7 @@ from helpers.model import fetch
 sys.executable = {str(slow)!r}
 sys.exit(status_of(lambda: fetch.get("smollm2")))
 """
-    surroundings = {**os.environ, "HF_ENDPOINT": NOWHERE, "HF_HOME": str(tmp_path / "hub")}
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": NOWHERE, "HF_HOME": str(tmp_path / "hub")}
     with subprocess.Popen([sys.executable, "-c", code], env=surroundings, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
@@ -492,7 +492,7 @@ def ask(tmp_path):
     def run(address, *arguments):
         places = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "COURSE_MODELS": str(tmp_path / "models")}
         command = [sys.executable, "-m", "helpers", "model", *arguments]
-        surroundings = {**os.environ, **places, "COURSE_ENGINES": str(tmp_path / "engines")}
+        surroundings = {**os.environ, "HF_HUB_OFFLINE": "0", **places, "COURSE_ENGINES": str(tmp_path / "engines")}
         return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, check=False)
 
     return run
