@@ -7,6 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import filelock
 
 
 class Progress:
@@ -84,6 +88,26 @@ class Progress:
     def _say(self, line: str) -> None:
         if not self.quiet and self._handle is None:
             print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def held(lock: filelock.BaseFileLock, what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Hold a lock for the block. Where another process has it, say what that one does, and wait.
+
+    what: such as "builds NAME".
+    """
+    import filelock
+
+    try:
+        lock.acquire(timeout=1)
+    except filelock.Timeout:
+        title = f"Another process {what}. This one waits for it; interrupt it if you do not want to."
+        with Progress(title, quiet=quiet) as progress, progress.phase("wait"):
+            lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def say(line: str) -> None:

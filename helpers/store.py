@@ -27,7 +27,7 @@ from helpers.access import open_to_readers
 from helpers.digests import file_digest
 from helpers.errors import BuildError, CourseError, EngineCorrupt, EngineNotFound, OutOfMemory, StoreError, shown
 from helpers.paths import engines_folder, engines_folders, locks_folder, own_store_first
-from helpers.progress import Progress
+from helpers.progress import held
 
 MANIFEST = "manifest.json"
 SCHEMA = 3
@@ -88,7 +88,7 @@ def building(name: str, *, quiet: bool = False) -> Iterator[Path]:
     with _refusals_explained():
         if entry.is_dir() and not entry.is_symlink() and not os.access(entry, os.W_OK):  # told now, not after the build
             raise PermissionError(errno.EACCES, "you may not replace the engine of that name", str(entry))
-        with _locked(name, quiet):
+        with held(_lock(name), f"builds {name}", quiet=quiet):
             _delete(work)
             _sweep(root)
             work.mkdir(mode=0o700)
@@ -298,21 +298,6 @@ def _has_manifest(folder: Path) -> bool:
 def _lock(name: str) -> filelock.BaseFileLock:
     """Whoever may write to the store may take the lock, also after another user."""
     return filelock.FileLock(locks_folder() / f"{name}.lock", mode=engines_folder().stat().st_mode & 0o666)
-
-
-@contextlib.contextmanager
-def _locked(name: str, quiet: bool) -> Iterator[None]:
-    lock = _lock(name)
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        title = f"Another process builds {name}. This one waits for it; interrupt it if you do not want to."
-        with Progress(title, quiet=quiet) as progress, progress.phase("wait"):
-            lock.acquire(poll_interval=0.2)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

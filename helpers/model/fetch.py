@@ -35,7 +35,7 @@ from helpers.model.checkpoint import (
     weight_files,
 )
 from helpers.paths import models_folder
-from helpers.progress import Progress, say
+from helpers.progress import Progress, held, say
 
 CARD = "README.md"  # of a model that has a short name; it says where the model came from
 SOURCE = "Source: "  # the line that says it
@@ -131,7 +131,8 @@ def _get_named(name: str) -> Path:
     target = models_folder() / name
     with contextlib.suppress(ModelError):
         return _here_already(name)
-    with _refusals_explained(name), _locked(name):
+    lock = filelock.FileLock(models_folder() / f".{name}.lock")
+    with _refusals_explained(name), held(lock, f"gets {name}"):
         with contextlib.suppress(ModelError):
             return _here_already(name)  # another process has brought it meanwhile
         if target.exists():
@@ -249,21 +250,6 @@ def _card(name: str, source: str) -> str:
         f"The model's home, card and licence: https://huggingface.co/{NAMED[name]} (Apache-2.0).\n"
         f"`helpers model get {name}` wrote this folder. To get the model anew, remove the folder and run that again.\n"
     )
-
-
-@contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
-    lock = filelock.FileLock(models_folder() / f".{name}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        title = f"Another process gets {name}. This one waits for it; interrupt it if you do not want to."
-        with Progress(title) as progress, progress.phase("wait"):
-            lock.acquire(poll_interval=0.2)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
