@@ -1,7 +1,8 @@
 """Whether a compiled graph computes what the decoder says: both run on the same random numbers.
 
-The reference is llama.py itself, run by PyTorch with the checkpoint's plain weights. So the check also covers what
-products.py and gpu_kernels.py make of the products, and how weights are joined, packed and widened.
+The reference is llama.py itself, run by PyTorch with the checkpoint's plain weights, in the next wider type. So
+the check also covers what products.py and gpu_kernels.py make of the products, and how weights are joined, packed and
+widened.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def check_graph(
     best, best_seed = math.inf, 0
     for seed in range(DRAWS):
         inputs = _random_inputs(reference, weights, cache, limit, seed)
-        plain, exact = _expected(reference, weights, inputs, cache), _exact(reference, weights, inputs, cache)
+        plain, exact = (_expected(reference, weights, inputs, cache, wider) for wider in (False, True))
         if all(bool(tensor.isfinite().all()) for tensor in plain):
             rounding = max(map(relative_error, plain, exact))
             best, best_seed = min((best, best_seed), (rounding, seed))
@@ -55,7 +56,7 @@ def check_graph(
         )
     if best_seed != seed:
         inputs = _random_inputs(reference, weights, cache, limit, best_seed)
-        exact = _exact(reference, weights, inputs, cache)
+        exact = _expected(reference, weights, inputs, cache, wider=True)
     used = exact[1].shape[2]
     computed = [run(*inputs, cache), *(entries[:, :, :used] for entries in cache)]
     error = max(map(relative_error, computed, exact))
@@ -100,21 +101,20 @@ def _random_inputs(
     return [whole_numbers(vocabulary, batch), spread % used, torch.arange(limit, device=device)]
 
 
-def _expected(reference: llama.Decoder, weights: Weights, inputs: list[Tensor], cache: llama.Cache) -> list[Tensor]:
-    """The reference's logits, and after them its cache: the entries in use, of a copy that is no longer."""
+def _expected(
+    reference: llama.Decoder, weights: Weights, inputs: list[Tensor], cache: llama.Cache, wider: bool = False
+) -> list[Tensor]:
+    """The reference's logits, and after them its cache: the entries in use, of a copy that is no longer. wider:
+    computed in the next wider type."""
     inputs = list(inputs)
     if isinstance(reference, llama.Prefill):
         used = inputs[0].shape[1]
     else:
         used = min(LENGTH, len(inputs[2]))
         inputs[2] = inputs[2][:used]
-    copies = [entries[:, :, :used].clone() for entries in cache]
-    return [reference(weights, *inputs, copies), *copies]
-
-
-def _exact(reference: llama.Decoder, weights: Weights, inputs: list[Tensor], cache: llama.Cache) -> list[Tensor]:
-    """The same, computed in the next wider type."""
-    return _expected(reference, _Wide(weights), inputs, [entries.to(WIDER[entries.dtype]) for entries in cache])
+    dtype = WIDER[cache[0].dtype] if wider else cache[0].dtype
+    copies = [entries[:, :, :used].to(dtype, copy=True) for entries in cache]
+    return [reference(_Wide(weights) if wider else weights, *inputs, copies), *copies]
 
 
 class _Wide(dict):
