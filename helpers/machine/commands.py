@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from typing import Any
@@ -42,6 +43,14 @@ def run(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
         if process.returncode is None:  # too slow, or we were interrupted
             kill_all(process)
     return subprocess.CompletedProcess(command, process.returncode, output, complaints)
+
+
+def complaint(words: str) -> str:
+    """The line that says most of what a program complains of: the first that names an error of a compiler or a linker,
+    else the last."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"\berror: |cannot find", line)]
+    return [*lines[-1:], *telling[:1]][-1] if lines else ""
 
 
 def kill_all(process: subprocess.Popen[Any]) -> None:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 from helpers.errors import BackendUnavailable, CourseError
 from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
-from helpers.machine.commands import TOO_SLOW, run
+from helpers.machine.commands import TOO_SLOW, complaint, run
 from helpers.machine.environments import shown
 from helpers.paths import engines_folder, engines_folders
 
@@ -72,12 +72,9 @@ def torch_facts(limit: float = TIME_LIMIT) -> dict[str, Any]:
 
 
 def _complaint(answer: subprocess.CompletedProcess[str]) -> str:
-    """The line that says most: the first that names an error of a compiler or a linker, else the last."""
     if answer.returncode < 0:
         return f"it crashed (signal {-answer.returncode})"
-    lines = [line.strip() for line in (answer.stderr or answer.stdout).splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"\berror: |cannot find", line)]
-    return [f"exit status {answer.returncode}", *lines[-1:], *telling[:1]][-1]
+    return complaint(answer.stderr or answer.stdout) or f"exit status {answer.returncode}"
 
 
 # The checks
@@ -365,11 +362,14 @@ CHECKS: dict[str, Callable[..., Check]] = {
 
 
 NEED_TORCH = ("PyTorch", "NVIDIA driver", "GPU", "memory", "threads")
+OF_A_BUILD = ("C++ compiler", "memory", "engines", "temporary folder", "compiler's folder", "processes and files")
 
 
-def examine(needed: float = 0) -> Iterator[Check]:
-    """Every check's line, in order, each as soon as it and those before it are known. needed: bytes for a recipe."""
+def examine(needed: float = 0, only: Collection[str] = ()) -> Iterator[Check]:
+    """Each check's line, in order, as soon as it and those before it are known. needed: bytes for a recipe. only: names
+    of checks; default: all."""
     checks = CHECKS | ({"engines": partial(check_engines, needed)} if needed else {})
+    checks = {name: check for name, check in checks.items() if not only or name in only}
     deadline = time.monotonic() + LONGEST
     torch_facts.cache_clear()
     hardware.driver.cache_clear()
@@ -396,6 +396,16 @@ def examine(needed: float = 0) -> Iterator[Check]:
         except queue.Empty:
             fix = "Run this again. If it stays so, something that it looks at hangs: a disk on the network, a driver."
             yield warning(f"no answer within {LONGEST:.0f} s", fix, name)
+
+
+def named_cause(error: CourseError) -> CourseError:
+    """The error of a compiler that failed, with what is wrong with this machine as its cause, if something is."""
+    lines = sorted(examine(only=OF_A_BUILD), key=lambda check: ("failure", "warning", "OK").index(check.status))
+    if lines and (worst := lines[0]).status != "OK":
+        cause = f"The doctor's check {worst.name!r} finds a {worst.status}: {worst.found}"
+        return type(error)(error.what, cause=cause, fix=worst.fix)
+    cause = f"{error.cause} (The doctor finds nothing wrong with compiler, memory and folders.)".strip()
+    return type(error)(error.what, cause=cause, fix=error.fix)
 
 
 def _guarded(check: Callable[[], Check]) -> Check:

@@ -70,14 +70,24 @@ def test_a_graph_that_fails_in_its_process_leaves_nothing(tiny_llama, tmp_path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the stand-in compiler is a shell script that kills its parent")
-def test_a_crash_while_compiling_ends_a_worker_and_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\nkill -SEGV $PPID\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+@pytest.mark.parametrize(
+    ("compiler", "error", "what", "cause"),
+    [
+        ("grep -q aot.compile /proc/$PPID/cmdline && kill -SEGV $PPID", WorkerError, "SIGSEGV", "compiler"),
+        ("echo 'x.h:1: fatal error: no such header' >&2; exit 1", BuildError, "no such header", "check 'C++ compiler'"),
+    ],
+    ids=["crash", "failure"],
+)
+def test_a_compiler_that_fails_is_looked_at_by_the_doctor_and_leaves_nothing(
+    tiny_llama, tmp_path, monkeypatch, compiler, error, what, cause
+):
+    (tmp_path / "c++").write_text(f"#!/bin/sh\n{compiler}\n")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
-    with pytest.raises(WorkerError, match="SIGSEGV"):
+    with pytest.raises(error, match=what) as failed:
         build(tiny(tiny_llama), quiet=True)
+    assert cause in failed.value.cause and "export CXX=" in failed.value.fix
     assert not [path.name for path in (tmp_path / "engines").iterdir() if path.is_dir() and path.name != ".locks"]
 
 

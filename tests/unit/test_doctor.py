@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from helpers.errors import BuildError, StoreError
+from helpers.errors import BuildError, StoreError, WorkerError
 from helpers.machine import doctor, environments, hardware, leftovers, limits
 
 FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "threads": 1, "available": True}
@@ -146,6 +146,24 @@ def test_a_compiler_that_hangs_is_a_line_and_leaves_no_process(monkeypatch, tmp_
     assert hardware.compiler_version() == str(tmp_path / "cxx")  # does not hang either
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(pid.read_text())).wait(10)
+
+
+def test_a_build_that_fails_names_the_worst_of_what_the_doctor_finds(monkeypatch):
+    lines = {name: lambda: doctor.ok("fine") for name in doctor.OF_A_BUILD}
+    assert set(lines) <= set(doctor.CHECKS)
+    monkeypatch.setattr(doctor, "CHECKS", lines | {"vLLM": lambda: doctor.failure("not asked", "x")})
+    monkeypatch.setattr(doctor, "torch_facts", cache(lambda: {}))
+    failed = WorkerError("It was killed.", cause="Perhaps.", fix="Again.")
+    named = doctor.named_cause(failed)
+    assert (named.what, named.fix) == (failed.what, failed.fix) and "Perhaps. (The doctor finds nothing" in named.cause
+    lines["engines"] = lambda: doctor.warning("little room", "Delete some.")
+    lines["memory"] = lambda: doctor.failure("none left", "Close some.")
+    monkeypatch.setattr(doctor, "CHECKS", lines)
+    named = doctor.named_cause(failed)
+    assert type(named) is WorkerError and named.fix == "Close some."
+    assert "'memory' finds a failure: none left" in named.cause
+    del lines["memory"]
+    assert doctor.named_cause(failed).fix == "Delete some."
 
 
 def test_no_compiler_is_a_failure_line(monkeypatch, tmp_path):

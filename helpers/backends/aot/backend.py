@@ -28,7 +28,7 @@ from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.errors import BuildError, EngineMismatch, RecipeError, WorkerError
-from helpers.machine import hardware
+from helpers.machine import doctor, hardware
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint
 from helpers.model.config import ModelConfig
@@ -120,7 +120,10 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                 for file in graphs[name]["parts"]
             ]
             with _shown(progress, f"compile {what}", jobs) as show:
-                return dict(zip(keys, compilers.run("compile", calls, show), strict=True))
+                try:
+                    return dict(zip(keys, compilers.run("compile", calls, show), strict=True))
+                except (WorkerError, BuildError) as error:
+                    raise doctor.named_cause(error) from error
 
         try:
             (graphs,) = compilers.run("weights", [{**common, "graphs": names}], progress.phase)

@@ -28,6 +28,7 @@ from helpers.backends.aot.verify import check_graph
 from helpers.backends.report import Kernel, Operation
 from helpers.errors import BuildError
 from helpers.machine import hardware
+from helpers.machine.commands import complaint
 from helpers.model import llama
 from helpers.model.checkpoint import find_checkpoint, read_tensors
 from helpers.model.config import load_config
@@ -225,7 +226,7 @@ def _compile(program: Any, path: Path, options: dict[str, Any], device: str, com
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     except (CppCompileError, InductorError) as error:
         raise BuildError(
-            f"Compiling {path.stem} failed: {str(error).strip().splitlines()[0]:.300}",
-            cause="The C++ compiler is too old or lacks headers, or memory ran out.",
-            fix="Run 'python -m helpers doctor': it compiles something small and says what is missing.",
+            f"Compiling {path.stem} failed: {complaint(str(error)):.300}",
+            cause="The C++ compiler refuses what PyTorch has written for it.",
+            fix="Try another compiler: export CXX=clang++, or g++.",
         ) from error
