@@ -4,79 +4,98 @@ explain, env, gpu-check."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from helpers.display import Table
 from helpers.errors import CourseError, EngineCorrupt, InputError, printable, status_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    def command() -> int | None:
-        settings = _parser().parse_args(arguments)
-        return settings.run(settings)
+    """With --json, standard output has one JSON object: what the command returns, or the error. What is for people goes
+    to standard error."""
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in takewhile(lambda word: word != "--", words)
 
-    return status_of(command)
+    def command() -> int:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            try:
+                settings = _parser().parse_args(words)
+            except SystemExit as end:
+                if not (as_json and end.code):
+                    raise
+                raise InputError("The command line is not understood.", fix="See the usage, above.") from end
+            answer = {"ok": True, **(settings.run(settings) or {})}
+        if as_json:
+            print(json.dumps(answer, indent=1))
+        return 0 if answer["ok"] else 1
+
+    return status_of(command, as_json=as_json)
+
+
+def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], words: str) -> Any:
+    """A command. run: does it, and returns what --json prints; "ok": False is the exit status 1."""
+    command = commands.add_parser(name, help=words, allow_abbrev=False)
+    command.add_argument("--json", action="store_true", help="the answer, or the error, as JSON on standard output")
+    command.set_defaults(run=run)
+    return command
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="helpers", description="The TensorRT-LLM course from a terminal.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("build", help="build an engine from a recipe file or from options")
+    command = _add(commands, "build", _build, "build an engine from a recipe file or from options")
     command.add_argument("recipe", nargs="?", help="a TOML file, such as engines/recipes/stories-fp32.toml")
     command.add_argument("--force", action="store_true", help="build even if an equal engine is there")
     for name, kind in _RECIPE_OPTIONS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
-    command.set_defaults(run=_build)
 
-    command = commands.add_parser("list", help="the engines in all stores, and where each lies")
-    command.set_defaults(run=_list)
+    command = _add(commands, "list", _list, "the engines in all stores, and where each lies")
 
-    command = commands.add_parser("inspect", help="what is inside an engine")
+    command = _add(commands, "inspect", _inspect, "what is inside an engine")
     command.add_argument("engine", help="its name, or the start of it")
     command.add_argument("--kernels", type=int, default=5, help="how many of the largest kernels to show per graph")
-    command.set_defaults(run=_inspect)
 
-    command = commands.add_parser("verify", help="read engines whole, and compare each byte with what was built")
+    command = _add(commands, "verify", _verify, "read engines whole, and compare each byte with what was built")
     command.add_argument("engine", nargs="*", help="only these; default: all")
-    command.set_defaults(run=_verify)
 
-    command = commands.add_parser("generate", help="answer prompts with an engine")
+    command = _add(commands, "generate", _generate, "answer prompts with an engine")
     command.add_argument("engine")
     command.add_argument("prompts", nargs="+")
     command.add_argument("--stream", action="store_true", help="print each token as it comes")
-    command.set_defaults(run=_generate)
     _add_sampling(command)
 
-    command = commands.add_parser("chat", help="talk with an engine of a model that has a chat template")
+    command = _add(commands, "chat", _chat, "talk with an engine of a model that has a chat template")
     command.add_argument("engine")
-    command.set_defaults(run=_chat)
     _add_sampling(command)
 
-    command = commands.add_parser("remove", help="delete an engine")
+    command = _add(commands, "remove", _remove, "delete an engine")
     command.add_argument("engine", nargs="+")
-    command.set_defaults(run=_remove)
 
     command = commands.add_parser("model", help="the models on this machine")
     actions = command.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser("get", help="download a model; nothing else in the course does")
+    action = _add(actions, "get", _model_get, "download a model; nothing else in the course does")
     action.add_argument("name", help="smollm2, or the id of a model on the Hugging Face Hub: owner/name")
-    action.set_defaults(run=_model_get)
-    action = actions.add_parser("list", help="which are there, how large, from where")
-    action.set_defaults(run=_model_list)
+    action = _add(actions, "list", _model_list, "which are there, how large, from where")
 
-    command = commands.add_parser("bench", help="time the same work on several backends")
+    command = _add(commands, "bench", _bench, "time the same work on several backends")
     command.add_argument("--backends", default="pytorch,aot", help="such as pytorch,torch_compile,aot,aot:int8")
     command.add_argument("--batch", default="1", help="batch sizes, such as 1,4")
     command.add_argument("--model", default="stories")
     command.add_argument("--input", type=int, default=16, help="tokens in")
     command.add_argument("--output", type=int, default=64, help="tokens out")
     command.add_argument("--repeats", type=int, default=5)
-    command.add_argument("--max-batch", type=int, default=4, help="with the next two: the limits that engines get")
-    command.add_argument("--max-input", type=int, default=64)
-    command.add_argument("--max-seq", type=int, default=256)
+    command.add_argument("--max-batch", type=int, help="with the next two: the limits that engines get,")
+    command.add_argument("--max-input", type=int, help="4, 64 and 256 or what the work needs")
+    command.add_argument("--max-seq", type=int)
     command.add_argument("--decode-batch-sizes", default="1", help="those that get a decode graph, and the largest")
     command.add_argument(
         "--start-together",
@@ -88,38 +107,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="two records, side by side"
     )
-    command.set_defaults(run=_bench)
 
-    command = commands.add_parser("run", help="execute every notebook and write HTML pages under build/")
+    command = _add(commands, "run", _run, "execute every notebook and write HTML pages under build/")
     command.add_argument("notebooks", nargs="*", help="only these; default: all")
     command.add_argument("--out", type=Path, default=Path("build"))
     command.add_argument("--update", action="store_true", help="write the outputs back into notebooks/")
-    command.set_defaults(run=_run)
 
-    command = commands.add_parser("doctor", help="is this machine ready? each check with the step that mends it")
+    command = _add(commands, "doctor", _doctor, "is this machine ready? each check with the step that mends it")
     command.add_argument("recipe", nargs="?", help="a TOML file: is there room for what it builds?")
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=_doctor)
 
-    command = commands.add_parser("explain", help="what an error means and what ends it; knows some hundred by heart")
+    command = _add(commands, "explain", _explain, "what an error means and what ends it; knows some hundred by heart")
     command.add_argument("message", nargs="*", help="the message, or the file of a log; default: standard input")
-    command.set_defaults(run=_explain)
 
     command = commands.add_parser("env", help="the environments of TensorRT-LLM, vLLM and TensorRT Edge-LLM")
     actions = command.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser("create", help="check this machine, then install from the lock in constraints/")
+    action = _add(actions, "create", _env_create, "check this machine, then install from the lock in constraints/")
     action.add_argument("name", choices=["trtllm", "vllm", "edgellm"])
     action.add_argument("--python", default="", help="the Python to make it with")
-    action.set_defaults(run=_env_create)
-    action = actions.add_parser("list", help="which are there, and where")
-    action.set_defaults(run=_env_list)
+    action = _add(actions, "list", _env_list, "which are there, and where")
 
-    command = commands.add_parser("gpu-check", help="on a machine with a GPU: run all of the course and report on it")
+    command = _add(commands, "gpu-check", _gpu_check, "on a machine with a GPU: run all of the course and report on it")
     command.add_argument("--only", default="doctor,tests,notebooks,bench", help="some of these parts")
     command.add_argument("--out", type=Path, default=Path("build/gpu-check"))
     command.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds for all of it")
     command.add_argument("--jobs", type=int, default=1, help="tests and notebooks at a time; the benchmark runs alone")
-    command.set_defaults(run=_gpu_check)
     return parser
 
 
@@ -156,23 +167,30 @@ def _given(settings: argparse.Namespace, names: dict) -> dict:
     return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
 
-def _build(settings: argparse.Namespace) -> None:
+def _rows(table: Table, name: str) -> dict[str, Any]:
+    """Print a table; what --json prints of it."""
+    print(table)
+    return {name: [dict(zip(table.columns, row, strict=True)) for row in table.rows]}
+
+
+def _build(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers import recipe as recipes
     from helpers.engine import build
 
     recipe = recipes.read(settings.recipe) if settings.recipe else recipes.BuildRecipe()
     folder = build(recipe.replace(**_given(settings, _RECIPE_OPTIONS)), force=settings.force)
     print(folder.name)
+    return {"engine": folder.name, "folder": str(folder)}
 
 
-def _list(settings: argparse.Namespace) -> None:
+def _list(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
     from helpers.paths import engines_folder, engines_folders
 
     folders = store.list_engines()
     if not folders:
         print("No engines yet. Build one: helpers build")
-        return
+        return {"engines": []}
     rows = []
     for folder in folders:
         try:
@@ -186,10 +204,11 @@ def _list(settings: argparse.Namespace) -> None:
         rows.append([folder.name, f"{store.size(folder) / 1e6:.1f}", *built, str(folder.parent)])
     columns = ("engine", "MB", "built in", "built", "store")
     several = len(engines_folders()) > 1
-    print(Table("", columns if several else columns[:-1], [row if several else row[:-1] for row in rows]))
+    table = Table("", columns if several else columns[:-1], [row if several else row[:-1] for row in rows])
+    return _rows(table, "engines")
 
 
-def _inspect(settings: argparse.Namespace) -> None:
+def _inspect(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.engine import inspect
 
     report = inspect(settings.engine)
@@ -200,45 +219,53 @@ def _inspect(settings: argparse.Namespace) -> None:
         print(f"\n{Table(f'{graph}: the largest kernels', ('operations', 'kind', 'dtype', 'name'), rows)}")
     sizes = [(f"{size / 1e6:.2f}", name) for name, size in report.sizes.items()]
     print(f"\n{Table('Files', ('MB', 'name'), sizes)}")
+    return {"report": report.to_dict()}
 
 
-def _verify(settings: argparse.Namespace) -> int:
+def _verify(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
 
-    damaged = 0
+    whole: list[str] = []
+    damaged: dict[str, str] = {}
     for folder in [store.find(name) for name in settings.engine] or store.list_engines():
         try:
             store.verify(folder, store.read_manifest(folder), thorough=True)
+            whole.append(folder.name)
             print(f"whole    {folder.name}")
         except EngineCorrupt as error:
-            damaged += 1
+            damaged[folder.name] = error.what
             print(f"damaged  {error}")
-    return 1 if damaged else 0
+    return {"ok": not damaged, "whole": whole, "damaged": damaged}
 
 
-def _generate(settings: argparse.Namespace) -> None:
+def _generate(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.engine import load
     from helpers.model.sampling import SamplingParams
 
     sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS), stop=settings.stop or ())
     with load(settings.engine) as engine:
         if settings.stream:
+            texts = []
             for prompt in settings.prompts:
                 print(printable(prompt), end="", flush=True)
+                texts.append("")
                 for token in engine.stream(prompt, sampling):
                     print(printable(token.text), end="", flush=True)
+                    texts[-1] += token.text
                 print()
-            return
-        for answer, prompt in zip(engine.generate(settings.prompts, sampling), settings.prompts, strict=True):
-            print(printable(prompt + answer.text))
-            m = answer.metrics
-            print(
-                f"  [{len(answer.token_ids)} tokens, {answer.finish_reason}; TTFT {m.ttft_s * 1e3:.1f} ms, "
-                f"TPOT {m.tpot_s * 1e3:.2f} ms]"
-            )
+            return {"answers": [{"text": text} for text in texts]}
+        answers = engine.generate(settings.prompts, sampling)
+    for answer, prompt in zip(answers, settings.prompts, strict=True):
+        print(printable(prompt + answer.text))
+        m = answer.metrics
+        print(
+            f"  [{len(answer.token_ids)} tokens, {answer.finish_reason}; TTFT {m.ttft_s * 1e3:.1f} ms, "
+            f"TPOT {m.tpot_s * 1e3:.2f} ms]"
+        )
+    return {"answers": list(map(asdict, answers))}
 
 
-def _chat(settings: argparse.Namespace) -> None:
+def _chat(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.engine import load
     from helpers.model.sampling import SamplingParams
 
@@ -250,7 +277,7 @@ def _chat(settings: argparse.Namespace) -> None:
                 messages.append({"role": "user", "content": input("> ")})
             except EOFError:
                 print()
-                return
+                return {"messages": messages}
             except RuntimeError as error:  # Python has no standard input or output
                 raise InputError(f"There is nobody to talk with: {error}.", fix="Run it in a terminal.") from error
             answer = ""
@@ -261,35 +288,43 @@ def _chat(settings: argparse.Namespace) -> None:
             messages.append({"role": "assistant", "content": answer})
 
 
-def _remove(settings: argparse.Namespace) -> None:
+def _remove(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
 
+    removed = []
     for engine in settings.engine:
-        print(f"removed {store.remove(engine).name}")
+        removed.append(store.remove(engine).name)
+        print(f"removed {removed[-1]}")
+    return {"removed": removed}
 
 
-def _model_get(settings: argparse.Namespace) -> None:
+def _model_get(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.model import fetch
 
-    fetch.get(settings.name)
+    return {"folder": str(fetch.get(settings.name))}
 
 
-def _model_list(_: argparse.Namespace) -> None:
+def _model_list(_: argparse.Namespace) -> dict[str, Any]:
     from helpers.model import fetch
 
     columns = ("model", "MB", "million parameters", "from", "folder")
-    print(Table("", columns, fetch.describe()))
+    return _rows(Table("", columns, fetch.describe()), "models")
 
 
-def _bench(settings: argparse.Namespace) -> int:
+def _bench(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.bench import records
     from helpers.bench import run as benchmark
     from helpers.bench import tables as comparison
 
     if settings.compare:
+        plain = vars(_parser().parse_args(["bench"]))
+        if others := [
+            name for name, value in vars(settings).items() if name not in ("compare", "json") and value != plain[name]
+        ]:
+            raise InputError(f"--compare measures nothing; --{others[0]} was given too.", fix="Leave it out.")
         first, second = settings.compare
-        print(comparison.compare(records.read(first), records.read(second), (first.stem, second.stem)))
-        return 0
+        table = comparison.compare(records.read(first), records.read(second), (first.stem, second.stem))
+        return _rows(table, "rows")
     batches = benchmark.batch_sizes(settings.batch)
     workload = records.Workload(
         settings.model,
@@ -297,9 +332,9 @@ def _bench(settings: argparse.Namespace) -> int:
         settings.output,
         settings.repeats,
         threads=settings.threads,
-        max_batch_size=max(settings.max_batch, *batches),
-        max_input_len=max(settings.max_input, settings.input),
-        max_seq_len=max(settings.max_seq, settings.input + settings.output),
+        max_batch_size=_or_least(settings.max_batch, 4, *batches),
+        max_input_len=_or_least(settings.max_input, 64, settings.input),
+        max_seq_len=_or_least(settings.max_seq, 256, settings.input + settings.output),
         decode_batch_sizes=tuple(benchmark.batch_sizes(settings.decode_batch_sizes)),
         start_together=settings.start_together,
     )
@@ -308,16 +343,20 @@ def _bench(settings: argparse.Namespace) -> int:
     for size in record.batch_sizes:
         print(f"\n{comparison.table(record, size)}")
     print(f"\n{comparison.formulas()}")
-    return 0 if all(row.status != "failed" for row in record.rows) else 1
+    return {"ok": all(row.status != "failed" for row in record.rows), "record": asdict(record)}
 
 
-def _run(settings: argparse.Namespace) -> int:
+def _or_least(given: int | None, *least: int) -> int:
+    return max(least) if given is None else given
+
+
+def _run(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain import notebooks
 
-    return notebooks.main(settings.notebooks, settings.out, update=settings.update)
+    return {"ok": not notebooks.main(settings.notebooks, settings.out, update=settings.update)}
 
 
-def _doctor(settings: argparse.Namespace) -> int:
+def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.machine import doctor
 
     needed = 0.0
@@ -329,7 +368,7 @@ def _doctor(settings: argparse.Namespace) -> int:
     return doctor.main(as_json=settings.json, needed=needed)
 
 
-def _explain(settings: argparse.Namespace) -> int:
+def _explain(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.course import cards
 
     message = " ".join(settings.message)
@@ -342,24 +381,25 @@ def _explain(settings: argparse.Namespace) -> int:
     else:
         explanation = cards.explain(Path(message) if os.path.isfile(message) else message)  # noqa: PTH113 (any text)
     print(explanation)
-    return 0 if explanation else 1
+    return {"ok": bool(explanation), "troubles": [asdict(m.card) | {"line": m.line} for m in explanation.troubles]}
 
 
-def _env_create(settings: argparse.Namespace) -> None:
+def _env_create(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.backends.tensorrt_llm.errors import explain_import
     from helpers.machine import environments
 
     explain = {"trtllm": explain_import}.get(settings.name)
-    environments.create(settings.name, python=settings.python, explain=explain)
+    return {"python": str(environments.create(settings.name, python=settings.python, explain=explain))}
 
 
-def _env_list(_: argparse.Namespace) -> None:
+def _env_list(_: argparse.Namespace) -> dict[str, Any]:
     from helpers.machine import environments
 
-    print(Table("", ("environment", "version", "where"), environments.describe()))
+    return _rows(Table("", ("environment", "version", "where"), environments.describe()), "environments")
 
 
-def _gpu_check(settings: argparse.Namespace) -> int:
+def _gpu_check(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain import gpu_check
 
-    return gpu_check.main(settings.only.split(","), settings.out, settings.time_limit, jobs=settings.jobs)
+    parts = settings.only.split(",")
+    return {"ok": not gpu_check.main(parts, settings.out, settings.time_limit, jobs=settings.jobs)}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record
 from helpers.display import COLOURS, Picture, Table, new_figure
-from helpers.errors import InputError, LimitError, NumericsError
+from helpers.errors import InputError, LimitError, NumericsError, shown
 from helpers.model.prompts import as_list
 from helpers.progress import Progress
 
@@ -196,6 +196,8 @@ COSTS = {"TPOT": ("tpot_s", 1e3, "TPOT, milliseconds"), "size": ("disk_bytes", 1
 
 def front(results: Sequence[Precision], cost: str = "TPOT") -> list[Precision]:
     """The Pareto front, cheapest first: those that no other beats in cost without a higher loss, or the other way."""
+    if cost not in COSTS:
+        raise InputError(f"There is no cost {shown(cost)}.", fix=f"Use {' or '.join(COSTS)}.")
     attribute = COSTS[cost][0]
 
     def beats(one: Precision, other: Precision) -> bool:
@@ -208,6 +210,8 @@ def front(results: Sequence[Precision], cost: str = "TPOT") -> list[Precision]:
 
 def pareto(results: Sequence[Precision]) -> Picture:
     """Loss against TPOT and against size: full points on the front, hollow ones beaten, bars for chance's share."""
+    if not results:
+        raise InputError("There is nothing to draw: no engine was compared.", fix="Give what compare returned.")
     figure, first = new_figure(height=3.2)
     first.remove()
     words = []

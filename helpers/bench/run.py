@@ -60,7 +60,10 @@ def run(
         workload.recipe(*_parse(contender), workload.threads)  # RecipeError for what does not exist
     for size in batch_sizes:
         if not 1 <= size <= workload.max_batch_size:
-            raise InputError(f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.")
+            raise InputError(
+                f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.",
+                fix="Ask for a smaller batch, or raise the limit.",
+            )
     record = empty_record(workload)
     runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]
     return run_all(record, runners, batch_sizes, quiet=quiet, keep=keep)

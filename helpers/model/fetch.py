@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -34,6 +33,7 @@ from helpers.model.checkpoint import (
     stored_tensors,
     weight_files,
 )
+from helpers.model.config import read_config, unsupported
 from helpers.paths import models_folder
 from helpers.progress import Progress, held, say
 
@@ -83,7 +83,7 @@ def get(name: str) -> Path:
     with contextlib.suppress(ModelError):
         checkpoint = find_checkpoint(name)
         weight_files(checkpoint.folder)
-        if checkpoint.has_tokenizer:
+        if checkpoint.has_tokenizer and not _lacks_a_file(name, checkpoint.folder):
             say(f"{name} is here already: {checkpoint.folder}")
             return checkpoint.folder
     folder = _download(name)
@@ -306,8 +306,14 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
         ),
     }
     try:
+        read_config(Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=["config.json"])))
+        files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
+        if not any(file.rfilename.endswith(".safetensors") for file in files):
+            raise unsupported("it has no *.safetensors", "Use a model that has its weights in this format.")
         fetched = Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT))
-        digests = _digests_on_the_hub(HfApi().model_info(hub_id, files_metadata=True))
+        digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
+    except ModelError as error:
+        raise ModelError(f"{hub_id!r} was not downloaded. {error.what}", cause=error.cause, fix=error.fix) from error
     except Exception as error:  # huggingface_hub's own errors, and those of whichever HTTP library it uses
         if _is_full(error):
             raise _disk_full(hub_id, folder or Path.home()) from error
@@ -331,5 +337,16 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
     return fetched
 
 
-def _digests_on_the_hub(information: Any) -> dict[str, str]:
-    return {file.rfilename: file.lfs.sha256 for file in information.siblings or () if file.lfs}
+def _lacks_a_file(hub_id: str, folder: Path) -> bool:
+    """Whether the Hub has a file of this model that its cache lacks: other programs fetch only those that they read.
+    Where the Hub cannot be asked, what is here has to do. folder: the cache names it by the commit."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    try:
+        files = HfApi().model_info(hub_id, revision=folder.name).siblings or []
+    except Exception as error:  # as in _download
+        say(f"The Hub was not asked whether a file is missing ({type(error).__name__}).")
+        return False
+    names = filter_repo_objects([file.rfilename for file in files], allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT)
+    return not all((folder / name).exists() for name in names)

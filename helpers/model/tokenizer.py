@@ -3,6 +3,12 @@
 The file tokenizer.json is not the whole tokenizer. A training run leaves its truncation and padding in it, and tokens
 that were added later may be named only in the files beside it. Its post-processor decides whether a BOS or EOS token is
 added, as in transformers 5; that of tokenizer_config.json's add_bos_token was read by 4.57 for a few classes only.
+
+How a text is cut is what tokenizer.json says. So it is in transformers 4.57, in TensorRT-LLM 1.2.1, which has that one,
+and in transformers 5 for most classes. For LlamaTokenizer and Qwen2Tokenizer, 5 takes only vocabulary and merges from
+the file, and makes the rest anew: a Llama tokenizer then puts its space before the first word alone, unless `legacy` is
+true, where many files (Llama 2, TinyLlama) put one behind each special token too. add_prefix_space is followed by both
+versions, against the file; where the two contradict each other, the checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -167,6 +173,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         for token in _declared_tokens(folder, backend):
             backend.add_tokens([token])
         config = _config(folder)
+        _check_prefix_space(folder, backend, config)
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         named = {name: _added_token(config[name]).content for name in NAMED_TOKENS if config.get(name)}
         chat_template = read_chat_template(folder, config, named)
@@ -182,6 +189,19 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         what = f"The tokenizer of {folder.name!r} cannot be read: {error}."
         raise ModelError(what, cause=cause, fix=fix) from error
     return Tokenizer(backend, chat_template)
+
+
+def _check_prefix_space(folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """ModelError where transformers would put a space before a text and tokenizer.json does not, or the other way."""
+    asked, llama = config.get("add_prefix_space"), str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    if llama and isinstance(asked, bool) and backend.token_to_id("\u2581") is not None:
+        first = backend.encode("a", add_special_tokens=False).tokens[:1]
+        if asked != any(token.startswith("\u2581") for token in first):
+            raise ModelError(
+                f"add_prefix_space is {asked} for {folder.name!r}, and tokenizer.json does otherwise.",
+                cause="tokenizer_config.json was changed, or the two files are of different models.",
+                fix="With transformers 5, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) unites them.",
+            )
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from conftest import limits
 from helpers import BuildRecipe, store
 from helpers import recipe as recipes
 from helpers.backends.base import Engine
+from helpers.bench.records import REFERENCES
 from helpers.cli import main
 from helpers.engine import locate
+from helpers.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--max-batch-size", "1", "--max-input-len", "16", "--max-seq-len", "48", "--device", "cpu"]
@@ -180,6 +182,46 @@ def test_bench_refuses_a_place_for_its_record_before_it_measures(tmp_path, monke
         assert main(["bench", "--out", str(place)]) == 1
         assert "Fix:" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+RECORD = str(REFERENCES / "cpu-stories.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--compare", RECORD, RECORD, "--out", "x.json"], "--out was given"),
+        (["--compare", RECORD, RECORD, "--repeats", "3"], "--repeats was given"),
+        (["--batch", "1,4", "--max-batch", "2"], "max_batch_size=2"),
+        (["--input", "70", "--max-input", "64"], "max_input_len=64"),
+        (["--output", "100", "--max-seq", "64"], "max_seq_len=64"),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, list) else "",
+)
+def test_bench_follows_each_option_or_refuses_it(options, words, capsys):
+    assert main(["bench", *options]) == 1
+    told = capsys.readouterr().err
+    assert words in told and "Fix:" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ([], (4, 64, 256)),
+        (["--batch", "8", "--input", "100", "--output", "300"], (8, 100, 400)),
+        (["--max-batch", "1", "--max-input", "16", "--max-seq", "80"], (1, 16, 80)),
+    ],
+    ids=["defaults", "large work", "given"],
+)
+def test_bench_makes_room_for_the_work_where_no_limit_is_given(options, limits, monkeypatch, capsys):
+    seen = []
+
+    def run(workload, *_, **__):
+        seen.append((workload.max_batch_size, workload.max_input_len, workload.max_seq_len))
+        raise InputError("enough")
+
+    monkeypatch.setattr("helpers.bench.run.run", run)
+    assert main(["bench", *options]) == 1 and seen == [limits]
 
 
 def test_an_unknown_command_is_refused_by_the_parser(capsys):

@@ -522,6 +522,42 @@ def test_a_model_of_the_hub_is_fetched_once_and_found(ask, published, tmp_path):
     assert "stories" in rows and "owner/name" in rows and "smollm2" not in rows
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_what_another_program_left_out_of_the_hubs_cache_is_fetched(ask, published, tmp_path, name):
+    """As where only some files were asked for, one by one: the cache then has no list of them."""
+    whole = shutil.copytree(published, tmp_path / "whole")
+    (whole / "tokenizer_config.json").write_text("{}")
+    with serve("owner/name", whole) as (address, asked):
+        assert ask(address, "get", "owner/name").returncode == 0
+        cache = tmp_path / "hub" / "hub" / "models--owner--name"
+        (left_out,) = cache.glob(f"snapshots/*/{name}")
+        left_out.resolve().unlink()
+        left_out.unlink()
+        shutil.rmtree(cache / "trees", ignore_errors=True)
+        asked.clear()
+        alone = ask(NOWHERE, "get", "owner/name")
+        assert alone.returncode == 0 and "The Hub was not asked" in alone.stderr
+        assert ask(address, "get", "owner/name").returncode == 0
+    assert name in asked and next(cache.glob("snapshots/*/")).joinpath(name).exists()
+
+
+def test_what_is_not_supported_is_refused_before_its_weights_are_fetched(ask, published, tmp_path):
+    other = shutil.copytree(published, tmp_path / "other")
+    (other / "config.json").write_text('{"model_type": "phi3"}')
+    with serve("owner/name", other) as (address, asked):
+        done = ask(address, "get", "owner/name")
+    assert done.returncode == 1 and "'phi3'" in done.stderr and asked == ["config.json"]
+
+
+def test_a_model_of_pickles_is_refused_before_anything_else_is_fetched(ask, published, tmp_path):
+    other = shutil.copytree(published, tmp_path / "other")
+    for path in other.glob("*.safetensors"):
+        path.unlink()
+    with serve("owner/name", other) as (address, asked):
+        done = ask(address, "get", "owner/name")
+    assert done.returncode == 1 and "no *.safetensors" in done.stderr and asked == ["config.json"]
+
+
 def test_weights_that_are_not_the_hubs_are_refused_and_fetched_anew(ask, published, tmp_path):
     content = bytearray((published / "model.safetensors").read_bytes())
     content[-1] ^= 1

@@ -170,6 +170,14 @@ def test_the_front_is_what_nobody_beats(values, expected):
     assert [p.name for p in quality.front(points(*values))] == expected
 
 
+def test_nothing_to_draw_and_a_cost_that_is_none_are_refused():
+    with pytest.raises(InputError, match="nothing to draw"):
+        quality.pareto([])
+    with pytest.raises(InputError, match="no cost 'price'") as refused:
+        quality.front(points((1, 2e6, 1.2)), "price")
+    assert "TPOT" in refused.value.fix
+
+
 def test_the_picture_says_in_words_what_is_on_the_front():
     picture = quality.pareto(points((3, 4e6, 1.0), (2, 5e6, 1.1), (1, 2e6, 1.2)))
     assert picture.png().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import Scripted, limits
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BatchEncoding
@@ -299,6 +300,36 @@ def test_tokens_of_added_tokens_json_are_met_in_the_normalized_text_unless_they_
     folder = saved(tmp_path, backend, **files)
     text = "<a> <A> <b> <B>"
     assert load_tokenizer(folder).encode(text) == AutoTokenizer.from_pretrained(folder)(text).input_ids
+
+
+AFTER_SPECIAL = ["hi", "Once upon", " hi", "Once</s> the river", "Once</s>hi"]
+
+
+@pytest.mark.parametrize("legacy", [False, True, None])
+@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-legacy"])
+def test_a_llama_tokenizer_cuts_as_its_file_says_as_in_transformers_4(tmp_path, kind, legacy):
+    """transformers 5 makes the class anew by `legacy`; where the file was made with the same, nothing differs."""
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "unk_token": "<unk>"}
+    folder = saved(tmp_path, make(kind), config)
+    ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    alone = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert [ours.encode(text) for text in AFTER_SPECIAL] == [alone.encode(text).ids for text in AFTER_SPECIAL]
+    differ = [text for text in AFTER_SPECIAL if ours.encode(text) != reference(text).input_ids]
+    if transformers.__version__ < "5" or (kind == "sentencepiece" and not legacy):
+        assert differ == []
+    elif legacy is False:  # as TinyLlama and Llama 2 are published: a space before the text, and after a special token
+        assert differ == AFTER_SPECIAL[2:]
+
+
+@pytest.mark.parametrize("prefix", [False, True, None])
+@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-legacy", "sentencepiece-plain", "byte-level"])
+def test_a_space_before_the_text_is_refused_where_two_files_contradict_each_other(tmp_path, kind, prefix):
+    folder = saved(tmp_path, make(kind), {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": prefix})
+    if kind == "byte-level" or prefix in (None, kind != "sentencepiece-plain"):
+        load_tokenizer(folder)
+    else:
+        with pytest.raises(ModelError, match="add_prefix_space"):
+            load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
