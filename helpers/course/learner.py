@@ -1,0 +1,101 @@
+"""What a learner has done: one file, progress.json in work/ (or in COURSE_WORK), with answers and predictions.
+
+Only what somebody did is written: a notebook that runs from top to bottom, with nothing answered, leaves no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import StoreError
+from helpers.paths import PROJECT
+from helpers.progress import say
+
+FILE = "progress.json"
+
+
+def work_folder() -> Path:
+    """Where a learner's copies of the notebooks and the file of what they did lie."""
+    return Path(os.environ.get("COURSE_WORK") or PROJECT / "work").expanduser().absolute()
+
+
+def read() -> dict[str, Any]:
+    """{"exercises": {number: {...}}, "predictions": {notebook: [...]}}. A file that is damaged is put aside."""
+    path = work_folder() / FILE
+    empty: dict[str, Any] = {"exercises": {}, "predictions": {}}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(content[key], dict) for key in empty):
+            raise ValueError("not a file of progress")
+        return content
+    except FileNotFoundError:
+        return empty
+    except (ValueError, KeyError, TypeError):
+        aside = path.with_name(f"progress.damaged-{datetime.now():%Y-%m-%d-%H%M%S}.json")
+        path.replace(aside)
+        say(f"{path.name} could not be read. It is kept as {aside.name}, and a new one is begun.")
+        return empty
+
+
+@contextlib.contextmanager
+def changed() -> Iterator[dict[str, Any]]:
+    """The content, to be changed, and written whole. Two notebooks may write at once. StoreError if that fails."""
+    from filelock import FileLock, Timeout
+
+    path = work_folder() / FILE
+    part = path.with_name(f".{FILE}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{FILE}.lock"), timeout=5):
+            content = read()
+            yield content
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+    except (OSError, Timeout) as error:
+        part.unlink(missing_ok=True) if part.parent.is_dir() else None
+        raise StoreError(
+            f"What you did cannot be written to {path}: {error}.", fix="Set COURSE_WORK to a folder that you can write."
+        ) from error
+
+
+def record_answer(number: str, state: str, fingerprint: str) -> tuple[int, str]:
+    """Note an answer. Returns how many different wrong ones there were, and a remark if it could not be noted."""
+    try:
+        with changed() as content:
+            entry = _entry(content, number)
+            if state == "right":
+                entry["state"] = state
+            elif fingerprint not in entry["wrong"]:
+                entry["wrong"].append(fingerprint)
+            entry["when"] = now()
+            return max(len(entry["wrong"]), entry["hints"], 1), ""
+    except StoreError as error:
+        return 1, f"\n({error})"
+
+
+def record_hint(number: str, most: int) -> int:
+    """Note that a hint was asked for; which one it is."""
+    with changed() as content:
+        entry = _entry(content, number)
+        entry["hints"] = min(max(entry["hints"], len(entry["wrong"])) + 1, most)
+        return entry["hints"]
+
+
+def record_solution(number: str) -> None:
+    with changed() as content:
+        _entry(content, number)["solution"] = True
+
+
+def _entry(content: dict[str, Any], number: str) -> dict[str, Any]:
+    new = {"state": "open", "wrong": [], "hints": 0, "solution": False, "when": now()}
+    return content["exercises"].setdefault(number, new)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,105 @@
+"""What a learner gives as an answer or a guess, read as a plain value, whatever library it came from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from helpers.errors import InputError, shown
+
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+
+
+def plain(value: Any) -> Any:
+    """Tensors and arrays as (nested) lists or single values; tuples, sets and generators as lists; others unchanged."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        return value
+    return [plain(item) for item in value]
+
+
+def number(value: Any) -> float:
+    """A finite number: of Python, numpy or torch, a Fraction or Decimal, one alone in a list, or written as text."""
+    alone = plain(value)
+    while isinstance(alone, list) and len(alone) == 1:
+        alone = alone[0]
+    if isinstance(alone, str):
+        alone = alone.replace(",", "") if THOUSANDS.fullmatch(alone.strip()) else alone
+    try:
+        result = math.nan if isinstance(alone, (bool, bytes, bytearray)) else float(alone)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise InputError(f"{shown(value)} is not a number.")
+    return result
+
+
+def whole(value: Any) -> int:
+    """The same, and nothing after the point."""
+    result = number(value)
+    if result != int(result):
+        raise InputError(f"{shown(value)} is not a whole number.")
+    return int(result)
+
+
+def numbers(value: Any) -> list[float]:
+    """A row of numbers: a list, tuple, array, tensor or generator of them, flat."""
+    items = plain(value)
+    if not isinstance(items, list):
+        raise InputError(f"{shown(value)} is not a row of numbers.")
+    return [number(item) for item in items]
+
+
+def choice(value: Any, options: Sequence[str]) -> str:
+    """Which of the options a text names, in upper or lower case and with any signs between its words."""
+    key = _words(getattr(value, "name", None) or getattr(value, "__name__", None) or value)
+    for option in options:
+        if _words(option) == key:
+            return option
+    raise InputError(f"{shown(value)} is none of these: {', '.join(options)}.")
+
+
+def choices(value: Any, options: Sequence[str]) -> set[str]:
+    """Which of the options are named: in a list, tuple or set of texts, or in one text with commas between them."""
+    items = re.split(r"[,;]| and ", value) if isinstance(value, str) else plain(value)
+    if not isinstance(items, list):
+        raise InputError(f"{shown(value)} is not a set of names.")
+    return {choice(item, options) for item in items if item != ""}
+
+
+def _words(value: Any) -> str:
+    return re.sub(r"[\W_]+", " ", str(value)).strip().casefold()
+
+
+# ---- figures that were read from a table ------------------------------------------------------------------------
+
+Range = tuple[float, float]
+
+
+def printed(value: float, decimals: int) -> Range:
+    """All that a table may mean by the figure that it shows for this value; the value itself is among it."""
+    half = 0.5 * 10.0**-decimals
+    return round(value, decimals) - half, round(value, decimals) + half
+
+
+def span(formula: Callable[..., float], *figures: Range) -> Range:
+    """What a formula may give for such figures, if it rises or falls with each of them."""
+    results = [formula(*corner) for corner in product(*figures)]
+    return min(results), max(results)
+
+
+def within(answer: Any, allowed: Range, mistakes: Mapping[str, float] | None = None) -> float:
+    """The answer as a number, if it lies in the range or rounds into it. mistakes: what to say to whom has which
+    number, for the usual ones."""
+    value, (low, high) = number(answer), allowed
+    slack = 0.005 * max(abs(low), abs(high))
+    if low - slack <= value <= high + slack:
+        return value
+    for words, usual in (mistakes or {}).items():
+        if abs(value - usual) <= 0.01 * abs(usual):
+            raise InputError(words)
+    raise InputError(f"{shown(answer)} is too {'small' if value < low else 'large'}.")
