@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """torch as it starts: no autocast, no inference mode, float32 and the CPU by default. What a notebook sets for its
-    own tensors must not change an engine's."""
+    """torch as it starts: no autocast, no inference mode, float32 and the CPU by default, float32 products in full
+    precision, and any kernel of attention. What a notebook sets for its own tensors must not change an engine's."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    kernels = [backend for name, backend in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")]
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -20,15 +22,50 @@ def plain_torch() -> Iterator[None]:
             torch.inference_mode(False),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
+            sdpa_kernel(kernels),
+            _full_precision(),
         ):
             yield
     finally:
         torch.set_default_dtype(dtype)
 
 
-def is_plain() -> bool:
-    """Whether the settings that can change from step to step are as torch starts. Takes a quarter of a microsecond."""
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products without TensorFloat32 and bfloat16 inside. torch has an older setting for all devices and a
+    newer one for each; it refuses to read the older while the two differ."""
     import torch
 
-    cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return not cast and torch.get_default_dtype() == torch.float32
+    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before, older = [one.fp32_precision for one in products], _older_setting()
+    torch.set_float32_matmul_precision("highest")  # changes the newer ones too
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older or "highest")
+        for one, precision in zip(products, before, strict=True):
+            one.fp32_precision = precision
+
+
+def _older_setting() -> str:
+    import torch
+
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return ""
+
+
+def is_plain() -> bool:
+    """Whether the settings that can change from step to step are as torch starts. Takes two microseconds."""
+    import torch
+
+    cuda = torch.backends.cuda
+    return (
+        not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+        and torch.get_default_dtype() == torch.float32
+        and cuda.math_sdp_enabled()
+        and cuda.flash_sdp_enabled()
+        and cuda.mem_efficient_sdp_enabled()
+        and _older_setting() == "highest"
+    )

@@ -6,8 +6,9 @@ One request at a time goes out as a line of JSON, its answers come back as lines
     from the worker   {"event": ...}   any number: what the called function yields
                       {"result": ...} or {"error": {"type", "what", "cause", "fix"}}
 
-A worker serves one module, whose dictionary CALLS names the functions that may be called. Whatever native code
-prints goes to the worker's standard error, which is kept for the message after a crash.
+A worker serves one module, whose dictionary CALLS names the functions that may be called, and ENVIRONMENT, if it has
+one, the variables that a worker gets unless they are set. Whatever native code prints goes to the worker's standard
+error, which is kept for the message after a crash.
 
 A worker leads a session of its own, so the Stop button of a notebook and Ctrl-C of a terminal reach this process only;
 it then ends the one worker that it waits for. When the parent ends, however it ends, the worker's standard input closes
@@ -51,16 +52,19 @@ class Worker:
 
     module: its full name, such as "helpers.backends.tensorrt.api".
     python: another environment's interpreter, if need be.
+    without: how the names of variables begin that it must not inherit.
     """
 
-    def __init__(self, module: str, *, python: str = "", start_limit: float = START_LIMIT):
+    def __init__(
+        self, module: str, *, python: str = "", start_limit: float = START_LIMIT, without: tuple[str, ...] = ()
+    ):
         self.name = f"The worker for {module}{f' under {python}' if python else ''}"
         self._reason = ""  # why this side ended the worker; "" while it runs, and when it ended by itself
         self._last_words = ""  # the end of its standard error, once it has ended
         self._oom_kills = _oom_kills()
         self._owner = os.getpid()  # a fork of it has this object too, and none of the threads that read the answers
         self._ending = threading.RLock()
-        self._start(module, python or sys.executable)
+        self._start(module, python or sys.executable, without)
         self._forgotten = weakref.finalize(self, _forget, self._process, self._owner)  # alive until the worker ended
         self._lines: queue.Queue[bytes | None] = queue.Queue(AHEAD)  # None: its output has ended
         self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True)
@@ -73,8 +77,10 @@ class Worker:
             self.kill("it did not start")
             raise
 
-    def _start(self, module: str, python: str) -> None:
+    def _start(self, module: str, python: str, without: tuple[str, ...]) -> None:
         search_path = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # PYTHONWARNINGS=error would make errors of what libraries only warn about.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONWARNINGS", *without))}
         try:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the worker is)
             self._process = subprocess.Popen(
@@ -82,7 +88,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
+                env={**kept, "PYTHONPATH": os.pathsep.join(search_path)},
                 **commands.OWN_SESSION,
             )
         except OSError as error:
@@ -351,7 +357,9 @@ def serve(module: str) -> None:
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(incoming, requests), daemon=True).start()
     try:
-        calls = importlib.import_module(module).CALLS
+        served = importlib.import_module(module)
+        os.environ |= getattr(served, "ENVIRONMENT", {}) | os.environ
+        calls = served.CALLS
     except Exception as error:  # the boundary of the process: the parent shall hear of it, whatever it is
         send_error(error)
         return

@@ -1,7 +1,9 @@
 """The aot engine itself: how its graphs are compiled and run, what lower precision costs, what is inside."""
 
 import contextlib
+import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,8 +13,10 @@ import psutil
 import pytest
 import torch
 from conftest import GREEDY, PROMPTS, STORIES, limits
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
+from helpers.backends.aot.backend import SWITCHES
 from helpers.bench import quality
 from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, OutOfMemory, RecipeError, WorkerError
 
@@ -137,6 +141,26 @@ def odd_settings():
             yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def other_products():
+    """float32 products with bfloat16 inside, and an attention that this machine does not have."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("backend", ["aot", "pytorch"])
+def test_what_a_notebook_chose_for_its_own_products_changes_no_logits(aot, backend):
+    with load(BuildRecipe(backend="pytorch", **limits())) if backend == "pytorch" else contextlib.nullcontext(aot) as e:
+        exact = e.logits(PROMPTS[0])
+        with other_products():
+            assert torch.equal(e.logits(PROMPTS[0]), exact)
+            assert torch.get_float32_matmul_precision() == "medium" and not torch.backends.cuda.math_sdp_enabled()
 
 
 def test_settings_of_the_notebook_change_no_answer(tiny_engine):
@@ -488,6 +512,38 @@ def test_loading_and_closing_keeps_nothing_and_loaded_code_needs_no_file(tiny_en
             assert not list(tmp_path.iterdir())  # so nothing is left if this process is killed
             engine.generate([5, 6], GREEDY)
     assert mappings() <= before + 2  # 3 a graph and cycle, if they stayed
+    for _ in range(5):
+        load(tiny_engine)  # never closed, only forgotten
+    gc.collect()
+    assert mappings() <= before + 2
+
+
+def test_nothing_but_the_recipe_and_the_identity_decides_what_the_compiler_makes():
+    """Whatever variable torch's compiler reads its settings from is kept from the build's processes."""
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    # No settings of generated code: Meta's own systems, and the compiler, which is in the identity.
+    others = {"CXX", "MAST_HPC_JOB_NAME", "ROLE_RANK", "PT2_COMPILE_ID_PREFIX", "UNSAFE_SKIP_FSDP_MODULE_GUARDS"}
+    others |= {"LOG_TLPARSE", "LOG_AUTOTUNE_RESULTS"}
+    names = set()
+    for module in (dynamo, inductor):
+        text = Path(module.__file__).read_text()
+        names |= set(re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\(|env_name_\w+=)\s*["'](\w+)["']""", text))
+    assert len(names) > 100
+    assert sorted(name for name in names - others if not name.startswith(SWITCHES)) == []
+
+
+def test_another_compiler_makes_another_engine(tiny_llama, monkeypatch):
+    from helpers.engine import identity
+    from helpers.model.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(str(tiny_llama))
+    here = identity(tiny(tiny_llama), checkpoint)
+    assert here == identity(tiny(tiny_llama), checkpoint)
+    monkeypatch.setattr("helpers.machine.hardware.compiler_version", lambda: "g++ 99.1")
+    there = identity(tiny(tiny_llama), checkpoint)
+    assert {key for key in here if here[key] != there[key]} == {"versions"} and "99.1" in str(there["versions"])
 
 
 def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(tiny_engine, tmp_path, monkeypatch):

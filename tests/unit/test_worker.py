@@ -49,7 +49,9 @@ def child():
     import subprocess
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
 
+ENVIRONMENT = {"COURSE_TEST_GIVEN": "by the module", "COURSE_TEST_SET": "by the module"}
 CALLS = {
+    "surroundings": lambda: dict(os.environ),
     "child": child, "ask": lambda: sys.stdin.read(), "kill": lambda number: os.kill(os.getpid(), number),
     "echo": lambda **given: given, "count": count, "chatter": chatter, "refuse": refuse, "fail": fail, "fill": fill,
     "hang": lambda: time.sleep(600), "segfault": lambda: ctypes.string_at(0), "exit": lambda: os._exit(3),
@@ -77,6 +79,25 @@ def test_values_go_there_and_back(worker):
         "rows": [[1], {}],
     }
     assert worker.call("echo") == {}
+
+
+def test_a_worker_has_its_modules_variables_and_not_those_that_would_change_what_it_does(served, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    monkeypatch.setenv("COURSE_TEST_SWITCH_A", "1")
+    monkeypatch.setenv("COURSE_TEST_SET", "by the user")
+    with Worker(served, without=("COURSE_TEST_SWITCH_",)) as worker:
+        variables = worker.call("surroundings")
+    assert not {"PYTHONWARNINGS", "COURSE_TEST_SWITCH_A"} & set(variables)
+    assert (variables["COURSE_TEST_GIVEN"], variables["COURSE_TEST_SET"]) == ("by the module", "by the user")
+
+
+def test_importing_a_workers_module_changes_no_variable_but_one_of_its_library():
+    code = "import os, importlib; before = dict(os.environ); [importlib.import_module(name) for name in " + repr(
+        ["helpers.backends.vllm.worker", "helpers.backends.tensorrt_llm.worker", "helpers.backends.aot.compile"]
+    )
+    code += "]; print(sorted(set(os.environ.items()) ^ set(before.items())))"
+    changed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HF_" not in changed and "OFFLINE" not in changed
 
 
 def test_events_stream_before_the_result(worker):

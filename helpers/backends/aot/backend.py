@@ -39,6 +39,13 @@ from helpers.recipe import BuildRecipe
 # A change in these files, or in this folder, changes what is compiled, so it makes earlier engines another engine's.
 MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "config", "llama", "weights")]
 COMPILER = "helpers.backends.aot.compile"
+# How the names of variables begin that would change what PyTorch and Triton compile, and are in no recipe. All of
+# "TRITON_" would be too many: some say where Triton finds its programs.
+SWITCHES = tuple(
+    "TORCHINDUCTOR_ INDUCTOR_ TORCHDYNAMO_ TORCH_DYNAMO_ TORCH_COMPILE TORCH_CACHING_ TORCH_STRICT_ TORCH_FAKE_TENSOR_"
+    " TORCHEXPORT_ AOT_INDUCTOR_ AOTINDUCTOR_ DUMP_AOTI_ TRITON_F32_ TRITON_DEFAULT_FP_ TRITON_INTERPRET CUTLASS_"
+    " CUTEDSL_ ENABLE_TMA_ ENABLE_PERSISTENT_ ENABLE_TEMPLATE_".split()
+)
 COMPILE_LIMIT = 3600.0  # seconds for one graph
 STEP = "decode_b1"  # the graph that numbers of threads are tried with
 
@@ -60,7 +67,7 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": machine.architecture,
         "device_name": machine.name if machine.device == "cuda" else "",
         "instructions": " ".join(machine.instructions),
-        "versions": hardware.versions(),
+        "versions": {**hardware.versions(), "compiler": hardware.compiler_version()},
         "source": source_digest(Path(__file__).parent, *MODEL_SOURCES),
     }
 
@@ -234,7 +241,7 @@ class _Compilers:
     def _call(self, function: str, call: dict[str, Any], show: Callable[[str], Any]) -> Any:
         if not hasattr(self._own, "worker"):
             with show("start a process"):
-                self._own.worker = Worker(COMPILER)
+                self._own.worker = Worker(COMPILER, without=SWITCHES)
             self._workers.append(self._own.worker)
         if self._stopped:
             self._own.worker.kill()

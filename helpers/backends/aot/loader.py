@@ -5,7 +5,8 @@ A .pt2 file is a ZIP archive, and the system loads a library only from a file of
 into a temporary folder, which goes as soon as it is in memory: nothing is left even where this process is killed.
 
 What has been loaded stays mapped for good, because a C++ library with unique symbols cannot be unloaded. So a graph
-that an engine has given back is kept, and the next engine from the same file takes it instead of loading another copy.
+that an engine has given back, or that was forgotten with its engine, is kept, and the next engine from the same file
+takes it instead of loading another copy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -26,21 +28,21 @@ _idle: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)  # loaded gra
 
 
 class Graph:
-    """One compiled graph. Its library belongs to this object alone until `close`."""
+    """One compiled graph. Its library belongs to this object alone, until `close` or the object's end."""
 
     def __init__(self, path: Path, device: str):
         status = path.stat()
-        self._file = (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
+        idle = _idle[str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns]
         try:
-            self._library = _idle[self._file].pop()
+            library = idle.pop()
         except IndexError:
-            self._library = _load(path, device)
-        self.run = self._library.run  # (tensors in the order of the graph's inputs) -> its outputs
+            library = _load(path, device)
+        self.run = library.run  # (tensors in the order of the graph's inputs) -> its outputs
+        self._give_back = weakref.finalize(self, idle.append, library)
 
     def close(self) -> None:
-        if self._library is not None:
-            _idle[self._file].append(self._library)
-            self._library = self.run = None
+        self.run = None
+        self._give_back()  # only the first call does something
 
 
 def lets_programs_run(folder: Path) -> bool:

@@ -19,21 +19,19 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from helpers.backends.tensorrt_llm.errors import explain
+from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, WorkerError
+
 # Before the first import of tensorrt_llm. One GPU needs no second process, and an MPI start inside a worker or a
 # notebook can hang (llmapi/utils.py reads the variable once; issues 5854, 5495, 9766 of NVIDIA/TensorRT-LLM).
 os.environ["TLLM_WORKER_USE_SINGLE_PROCESS"] = "1"
-for _name, _value in {
+ENVIRONMENT = {
     "TLLM_LOG_LEVEL": "WARNING",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",  # NVIDIA's container runs as root
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded; build() lifts it for a data set on the Hub that the recipe names
     "TRANSFORMERS_OFFLINE": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-from helpers.backends.tensorrt_llm.errors import explain  # noqa: E402
-from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, WorkerError  # noqa: E402
-
+}
 _llm: Any = None  # the LLM that is loaded: one at a time, for two on one GPU hang instead of failing
 _gives_logits = False
 

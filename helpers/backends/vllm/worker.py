@@ -31,8 +31,6 @@ _count = 0  # requests so far: their names
 def load(settings: dict[str, Any]) -> dict[str, str]:
     """Start vLLM; settings are the arguments of `vllm.LLM`. The versions of what answers."""
     global _llm
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     import vllm
     from vllm.platforms import current_platform
 
