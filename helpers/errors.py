@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ class CourseError(Exception):
 
     def __init__(self, what: str, *, cause: str = "", fix: str = ""):
         self.what, self.cause, self.fix = what, cause, fix
+        self._is_folded = False  # whether a notebook has shown its traceback
         super().__init__(what)
 
     def __str__(self) -> str:
@@ -26,7 +30,11 @@ class CourseError(Exception):
         return printable("\n".join(lines))
 
     def _render_traceback_(self) -> list[str]:
-        """What Jupyter shows instead of a long traceback (IPython's own hook for it)."""
+        """What Jupyter shows as the error (IPython's own hook): these lines. The long traceback stands above them,
+        folded, for those who see a page; who reads plain text has the lines alone."""
+        if not self._is_folded:  # IPython asks more than once
+            self._is_folded = True
+            _show_folded(self)
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -82,6 +90,18 @@ class WorkerError(CourseError):
     """A worker process died, hung, or answered with something that is not the protocol."""
 
 
+def _show_folded(error: CourseError) -> None:
+    from IPython.display import display
+
+    frames = error.__traceback__
+    while frames and frames.tb_frame.f_globals.get("__name__", "").startswith("IPython"):
+        frames = frames.tb_next
+    lines = "".join(traceback.format_exception(type(error), error, frames)[:-1])
+    page = html.escape(printable(lines))
+    folded = f"<details><summary>Where it happened</summary><pre>{page}</pre></details>"
+    display({"text/html": folded}, raw=True)
+
+
 def out_of_memory(error: Exception) -> OutOfMemory | None:
     """Our error for one that says that memory ran out, in Python or in a library; those of libraries have no type for
     it. None for any other."""
@@ -106,8 +126,9 @@ def not_finite(tokens: int) -> NumericsError:
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out, because a terminal obeys them. Line ends and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+    """The text with control characters spelled out, because a terminal obeys them, and halves of a pair, which nothing
+    can write. Line ends and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], text)
 
 
 def shown(value: Any) -> str:
@@ -118,27 +139,47 @@ def shown(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-def status_of(command: Callable[[], int | None]) -> int:
-    """Run a terminal's command to its exit status. Whatever ends it is told in words, on any terminal."""
+def status_of(command: Callable[[], int | None], *, as_json: bool = False) -> int:
+    """Run a terminal's command to its exit status. Whatever ends it is told in words, on any terminal; with as_json
+    also as JSON on standard output."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the terminal lacks is spelled out
             stream.reconfigure(errors="backslashreplace")
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text become half characters, which are refused in words
         sys.stdin.reconfigure(errors="surrogateescape")
+
+    def tell(words: str, kind: str, what: str, cause: str = "", fix: str = "") -> None:
+        print(words, file=sys.stderr)
+        if as_json:
+            fields = {"type": kind, "what": what, "cause": cause, "fix": fix}
+            try:
+                print(json.dumps({"ok": False, "error": fields}, indent=1), flush=True)
+            except OSError:
+                _drop_output()
+
     try:
         status = command() or 0
         print(end="", flush=True)  # what cannot be written is noticed here; without a standard output nothing is
         return status
     except CourseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        kind = type(error).__name__
+        tell(f"{kind}: {error}", kind, error.what, error.cause, error.fix)
         return 1
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        _drop_output()
+        return 141  # as a program that the signal SIGPIPE ends
     except OSError as error:
-        with contextlib.suppress(OSError, AttributeError):  # there may be no standard output, or one of no file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest when it ends
-        if isinstance(error, BrokenPipeError):  # who read the output, such as `head`, has enough
-            return 141  # as a program that the signal SIGPIPE ends
-        print(f"The operating system refused: {error}.", file=sys.stderr)
+        what = f"The operating system refused: {error}."
+        tell(what, "OSError", what)
+        _drop_output()
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; nothing half-built was left behind.", file=sys.stderr)
+        what = "Interrupted; nothing half-built was left behind."
+        tell(what, "KeyboardInterrupt", what)
         return 130
+
+
+def _drop_output() -> None:
+    """Let go of what could not be written, or Python writes it when it ends."""
+    with contextlib.suppress(OSError, AttributeError):  # there may be no standard output, or one of no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

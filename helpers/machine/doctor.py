@@ -419,8 +419,9 @@ def _guarded(check: Callable[[], Check]) -> Check:
         return failure(str(error), "See the lines of the folders: can they be written, have they room?")
 
 
-def main(*, as_json: bool = False, needed: float = 0) -> int:
-    """`helpers doctor`: exit status 1 if a check failed. needed: bytes of disk for the recipe at hand."""
+def main(*, as_json: bool = False, needed: float = 0) -> dict[str, Any]:
+    """`helpers doctor`: print each check, unless the answer is printed as JSON, which is returned: "ok" is false if a
+    check failed. needed: bytes of disk for the recipe at hand."""
     start = time.monotonic()
     checks = []
     for check in examine(needed):
@@ -429,10 +430,7 @@ def main(*, as_json: bool = False, needed: float = 0) -> int:
             print(check, flush=True)
     seconds = time.monotonic() - start
     counts = {status: sum(c.status == status for c in checks) for status in ("OK", "warning", "failure")}
-    if as_json:
-        passed = counts["failure"] == 0
-        print(json.dumps({"ok": passed, "seconds": round(seconds, 1), "checks": [asdict(c) for c in checks]}, indent=1))
-    else:
+    if not as_json:
         words = ", ".join(f"{n} {status}{'s' if n > 1 and status != 'OK' else ''}" for status, n in counts.items() if n)
         print(f"\n{len(checks)} checks in {seconds:.1f} s: {words}.")
-    return 1 if counts["failure"] else 0
+    return {"ok": not counts["failure"], "seconds": round(seconds, 1), "checks": list(map(asdict, checks))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]])
             row[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
     if params.greedy:
         return logits
-    logits = logits / max(params.temperature, COOLEST)
+    logits = logits / max(float(params.temperature), COOLEST)  # torch takes no int of 64 bits and more
     if 0 < params.top_k < logits.shape[-1]:
         least = logits.topk(params.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -118,10 +119,16 @@ class Sampler:
     """Draws the next tokens of a batch. Each sequence has random numbers of its own, so that it gets the same text
     alone and in a batch, on every backend and device."""
 
-    def __init__(self, params: SamplingParams, prompts: list[list[int]]):
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompts: list[list[int]],
+        argmax: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+    ):
+        """argmax: logits [B, V] to the likeliest tokens [B], for who knows them already."""
         import torch
 
-        self.params = params
+        self.params, self.argmax = params, argmax
         # What a sequence holds so far matters to the repetition penalty alone.
         self.seen = [list(prompt) for prompt in prompts] if params.repetition_penalty != 1.0 else None
         self.generators: list[torch.Generator] = []
@@ -142,7 +149,7 @@ class Sampler:
         import torch
 
         if self.params.greedy and self.seen is None:
-            return logits.argmax(-1)
+            return self.argmax(logits)
         filtered = filter_logits(logits, self.params, self.seen or [])
         if self.params.greedy:
             return filtered.argmax(-1)

@@ -199,7 +199,7 @@ WORDS = [
 @pytest.mark.promise("Any command line is done, or refused in our words", 60, 4500)
 def test_any_command_line_is_done_or_refused(engines, attempts, monkeypatch, capsys, tmp_path):  # noqa: F811
     monkeypatch.setattr(engine, "_run", lambda job, force, quiet: tmp_path)
-    monkeypatch.setattr("helpers.machine.doctor.main", lambda **_: 0)
+    monkeypatch.setattr("helpers.machine.doctor.main", lambda **_: {})
     monkeypatch.setattr("sys.stdin", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

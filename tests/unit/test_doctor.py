@@ -58,11 +58,11 @@ def test_this_machine_as_a_person_sees_it(tmp_path):
 def test_a_failure_is_the_exit_status_and_the_fix_stands_below_it(monkeypatch, capsys):
     lines = [doctor.ok("fine", name="A"), doctor.failure("broken", "Mend.", name="B")]
     monkeypatch.setattr(doctor, "examine", lambda needed: iter(lines))
-    assert doctor.main() == 1
+    assert not doctor.main()["ok"]
     shown = capsys.readouterr().out
     assert "failure  B" in shown and "Fix: Mend." in shown and "1 OK, 1 failure" in shown
     monkeypatch.setattr(doctor, "examine", lambda needed: iter([doctor.warning("old", "Renew.", name="A")]))
-    assert doctor.main() == 0
+    assert doctor.main()["ok"]
 
 
 def refuse():

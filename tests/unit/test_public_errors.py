@@ -142,6 +142,7 @@ def fields_of(kind):
 @SETTINGS_OF_A_WALK
 @given(st.dictionaries(st.sampled_from(fields_of(SamplingParams)), odd, max_size=3))
 @example({"temperature": HUGE})
+@example({"temperature": 2**64})
 @example({"seed": HUGE})
 @example({"top_p": -HUGE})
 def test_sampling_params(fields):

@@ -1,0 +1,152 @@
+"""How an error is told: as three lines in a terminal, as one JSON object where a command has --json, and in a notebook as
+a few lines under a folded traceback."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter, PythonExporter
+
+from helpers import cli, errors
+from helpers.errors import CourseError
+from helpers.machine import doctor
+from helpers.maintain import notebooks
+from helpers.model.checkpoint import BUNDLED
+from helpers.paths import PROJECT
+
+
+@pytest.fixture(autouse=True)
+def _empty_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
+    monkeypatch.chdir(tmp_path)
+
+
+def commands(parser, name=()):
+    """The command lines of a parser, such as ("model", "get"), each with its own parser."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield name, parser
+    for action in inner:
+        for word, child in action.choices.items():
+            yield from commands(child, (*name, word))
+
+
+def test_every_command_takes_it():
+    every = dict(commands(cli._parser()))
+    assert {("build",), ("model", "get"), ("env", "list"), ("doctor",)} <= set(every)
+    for name, parser in every.items():
+        assert "--json" in parser.format_help(), name
+
+
+def answer(capsys, *words, status):
+    assert cli.main([*words, "--json"]) == status
+    told = capsys.readouterr()
+    return json.loads(told.out), told.err
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["build", "nowhere.toml"], "RecipeError"),
+        (["build", "--model", "nowhere"], "ModelError"),
+        (["inspect", "nothing"], "EngineNotFound"),
+        (["verify", "nothing"], "EngineNotFound"),
+        (["generate", "nothing", "hello"], "EngineNotFound"),
+        (["chat", "nothing"], "EngineNotFound"),
+        (["remove", "nothing"], "EngineNotFound"),
+        (["bench", "--batch", "x"], "InputError"),
+        (["bench", "--compare", "a.json", "b.json"], "InputError"),
+        (["run", "99"], "InputError"),
+        (["doctor", "nowhere.toml"], "RecipeError"),
+        (["explain", str(BUNDLED / "model.safetensors")], "InputError"),
+        (["gpu-check", "--only", "nothing"], "InputError"),
+        (["model", "get", "../.."], "ModelError"),
+        (["bake"], "InputError"),
+        (["build", "--precision"], "InputError"),
+        ([], "InputError"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else value,
+)
+def test_an_error_is_an_object_and_words_for_people(words, kind, capsys):
+    told, people = answer(capsys, *words, status=1)
+    assert set(told) == {"ok", "error"} and told["ok"] is False
+    assert set(told["error"]) == {"type", "what", "cause", "fix"} and told["error"]["type"] == kind
+    assert issubclass(getattr(errors, kind), CourseError) and told["error"]["what"]
+    assert people.strip()
+
+
+def test_an_answer_is_an_object(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda needed: iter([doctor.failure("broken", "Mend.", name="B")]))
+    assert answer(capsys, "list", status=0)[0] == {"ok": True, "engines": []}
+    assert answer(capsys, "verify", status=0)[0] == {"ok": True, "whole": [], "damaged": {}}
+    told, people = answer(capsys, "doctor", status=1)
+    assert not told["ok"] and told["checks"] == [{"status": "failure", "found": "broken", "fix": "Mend.", "name": "B"}]
+    assert not people  # gpu-check reads both together
+    told, people = answer(capsys, "explain", "Killed", status=0)
+    assert "more memory" in told["troubles"][0]["fix"] and "It means:" in people
+    assert answer(capsys, "explain", "nothing known", status=1)[0] == {"ok": False, "troubles": []}
+    assert {"model", "folder"} <= set(answer(capsys, "model", "list", status=0)[0]["models"][0])
+    assert len(answer(capsys, "env", "list", status=0)[0]["environments"]) == 3
+
+
+def test_an_error_is_three_lines_in_a_terminal(capsys):
+    assert cli.main(["inspect", "nothing"]) == 1
+    told = capsys.readouterr()
+    kind, cause, fix = told.err.strip().split("\n")
+    assert not told.out and kind.startswith("EngineNotFound: ")
+    assert cause.startswith("Likely cause: ") and fix.startswith("Fix: ")
+
+
+def test_a_prompt_that_is_the_options_name_is_a_prompt(capsys):
+    assert cli.main(["generate", "nothing", "--", "--json"]) == 1
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_answer_that_cannot_be_written_is_told():
+    for words in (["list", "--json"], ["inspect", "nothing", "--json"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "helpers", *words]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1 and done.stderr and "Traceback" not in done.stderr
+
+
+# ---- in a notebook ----------------------------------------------------------------------------------------
+
+
+HOSTILE = "raise CourseError('a \\ud800 <b>bold</b> \\x1b[31m', cause='c', fix='f') from ValueError('<i>deep</i>')"
+
+
+def test_a_notebook_shows_a_few_lines_and_folds_the_traceback():
+    """In whatever runs it: the cell still fails, for `raises-exception` and for sys.last_value; what only shows text has
+    the lines; the page has the traceback once, closed, and nothing in it is a page of its own."""
+    nb = nbformat.v4.new_notebook()
+    for source in (f"from helpers import CourseError\n{HOSTILE}", "import sys\nsys.last_value.fix", "1 / 0"):
+        nb.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": ["raises-exception"]}))
+    NotebookClient(nb, kernel_name="python3").execute()
+    folded, error = nb.cells[0].outputs
+    assert error.output_type == "error" and error.ename == "CourseError"
+    assert error.traceback == ["CourseError: a \\ud800 <b>bold</b> \\x1b[31m\nLikely cause: c\nFix: f"]
+    assert list(folded.data) == ["text/html"]
+    page = folded.data["text/html"]
+    assert page.startswith("<details><summary>") and page.count("Traceback (most recent call last)") == 1
+    assert "ValueError: &lt;i&gt;deep" in page and "<i>" not in page and "<b>" not in page and "\x1b" not in page
+    assert "IPython" not in page and "raise CourseError(" in page
+    assert nb.cells[1].outputs[0].data["text/plain"] == "'f'"
+    assert [output.output_type for output in nb.cells[2].outputs] == ["error"]  # another's error is as ever
+    html, _ = HTMLExporter().from_notebook_node(nb)
+    assert html.count("<summary>Where it happened</summary>") == 1
+    text, _ = PythonExporter().from_notebook_node(nb)
+    assert "details" not in text
+
+
+def test_a_folded_traceback_names_no_folder_of_this_machine():
+    page = f"<pre>File &quot;{PROJECT}/helpers/engine.py&quot;, File &quot;{sys.prefix}/lib/x.py&quot;</pre>"
+    output = notebooks.scrub(nbformat.v4.new_output("display_data", {"text/html": page}))
+    wanted = "<pre>File &quot;helpers/engine.py&quot;, File &quot;&lt;python&gt;/lib/x.py&quot;</pre>"
+    assert output.data["text/html"] == wanted
