@@ -200,6 +200,18 @@ def test_the_forms_of_a_product_with_int4_weights_give_the_same(product, vectors
     torch.testing.assert_close(matmul(weights, "it", x, product), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["step", "least"])
+def test_every_fp16_number_that_int4_weights_share_keeps_its_value_when_packed(kind):
+    """Those below fp16's least normal number too. All numbers of a weight are 1, and each input sees one column."""
+    shared = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    shared = shared[shared.isfinite()].view(2048, 31)  # [N, K/32]
+    other = "least" if kind == "step" else "step"
+    weights = {"it.weight": torch.full((2048, 124), 0x11111111, dtype=torch.int32)}
+    weights |= {f"it.{kind}": shared, f"it.{other}": torch.zeros_like(shared)}
+    y = matmul(weights | pack(weights, "it"), "it", torch.eye(992)[::32], "packed")  # [31, N]
+    assert torch.equal(y.T, shared.float())
+
+
 def test_int4_weights_are_off_by_about_half_a_step_and_exact_where_they_lie_on_it(checkpoint):
     """Half a step of the group's range, and what fp16 rounds off step and least value."""
     found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=True)))

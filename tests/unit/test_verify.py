@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from helpers import BuildRecipe
 from helpers.backends.aot.graphs import empty_cache
-from helpers.backends.aot.products import Decode, Prefill
+from helpers.backends.aot.products import Decode, Prefill, pack
 from helpers.backends.aot.stored import convert_weights
 from helpers.backends.aot.verify import check_graph, relative_error
 from helpers.errors import BuildError
@@ -132,9 +132,11 @@ def int4_damaged(kind, change):
     """One number that a group of int4 weights shares, or one word of it, in both forms."""
 
     def damage(weights):
-        plain, packed = (weights[f"layers.1.down.{kind}{form}"].clone() for form in ("", ".packed"))
-        plain[5, 1] = packed[0, 1, 5] = change(plain[5, 1])
-        return {f"layers.1.down.{kind}": plain, f"layers.1.down.{kind}.packed": packed}
+        name = f"layers.1.down.{kind}"
+        damaged = weights | {name: weights[name].clone()}
+        damaged[name][5, 1] = change(damaged[name][5, 1])
+        changed = {name: damaged[name]} | pack(damaged, "layers.1.down")
+        return {name: tensor for name, tensor in changed.items() if not torch.equal(tensor, weights[name])}
 
     return damage
 

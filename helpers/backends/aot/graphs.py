@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers.backends.aot.products import Decode, Prefill
 from helpers.model import llama
 from helpers.model.config import ModelConfig
-from helpers.model.weights import Weights
+from helpers.model.weights import INT4, Weights
 from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +94,9 @@ def weights_for(module: Prefill | Decode, weights: Weights) -> Weights:
     """The weights that this graph reads: the packed copy or the plain one, not both."""
     if module.product != "packed":
         return {k: v for k, v in weights.items() if not k.endswith(".packed")}
-    return {k: v for k, v in weights.items() if f"{k}.packed" not in weights}
+    copied = {k.removesuffix(".weight.packed") for k in weights if k.endswith(".weight.packed")}
+    plain = {f"{name}.{kind}" for name in copied for kind in INT4}
+    return {k: v for k, v in weights.items() if k not in plain}
 
 
 def empty_cache(

@@ -73,9 +73,9 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
 
 def _packed(weights: Weights, name: str, x: Tensor) -> Tensor:
     """x [M, K] and a packed weight: [M, N]."""
-    if f"{name}.step.packed" in weights:
-        return _int4(x, *(weights[f"{name}.{kind}.packed"] for kind in INT4))
     blocks = weights[f"{name}.weight.packed"]
+    if f"{name}.shared.packed" in weights:
+        return _int4(x, blocks.view(torch.int32), *_halves(weights[f"{name}.shared.packed"]))
     words = f"{name}.scale" in weights and blocks.dtype == torch.float32
     parts = _bytes(blocks, x) if words else _columns(blocks, x)
     products = (part[:, None] * entries[None, :, :, None] for part, entries in parts)
@@ -128,6 +128,19 @@ def _int4(x: Tensor, words: Tensor, step: Tensor, least: Tensor) -> Tensor:
     return y.sum((2, 3)).transpose(0, 1).flatten(1)  # [N/P, M, P], [M, N/P, P], [M, N]
 
 
+def _halves(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the two fp16 numbers in each 32-bit word, typed float32 as in `_bytes`, the first and the second as floats.
+
+    fp16 numbers loaded as such cost a fifth of an int4 product's time. Here one load brings both, and their bits go to
+    the places that sign, exponent and mantissa have in float32. That makes 2^-112 of each number, for float32 counts
+    exponents from another zero.
+    """
+    bits = pairs.view(torch.int32)
+    kept = -0x70002000  # 0x8fffe000: not the three copies of the sign that >> makes, nor what lies behind the mantissa
+    first, second = ((each >> 3 & kept).view(torch.float32) * 2.0**112 for each in (bits << 16, bits))
+    return first, second
+
+
 def _widened(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] and the weight [N, K] in its type, the columns of both in the same order."""
     weight = weights[f"{name}.weight"]
@@ -143,20 +156,23 @@ def _widened(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(weights: Weights, name: str) -> Weights:
-    """The packed copy of a product's weights: [N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`);
-    none where P does not divide N. What int4 weights share is packed as they are.
+    """The packed copy of a product's weights: [N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`) or
+    of int4's [N/P, K/8, P], with step and least value of each group in one word [N/P, K/32, P]; none where P does not
+    divide N.
 
     P is 8 for 32-bit weights and words with AVX2, a register's sums (float32), and 16 else: a register's with AVX-512,
     two registers' for 16-bit weights with AVX2, and untried on other processors.
     """
     weight = weights[f"{name}.weight"]
-    columns = weight.view(torch.float32) if _as_words(weight) else weight
+    int4 = f"{name}.step" in weights
+    columns = weight.view(torch.float32) if int4 or _as_words(weight) else weight
     rows = 8 if columns.itemsize == 4 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 16
     if len(weight) % rows:
         return {}
-    tensors = {"weight": columns} | {
-        kind: weights[f"{name}.{kind}"] for kind in INT4[1:] if f"{name}.{kind}" in weights
-    }
+    tensors = {"weight": columns}
+    if int4:
+        pairs = torch.stack([weights[f"{name}.{kind}"] for kind in INT4[1:]], 2)  # [N, K/32, 2], the first lowest
+        tensors["shared"] = pairs.view(torch.float32)
     return {
         f"{name}.{kind}.packed": tensor.view(len(weight) // rows, rows, -1).permute(0, 2, 1).contiguous()
         for kind, tensor in tensors.items()
