@@ -61,6 +61,10 @@ class Engine(ABC):
     def _decode(self, tokens: Tensor) -> Tensor:
         """Append one token [B] to each sequence; logits [B, V] after it."""
 
+    def _argmax(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens [B] by the logits [B, V] that came last."""
+        return logits.argmax(-1)
+
     def _take(self, tokens: Tensor, logits: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
         """The token ids [B] on the host, and the call that gives the logits [B, V] of the next step.
 
@@ -238,7 +242,7 @@ class Engine(ABC):
         """
         start = time.perf_counter()
         request = self._claim()
-        sampler = Sampler(sampling, [s.prompt for s in sequences])
+        sampler = Sampler(sampling, [s.prompt for s in sequences], self._argmax)
         logits = self._guarded(self._prefill, [s.prompt for s in sequences])  # [B, V]
         for step in range(sampling.max_tokens):
             if observe:

@@ -7,7 +7,10 @@ import torch
 from conftest import GREEDY, limits
 
 from helpers import BuildRecipe, SamplingParams, inspect, load, store
+from helpers.backends.aot import early_start
+from helpers.backends.aot import engine as aot_engine
 from helpers.machine import hardware
+from helpers.model.config import load_config
 from helpers.model.stories import draw_corpus
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +77,24 @@ def test_the_shortest_and_longest_prompts_and_a_full_cache(fp32, stories_referen
         assert ((fp32.logits(ids) - expected).abs().max() / expected.abs().max()).item() < 1e-3
         full = SamplingParams(temperature=0, max_tokens=256 - len(ids), ignore_eos=True)
         assert len(fp32.generate(ids, full)[0].token_ids) == 256 - len(ids)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_kernels_that_start_early_change_no_token(engine_of, monkeypatch, precision):
+    """What a kernel reads before it waits must be nobody's work of this step."""
+    if torch.cuda.get_device_capability() < early_start.CAPABILITY:
+        pytest.skip("this GPU has no programmatic dependent launch (compute capability 9.0)")
+    folder, edges, long = engine_of("stories", precision), [], SamplingParams(0, max_tokens=190, ignore_eos=True)
+    monkeypatch.setattr(aot_engine, "start_early", lambda graph: 0)
+    with load(folder) as plain:
+        monkeypatch.setattr(aot_engine, "start_early", lambda graph: edges.append(early_start.start_early(graph)))
+        with load(folder) as early:
+            for prompts in (PROMPTS[:1], PROMPTS):
+                reference = [answer.token_ids for answer in plain.generate(prompts, long)]
+                for _ in range(5):
+                    assert [answer.token_ids for answer in early.generate(prompts, long)] == reference
+    layers = load_config(folder).num_hidden_layers
+    assert edges[0] == 5 * layers  # five kernels a layer and the head: between each two of them
 
 
 def test_each_sequence_stops_at_its_own_end_token(fp32):

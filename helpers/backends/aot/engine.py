@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.backends.answers import NOT_A_TOKEN
+from helpers.backends.aot.early_start import CAPABILITY, start_early
 from helpers.backends.aot.graphs import empty_cache, prefill_batch
 from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.stored import read_weights
@@ -20,6 +22,7 @@ from helpers.model.config import load_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.recipe import BuildRecipe
 
+PIECE = 256  # logits that one of a GPU's processors looks at
 SHORT = 1024  # so many tokens take a GPU hardly longer to read than few: starting its kernels is what takes the time
 
 
@@ -99,12 +102,17 @@ class AotEngine(Engine):
         self.lengths = [length + 1 for length in self.lengths]
         return logits[: len(self.lengths)]
 
+    def _argmax(self, logits: Tensor) -> Tensor:
+        """A GPU has found them while it made the logits."""
+        return self.step.tokens[: len(logits)] if isinstance(self.step, CudaGraphStep) else super()._argmax(logits)
+
     def _take(self, tokens: Tensor, logits: Tensor, last: bool) -> tuple[list[int], Callable[[], Tensor]]:
         """A GPU starts on the next step before the host has seen this one's tokens. If these end the answer, that
         step was for nothing."""
         if last or not isinstance(self.step, CudaGraphStep):
             return super()._take(tokens, logits, last)
-        self.step.put(tokens)
+        if tokens.data_ptr() != self.step.tokens.data_ptr():
+            self.step.put(tokens)
         host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
         host.copy_(self.step.tokens[: len(tokens)], non_blocking=True)
         copied = torch.cuda.Event()
@@ -150,29 +158,48 @@ class DecodeStep:
 
 class CudaGraphStep(DecodeStep):
     """The same recorded as one CUDA graph: a step is a single launch. Its shapes are fixed, so attention reads
-    the whole cache and masks what is not there yet. Whether the logits are finite is a part of the recording, and is
-    fetched with the tokens that are chosen from them: each launch more would show in the time per token."""
+    the whole cache and masks what is not there yet. Each launch more would show in the time per token, so the recording
+    also looks whether the logits are finite, and puts the likeliest tokens where the next step reads its own from."""
 
     def __init__(self, engine: AotEngine, size: int):
         super().__init__(engine, size)
-        stream = _side_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside the recording, so that lazy initialization is not in it
-            self.finite = _finite(self.graph.run(self.tokens, self.positions, self.span, self.cache))
-        torch.cuda.current_stream().wait_stream(stream)
+        self.finite = torch.ones_like(self.tokens, dtype=torch.bool)
         self.no_tokens = torch.full_like(self.tokens, NOT_A_TOKEN)
-        self.recording = torch.cuda.CUDAGraph()
+        # Once outside the recording, so that lazy initialization is not in it.
+        self._look_at(self.graph.run(self.tokens, self.positions, self.span, self.cache))
+        self.recording = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(self.recording):
             self.logits = self.graph.run(self.tokens, self.positions, self.span, self.cache)
-            self.finite.copy_(_finite(self.logits))
-            self.positions += 1
+            with _aside():
+                self.positions += 1
+            self._look_at(self.logits)
+        if torch.cuda.get_device_capability() >= CAPABILITY:
+            start_early(self.recording.raw_cuda_graph())
+        self.recording.instantiate()
 
     def start(self, lengths: list[int], logits: Tensor) -> None:
         super().start(lengths, logits)
-        self.finite[: len(lengths)] = _finite(logits)
+        self._look_at(logits)
+
+    def _look_at(self, logits: Tensor) -> None:
+        """The likeliest tokens, and which rows are finite: in any other, the sum is NaN or infinite. logits: [B, V].
+
+        A GPU gives a short row to each of many processors, and one long row to a single one: so rows are cut in pieces.
+        """
+        count, entries = logits.shape
+        width = math.gcd(entries, PIECE)
+        pieces = logits.unflatten(-1, (-1, width))  # [B, P, W]
+        with _aside() as side:
+            totals = pieces.sum(-1).sum(-1)
+            torch.eq(totals - totals, 0, out=self.finite[:count])
+        top, at = pieces.max(-1)  # [B, P]; the first of equal ones, as argmax has it
+        piece = top.argmax(-1, keepdim=True)
+        likeliest = torch.add(at.gather(-1, piece), piece, alpha=width)[:, 0]
+        torch.cuda.current_stream().wait_stream(side)
+        self.put(likeliest)
 
     def put(self, tokens: Tensor) -> None:
-        """The tokens that were chosen from the last logits; NOT_A_TOKEN where these were not finite."""
+        """The tokens [B] that were chosen from the last logits; NOT_A_TOKEN where these were not finite."""
         count = len(tokens)
         torch.where(self.finite[:count], tokens, self.no_tokens[:count], out=self.tokens[:count])
 
@@ -181,13 +208,16 @@ class CudaGraphStep(DecodeStep):
         return self.logits
 
 
-def _finite(logits: Tensor) -> Tensor:
-    """Which rows [B] of logits [B, V] hold finite numbers alone: any other makes their sum NaN or infinite."""
-    totals = logits.sum(-1)
-    return totals - totals == 0
+@contextlib.contextmanager
+def _aside() -> Iterator[torch.cuda.Stream]:
+    """What is launched here runs beside what is launched next. Who needs it waits for the stream."""
+    side = _side_stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield side
 
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """One for all engines: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has seen, for good."""
+    """One for all engines."""
     return torch.cuda.Stream()

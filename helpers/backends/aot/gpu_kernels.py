@@ -20,16 +20,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows of the weight and columns that a program takes at once, and its warps, by bytes a weight; the same for cache
-# entries. Found by trying on an H200; another GPU may like others better, and gets right results with these too.
-TILES = {2: (1, 2048, 1), 4: (1, 1024, 1)}
-INT8_ROWS, INT8_WARPS = 4, 2  # int8 takes whole rows: up to 8192 columns four of them; of longer ones fewer, by more
+from helpers.backends.aot import early_start
+
+# How programs share the work: found by trying all of a step's kernels together on an H100 (split_matmul and attention:
+# on an H200). Another GPU may like others better, and gets right results with these too.
+# A program of `matvec` gives one number of the result, and takes so many columns of the weight at once. For rows of at
+# most so many columns: columns at once, warps.
+TILES = {4096: (1024, 1), 6144: (2048, 2), 1 << 30: (2048, 4)}
+INT8_ROWS, INT8_BYTES = 4, 512  # int8 takes whole rows: four, eight of long ones; each thread so many bytes of them
 SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_WARPS, SPLIT_STAGES = 64, 128, 4, 4
 MOST_PARTS = 4  # so few that the compiler adds them up inside the operation that follows, not in a kernel of their own
 SKINNY = 64  # up to so many sequences a product reads more than it computes
 ENTRIES, ATTENTION_WARPS, ATTENTION_STAGES = 128, 4, 3
 LONG = 512  # a longer cache is shared by several programs, each with ENTRIES of it, if there are few sequences
 BUSY = 128  # programs that fill a GPU
+
+
+# Instructions with effects of their own would hide from PyTorch which tensors a kernel writes to. So these two are said
+# to have none, and each gives a zero: what is added to it cannot happen before.
+
+
+@triton.jit
+def _let_next_start(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0. From here on the kernel that follows may start, where this one leaves room (early_start.py)."""
+    zero = 0
+    if EARLY:
+        instruction: tl.constexpr = "griddepcontrol.launch_dependents; mov.u32 $0, 0;"
+        zero = tl.inline_asm_elementwise(instruction, "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    return zero
+
+
+@triton.jit
+def _wait_for_last(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """0, once the kernel before has written all it has to. What depends on none of it is loaded before this."""
+    zero = 0
+    if EARLY:
+        instruction: tl.constexpr = "griddepcontrol.wait; mov.u32 $0, 0;"
+        zero = tl.inline_asm_elementwise(instruction, "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    return zero * 16  # so that the compiler sees that addresses stay aligned
 
 
 @triton.jit
@@ -50,29 +78,34 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _matvec(  # type: ignore[no-untyped-def]
+def _early_matvec(  # type: ignore[no-untyped-def]
     x, weight, bias, norm, residual, y,
-    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    gated = tl.zeros([ROWS, COLUMNS], tl.float32)
+    row = tl.program_id(0) + _let_next_start(EARLY)
+    products = tl.zeros([COLUMNS], tl.float32)
+    gated = tl.zeros([COLUMNS], tl.float32)
     squares = tl.zeros([COLUMNS], tl.float32)
     for start in tl.static_range(0, K, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
+        at = weight + row * K + k
+        first = tl.load(at, mask=k < K, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            second = tl.load(at + N * K, mask=k < K, other=0.0, eviction_policy="evict_first")
+        if start == 0:
+            zero = _wait_for_last(EARLY)
+            x += zero
+            residual += zero
         v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         if NORMED:
             squares += v * v
             v *= tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
-        inside = (row < N)[:, None] & (k < K)[None, :]
-        at = weight + row[:, None] * K + k[None, :]
-        products += tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * v[None, :]
+        products += first.to(tl.float32) * v
         if GATED:
-            second = tl.load(at + N * K, mask=inside, other=0.0, eviction_policy="evict_first")
-            gated += second.to(tl.float32) * v[None, :]
-    result = tl.sum(products, 1)
-    other = tl.sum(gated, 1)
+            gated += second.to(tl.float32) * v
+    result = tl.sum(products, 0)
+    other = tl.sum(gated, 0)
     if NORMED:
         factor = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
         result *= factor
@@ -107,20 +140,23 @@ def _dot(weights, high, low):
 
 
 @triton.jit
-def _matvec_int8(  # type: ignore[no-untyped-def]
+def _early_matvec_int8(  # type: ignore[no-untyped-def]
     x, weight, scale, bias, norm, residual, y,
     EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Widening each int8 weight to float would take longer than reading it. So x becomes a 16-bit integer, in two
     bytes: 32512 steps up to its largest value, finer than the 256 that bf16 has between two powers of two."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS) + _let_next_start(EARLY)
     word = tl.arange(0, COLUMNS // 4)
     inside = (row < N)[:, None] & (word < K // 4)[None, :]
     at = weight.to(tl.pointer_type(tl.int32)) + row[:, None] * (K // 4) + word[None, :]
     first = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
     if GATED:
         second = tl.load(at + N * (K // 4), mask=inside, other=0, eviction_policy="evict_first")
+    zero = _wait_for_last(EARLY)
+    x += zero
+    residual += zero
     k = tl.arange(0, COLUMNS)
     v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if NORMED:
@@ -165,30 +201,33 @@ def matvec(
     y = torch.empty((1, rows), device=x.device, dtype=x.dtype)
     bias, norm, added = (x if t is None else t for t in (bias, norm, residual))  # a kernel's pointers are never None
     switches = {"BIASED": bias is not x, "NORMED": norm is not x, "ADDED": residual is not None, "GATED": gated}
+    switches["EARLY"] = _early()
+    whole = triton.next_power_of_2(columns)
     if scale is None:
-        tile, width, warps = TILES[weight.itemsize]
-        width = min(width, triton.next_power_of_2(columns))
-        torch.library.wrap_triton(_matvec)[(triton.cdiv(rows, tile),)](
+        width, warps = next(tile for most, tile in TILES.items() if columns <= most)
+        warps = max(warps, 2) if gated else warps  # it reads two rows
+        torch.library.wrap_triton(_early_matvec)[(rows,)](
             x, weight, bias, norm, added, y,
-            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=width, num_warps=warps, **switches,
+            EPS=eps, N=rows, K=columns, COLUMNS=min(width, whole), num_warps=warps, **switches,
         )  # fmt: skip
     else:
-        width = triton.next_power_of_2(columns)
-        tile = max(1, min(INT8_ROWS, INT8_ROWS * 8192 // width))
-        torch.library.wrap_triton(_matvec_int8)[(triton.cdiv(rows, tile),)](
+        tile = INT8_ROWS if whole <= 4096 else 2 * INT8_ROWS
+        warps = max(1, tile * whole * (2 if gated else 1) // (32 * INT8_BYTES))
+        torch.library.wrap_triton(_early_matvec_int8)[(triton.cdiv(rows, tile),)](
             x, weight, scale, bias, norm, added, y,
-            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=width, num_warps=max(INT8_WARPS, width // 4096), **switches,
+            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=whole, num_warps=min(32, warps), **switches,
         )  # fmt: skip
     return y
 
 
 @triton.jit
-def _split_matmul(  # type: ignore[no-untyped-def]
+def _early_split_matmul(  # type: ignore[no-untyped-def]
     x, weight, y,
     B: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
-    ROWS: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS) + _let_next_start(EARLY)
+    x += _wait_for_last(EARLY)
     b = tl.arange(0, BATCH)
     sums = tl.zeros([BATCH, ROWS], tl.float32)
     for start in tl.range(0, SPAN, COLUMNS, num_stages=STAGES):
@@ -229,11 +268,16 @@ def split_matmul(x: Tensor, weight: Tensor) -> Tensor:
     span = SPLIT_COLUMNS * triton.cdiv(columns, parts * SPLIT_COLUMNS)
     y = torch.empty((parts, batch, rows), device=x.device, dtype=torch.float32)
     stage = SPLIT_COLUMNS * (SPLIT_ROWS * weight.itemsize + padded * x.itemsize)
-    torch.library.wrap_triton(_split_matmul)[(blocks, parts)](
+    torch.library.wrap_triton(_early_split_matmul)[(blocks, parts)](
         x, weight, y, B=batch, N=rows, K=columns, SPAN=span, ROWS=SPLIT_ROWS, BATCH=padded, COLUMNS=SPLIT_COLUMNS,
-        STAGES=max(2, min(SPLIT_STAGES, (_shared_memory() - 16384) // stage)), num_warps=SPLIT_WARPS,
+        STAGES=max(2, min(SPLIT_STAGES, (_shared_memory() - 16384) // stage)), num_warps=SPLIT_WARPS, EARLY=_early(),
     )  # fmt: skip
     return y
+
+
+def _early() -> bool:
+    """Whether this GPU's kernels can start before the one that they wait for has ended."""
+    return torch.cuda.get_device_capability() >= early_start.CAPABILITY
 
 
 def _shared_memory() -> int:
@@ -243,14 +287,14 @@ def _shared_memory() -> int:
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _early_attend(  # type: ignore[no-untyped-def]
     heads, cos, sin, keys, values, positions, out, top, total,
     cache_b, cache_g, cache_s, span,
     SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
-    ENTRIES: tl.constexpr, PIECES: tl.constexpr,
+    ENTRIES: tl.constexpr, PIECES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one KV head with its group of query heads, `span` entries of the cache."""
-    b = tl.program_id(0) // KV_HEADS
+    b = tl.program_id(0) // KV_HEADS + _let_next_start(EARLY)
     g = tl.program_id(0) % KV_HEADS
     piece = tl.program_id(1)
     group: tl.constexpr = HEADS // KV_HEADS
@@ -261,6 +305,7 @@ def _attend(  # type: ignore[no-untyped-def]
     swapped = (d + SIZE // 2) % SIZE  # see llama.rotate: the halves are swapped by address
     c = tl.load(cos + position * SIZE + d).to(tl.float32)
     s = tl.load(sin + position * SIZE + d).to(tl.float32)
+    heads += _wait_for_last(EARLY)
     first = heads + b * (HEADS + 2 * KV_HEADS) * SIZE
     query = first + (g * group + row[:, None]) * SIZE
     q = tl.load(query + d[None, :], mask=inside, other=0.0).to(tl.float32) * c[None, :]
@@ -319,12 +364,12 @@ def _pieces(
     out = torch.empty((batch, number, pieces, size), device=heads.device, dtype=kind)
     top = torch.empty((batch, number, pieces), device=heads.device, dtype=torch.float32)
     total = torch.empty_like(top)
-    torch.library.wrap_triton(_attend)[(batch * kv_heads, pieces)](
+    torch.library.wrap_triton(_early_attend)[(batch * kv_heads, pieces)](
         heads, cos, sin, keys, values, positions, out, top, total,
         keys.stride(0), keys.stride(1), keys.stride(2), length if pieces == 1 else entries,
         SCALE=size**-0.5, HEADS=number, KV_HEADS=kv_heads, SIZE=size,
         ROWS=max(16, triton.next_power_of_2(number // kv_heads)),
-        ENTRIES=entries, PIECES=pieces, num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES,
+        ENTRIES=entries, PIECES=pieces, EARLY=_early(), num_warps=ATTENTION_WARPS, num_stages=ATTENTION_STAGES,
     )  # fmt: skip
     return out, top, total
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from helpers.backends.aot.early_start import PREFIX
 from helpers.backends.report import EngineReport, Kernel, Operation
 
 
@@ -108,7 +109,7 @@ def _wrapped(node: Any) -> tuple[str, dict[str, Any]]:
     while not isinstance(kernel, FunctionType):  # the function is wrapped once or twice
         kernel = kernel.fn
     others = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])  # what a graph cannot hold
-    return kernel.__name__.lstrip("_"), {**node.kwargs["kwargs"], **others}
+    return kernel.__name__.removeprefix(PREFIX), {**node.kwargs["kwargs"], **others}
 
 
 def _op_name(node: Any) -> str:
