@@ -46,8 +46,9 @@ gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course th
 doctor: $(STAMP) ## is this machine ready? each check with the step that mends it
 	$(PY) -m helpers doctor
 
-lab: $(STAMP) ## open the course in JupyterLab
-	$(PY) -m jupyterlab notebooks/00_start_here.ipynb
+lab: $(STAMP) ## open the course in JupyterLab: your own copies of the notebooks, in work/
+	@$(PY) -m helpers course copy
+	$(PY) -m jupyterlab "$${COURSE_WORK:-work}/00_start_here.ipynb"
 
 lint: $(STAMP) ## style, types, and the architecture: ruff, mypy, import-linter
 	$(PY) -m ruff check

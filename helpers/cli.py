@@ -1,5 +1,5 @@
 """The course from a terminal: helpers build, list, inspect, verify, generate, chat, remove, model, bench, run, doctor,
-explain, env, gpu-check."""
+explain, env, course, gpu-check."""
 
 from __future__ import annotations
 
@@ -125,6 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("name", choices=["trtllm", "vllm", "edgellm"])
     action.add_argument("--python", default="", help="the Python to make it with")
     action = _add(actions, "list", _env_list, "which are there, and where")
+
+    command = commands.add_parser("course", help="the learner's copies of the notebooks, exercises and points")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    _add(actions, "copy", _course_copy, "make or renew work/: copies without outputs, to work in (make lab does it)")
+    action = _add(actions, "reset", _course_reset, "take a fresh copy of a notebook; yours is kept under a dated name")
+    action.add_argument("notebook", help="its number, such as 03")
+    _add(actions, "progress", _course_progress, "which exercises are answered, and which guesses were near")
+    action = _add(actions, "solution", _course_solution, "a right answer to an exercise, with the reason")
+    action.add_argument("exercise", help="its number, such as 03.1")
+    action = _add(actions, "grade", _course_grade, "run a learner's notebook, code and all, and count its points")
+    action.add_argument("notebook", help="a file, or the number of a copy in work/")
+    action.add_argument("--gradescope", type=Path, metavar="FILE", help="write results.json as Otter-Grader does")
 
     command = _add(commands, "gpu-check", _gpu_check, "on a machine with a GPU: run all of the course and report on it")
     command.add_argument("--only", default="doctor,tests,notebooks,bench", help="some of these parts")
@@ -396,6 +408,49 @@ def _env_list(_: argparse.Namespace) -> dict[str, Any]:
     from helpers.machine import environments
 
     return _rows(Table("", ("environment", "version", "where"), environments.describe()), "environments")
+
+
+def _course_copy(_: argparse.Namespace) -> dict[str, Any]:
+    from helpers.course.learner import work_folder
+    from helpers.maintain import classroom
+
+    remarks = classroom.update()
+    print("\n".join([*remarks, f"Your copies of the notebooks are in {work_folder()}"]))
+    return {"folder": str(work_folder()), "kept": remarks}
+
+
+def _course_reset(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.maintain import classroom
+
+    kept = classroom.reset(settings.notebook)
+    print(f"A fresh copy is there. Yours is now {kept}" if kept else "A fresh copy is there.")
+    return {"kept": str(kept) if kept else None}
+
+
+def _course_progress(_: argparse.Namespace) -> dict[str, Any]:
+    from helpers.course import learner
+    from helpers.maintain import classroom
+
+    print("\n\n".join(map(str, classroom.progress())))
+    return learner.read()
+
+
+def _course_solution(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.course.exercises import solution
+
+    text = str(solution(settings.exercise))
+    print(printable(text))
+    return {"solution": text}
+
+
+def _course_grade(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.maintain import classroom
+
+    grade = classroom.grade(settings.notebook)
+    print("\n".join([*(f"{grade.notebook}: {problem}" for problem in grade.problems), str(grade.table())]))
+    if settings.gradescope:
+        classroom.write_gradescope(grade, settings.gradescope)
+    return grade.as_json()
 
 
 def _gpu_check(settings: argparse.Namespace) -> dict[str, Any]:

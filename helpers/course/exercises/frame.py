@@ -138,19 +138,19 @@ def read_solutions(notebook: str) -> dict[str, str]:
 
 @cache
 def exercises_of(notebook: str) -> dict[str, Exercise]:
-    """The exercises of a notebook ("03") by number, in order; InputError where there are none."""
+    """The exercises of a notebook ("03") by number, in order; none for what is no notebook."""
     name = f"{__package__}.{MODULES.get(notebook, '')}"
     if notebook not in MODULES or importlib.util.find_spec(name) is None:
-        raise InputError(f"There are no exercises of notebook {shown(notebook)}.", fix="Give its number, such as '03'.")
+        return {}
     tasks = [value for value in vars(importlib.import_module(name)).values() if isinstance(value, Exercise)]
-    of = [task for task in tasks if task.number.startswith(f"{notebook}.")]
-    return {task.number: task for task in sorted(of, key=lambda task: int(task.number[3:]))}
+    return {task.number: task for task in sorted(tasks, key=lambda task: int(task.number[3:]))}
 
 
 def find(number: str) -> Exercise:
     known = exercises_of(str(number)[:2])
     if number not in known:
-        raise InputError(f"There is no exercise {shown(number)}.", fix=f"There are: {', '.join(known)}.")
+        numbers = ", ".join(known) or "those of notebooks " + ", ".join(filter(exercises_of, MODULES))
+        raise InputError(f"There is no exercise {shown(number)}.", fix=f"There are: {numbers}.")
     return known[number]
 
 
@@ -162,7 +162,8 @@ _given: dict[str, dict[str, Any]] = {}  # by notebook
 def freeze(notebook: str, **given: Any) -> None:
     """Hand the exercises of a notebook what they are checked against: the measurement that the learner's tables show,
     copied, so that nothing moves it; and engines, which are opened again where they have been closed."""
-    exercises_of(notebook)
+    if not exercises_of(notebook):
+        raise InputError(f"There are no exercises of notebook {shown(notebook)}.", fix="Give its number, such as '03'.")
     _given[notebook] = {name: _kept(value) for name, value in given.items()}
     print(f"The exercises of notebook {notebook} are checked against this run: {', '.join(given)}.")
 

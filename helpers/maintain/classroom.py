@@ -1,0 +1,223 @@
+"""The learner's copies of the notebooks, and what they have answered: for `make lab` and for an instructor.
+
+Copies lie in work/ (helpers/course/learner.py), without outputs. A copy that nobody has worked in follows the course;
+one that somebody has worked in is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helpers.course import learner
+from helpers.course.exercises import frame
+from helpers.display import Table
+from helpers.errors import CourseError, InputError, StoreError
+from helpers.maintain import notebooks
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+MADE = ".copies.json"  # in work/: by notebook, the text that its copy was made from, as a hash
+
+
+def update(folder: Path = notebooks.NOTEBOOKS) -> list[str]:
+    """Make copies that are missing, renew those that nobody has worked in, and say which are kept instead."""
+    work, remarks = learner.work_folder(), []
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        made = _made(work)
+        for source in notebooks.select(folder, None):
+            nb = notebooks.read(source)
+            copy = work / source.name
+            before, now = made.get(source.stem), _text(nb)
+            if not copy.exists() or (before != now and not _worked_in(copy, (before, now))):
+                _write_copy(nb, copy, made)
+            elif before != now:
+                remarks.append(
+                    f"{copy.name}: the course has a newer one. Yours is kept, because you have worked in it; "
+                    f"helpers course reset {source.stem[:2]} takes the new one and keeps yours beside it."
+                )
+    except OSError as error:
+        raise _unwritable(work, error) from error
+    return remarks
+
+
+def reset(name: str, folder: Path = notebooks.NOTEBOOKS) -> Path | None:
+    """A fresh copy of one notebook ("03"). Returns where the learner's own now is; None if there was none."""
+    (source,) = _one(name, folder)
+    work = learner.work_folder()
+    copy, kept = work / source.name, None
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        nb, made = notebooks.read(source), _made(work)
+        if copy.exists():
+            stem, number = f"{source.stem}.{datetime.now():%Y-%m-%d}", 1
+            kept = work / f"{stem}.ipynb"
+            while kept.exists():
+                number += 1
+                kept = work / f"{stem}-{number}.ipynb"
+            copy.rename(kept)
+        _write_copy(nb, copy, made)
+    except OSError as error:
+        raise _unwritable(work, error) from error
+    return kept
+
+
+def _write_copy(nb: NotebookNode, copy: Path, made: dict[str, str]) -> None:
+    made[copy.stem] = _text(nb)
+    notebooks.clear(nb)
+    notebooks.write(nb, copy)
+    part = copy.with_name(f"{MADE}.part")
+    part.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    part.replace(copy.with_name(MADE))
+
+
+def _made(work: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((work / MADE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def _worked_in(copy: Path, as_it_came: Sequence[str | None]) -> bool:
+    """Whether somebody wrote or ran something. JupyterLab changes metadata as soon as a notebook is opened."""
+    try:
+        nb = notebooks.read(copy)
+    except InputError:
+        return True
+    return _text(nb) not in as_it_came or any(cell.get("outputs") or cell.get("execution_count") for cell in nb.cells)
+
+
+def _text(nb: NotebookNode) -> str:
+    """What the cells say, as a hash."""
+    text = json.dumps([(cell.cell_type, cell.source) for cell in nb.cells])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _one(name: str, folder: Path) -> list[Path]:
+    sources = notebooks.select(folder, [name])
+    if len(sources) > 1:
+        raise InputError(f"{name!r} names {len(sources)} notebooks.", fix="Give a number, such as 03.")
+    return sources
+
+
+def _unwritable(work: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"The copies of the notebooks cannot be written to {work}: {error.strerror or error}.",
+        fix="Set COURSE_WORK to a folder that you can write.",
+    )
+
+
+# ---- what was answered -----------------------------------------------------------------------------------------
+
+
+def progress() -> list[Table]:
+    """A table of the exercises, and one of the predictions."""
+    content = learner.read()
+    rows, points, of = [], 0, 0
+    for notebook in frame.MODULES:
+        for task in frame.exercises_of(notebook).values():
+            entry = content["exercises"].get(task.number, {})
+            right = entry.get("state") == "right"
+            points, of = points + right * task.points, of + task.points
+            tries = len(entry.get("wrong", ())) + right
+            state = "right" if right else "tried" if tries else "open"
+            shown = "shown" if entry.get("solution") else ""
+            rows.append((task.number, task.title, state, f"{right * task.points} of {task.points}", tries, shown))
+    columns = ("exercise", "title", "state", "points", "tries", "solution")
+    tables = [Table(f"Exercises: {points} of {of} points", columns, rows)]
+    near = [(n, len(guesses), sum(guesses.values())) for n, guesses in sorted(content["predictions"].items())]
+    return [*tables, Table("Predictions", ("notebook", "guesses", "near"), near)] if near else tables
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One exercise of a graded notebook."""
+
+    number: str
+    title: str
+    points: int
+    of: int
+    state: str  # "right", "wrong" or "open": not answered, or its cell did not run
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A notebook's points, and what went wrong when it ran."""
+
+    notebook: str
+    marks: list[Mark]
+    problems: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        points, of = sum(mark.points for mark in self.marks), sum(mark.of for mark in self.marks)
+        return {"points": points, "of": of, **asdict(self)}
+
+    def as_gradescope(self) -> dict[str, Any]:
+        """results.json as Otter-Grader writes it for Gradescope: a test with a score for each exercise."""
+        tests = [
+            {
+                "name": f"{mark.number} {mark.title}",
+                "score": float(mark.points),
+                "max_score": float(mark.of),
+                "visibility": "visible",
+                "output": {"right": "Right.", "wrong": "Not right.", "open": "Not answered."}[mark.state],
+                "status": "passed" if mark.state == "right" else "failed",
+            }
+            for mark in self.marks
+        ]
+        return {"output": "\n".join([self.notebook, *self.problems]), "tests": tests, "stdout_visibility": "hidden"}
+
+    def table(self) -> Table:
+        total = self.as_json()
+        rows = [(mark.number, mark.title, mark.state, f"{mark.points} of {mark.of}") for mark in self.marks]
+        caption = f"{self.notebook}: {total['points']} of {total['of']} points"
+        return Table(caption, ("exercise", "title", "state", "points"), rows)
+
+
+def grade(notebook: str) -> Grade:
+    """Run a learner's notebook, a file or the number of a copy in work/, and count the points of its exercises.
+
+    All its cells run, also after one that fails; what counts is what its checks say in this run.
+    """
+    path = Path(notebook)
+    if not path.is_file():
+        path = learner.work_folder() / _one(notebook, notebooks.NOTEBOOKS)[0].name
+        if not path.exists():
+            raise InputError(f"There is no copy of {path.stem} in {path.parent}.", fix="Give the file of a notebook.")
+    tasks = frame.exercises_of(path.name[:2])
+    if not tasks:
+        raise InputError(
+            f"{path.name} has no exercises.", fix="Its name must begin with a notebook's number: 03_....ipynb"
+        )
+    kept = os.environ.get("COURSE_WORK")
+    with tempfile.TemporaryDirectory(prefix="course-grade-") as work:
+        os.environ["COURSE_WORK"] = work  # the kernel writes there what its checks say
+        try:
+            _, result = notebooks.run_notebook(path, go_on=True)
+            answers = learner.read()["exercises"]
+        finally:
+            os.environ.pop("COURSE_WORK") if kept is None else os.environ.update(COURSE_WORK=kept)
+    marks = []
+    for task in tasks.values():
+        entry = answers.get(task.number, {"state": "open", "wrong": []})
+        state = "right" if entry["state"] == "right" else "wrong" if entry["wrong"] else "open"
+        marks.append(Mark(task.number, task.title, task.points if state == "right" else 0, task.points, state))
+    return Grade(path.stem, marks, result.problems)
+
+
+def write_gradescope(result: Grade, path: Path) -> None:
+    try:
+        path.write_text(json.dumps(result.as_gradescope(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CourseError(
+            f"{path} cannot be written: {error.strerror}.", fix="Name a file in a folder of yours."
+        ) from error
