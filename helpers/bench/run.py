@@ -264,12 +264,13 @@ def _equal_prefix(tokens: list[int], reference: list[int]) -> int:
 
 
 def _logit_error(logits: list[float], reference: list[float]) -> float:
-    """Largest difference over largest logit. Both less their mean: some backends give logits less a constant."""
+    """Largest difference over largest logit; where all are zero, as it is. Both less their mean: some backends give
+    logits less a constant."""
     if not all(map(math.isfinite, logits)):
         return math.nan
     means = sum(logits) / len(logits), sum(reference) / len(reference)
     mine, theirs = ([v - mean for v in values] for values, mean in zip((logits, reference), means, strict=True))
-    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / max(map(abs, theirs))
+    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / (max(map(abs, theirs)) or 1.0)
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -316,7 +317,8 @@ def _command() -> str:
     words = sys.argv[1:]
     if words[:1] != ["bench"]:
         return ""
-    kept = [w for at, w in enumerate(words) if w != "--out" and words[at - 1] != "--out"]
+    pairs = zip(["", *words], words, strict=False)
+    kept = [w for before, w in pairs if "--out" not in (before, w) and not w.startswith("--out=")]
     return shlex.join(["helpers", *kept])
 
 

@@ -173,9 +173,16 @@ def static(output: NotebookNode) -> NotebookNode | None:
 def scrub(value: Any) -> Any:
     """Replace this machine's folders in all texts of an output; pictures are left as they are."""
     if isinstance(value, str):
-        for pattern, replacement in _folders():
-            value = pattern.sub(replacement, value)
-        return value
+        folders = _folders()
+        # The innermost first, and all in one pass: "~/tmp" is no temporary folder. /home/ann, but not /home/anna.
+        names = "|".join(re.escape(name) for name in sorted(folders, key=len, reverse=True))
+        cell = re.escape(tempfile.gettempdir()) + r"/ipykernel_\d+/\d+\.py"
+        pattern = rf"(?<![\w.~-])(?:(?P<cell>{cell})|(?P<folder>{names})(?P<inside>/|(?![\w.-])))"
+
+        def stand_in(match: re.Match[str]) -> str:
+            return "<cell>" if match["cell"] else folders[match["folder"]] or ("" if match["inside"] else ".")
+
+        return re.sub(pattern, stand_in, value)
     if isinstance(value, list):
         return [scrub(item) for item in value]
     if isinstance(value, dict):
@@ -184,23 +191,21 @@ def scrub(value: Any) -> Any:
     return value
 
 
-def _folders() -> list[tuple[re.Pattern[str], str]]:
-    """The folders of this machine that outputs may name, the innermost first, and what stands for each."""
-    temp = Path(tempfile.gettempdir())
-    replacements = {
-        PROJECT: "",  # paths inside the course become relative to it
-        Path(sys.prefix): "<python>/",
-        Path(sysconfig.get_paths()["stdlib"]): "<python>/lib/",
-        temp: "<tmp>/",
+def _folders() -> dict[str, str]:
+    """The folders of this machine that outputs may name, and what stands for each; paths inside the course become
+    relative to it."""
+    python, base = Path(sys.prefix), Path(sys.base_prefix)
+    stand_ins = {
         Path(os.path.expanduser("~")): "~/",  # noqa: PTH111  (Path.home() fails where there is none)
+        Path(tempfile.gettempdir()): "<tmp>/",
+        Path(sysconfig.get_paths()["stdlib"]): "<python>/lib/",
+        PROJECT: "",
     }
-    patterns = [(re.compile(re.escape(str(temp / "ipykernel_")) + r"\d+/\d+\.py"), "<cell>")]
-    for folder in sorted(replacements, key=lambda path: len(str(path)), reverse=True):
-        # HOME and TMPDIR may be anything. "/", "/x" or a relative path stand in texts that are no paths.
-        if folder.is_absolute() and len(folder.name) > 1:
-            end = r"(?:/|(?![\w.-]))"  # /home/ann, but not /home/anna
-            patterns.append((re.compile(r"(?<![\w.-])" + re.escape(str(folder)) + end), replacements[folder]))
-    return patterns
+    if python != base or (python / "conda-meta").is_dir():  # not /usr, where other programs are too
+        stand_ins[python] = "<python>/"
+    # HOME and TMPDIR may be anything. "/", "/x" or a relative path stand in texts that are no paths.
+    usable = {folder: text for folder, text in stand_ins.items() if folder.is_absolute() and len(folder.name) > 1}
+    return {str(name): text for folder, text in usable.items() for name in (folder.resolve(), folder)}
 
 
 # Running

@@ -121,9 +121,9 @@ def transformers_config(folder: Path) -> Any:
         from transformers import CONFIG_MAPPING, __version__
         from transformers.utils import logging
 
-    rope = given.get("rope_parameters")
-    if __version__ < "5" and isinstance(rope, dict) and not given.get("rope_scaling"):
-        # 5 writes this field alone; 4 does not know it, and would read 5's checkpoints with rope_theta's default.
+    rope = given.get("rope_scaling") or given.get("rope_parameters")
+    if __version__ < "5" and isinstance(rope, dict):
+        # 4 knows the first name alone, and no rope_theta under it. 5 writes the second alone, and rope_theta there.
         given |= {"rope_scaling": rope} | {name: value for name, value in rope.items() if name == "rope_theta"}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings would repeat in a terminal whatever the file says
@@ -226,7 +226,10 @@ def _rope(folder: Path, config: Any) -> dict[str, Any]:
     if given.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1.0):
         raise unsupported("it rotates only a part of each head", "Use a model that rotates whole heads.")
     if kind == "llama3":
-        given.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        original = given.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        beside = getattr(config, "original_max_position_embeddings", None)
+        if beside not in (None, original):  # which one counts is another in each version of transformers
+            raise _not_understood(folder, f"original_max_position_embeddings is both {original} and {beside!r:.80}")
     rope: dict[str, Any] = {"rope_type": kind}
     for name in ("rope_theta", *ROPE_TYPES[kind]):
         rope[name] = given.get(name)

@@ -10,6 +10,7 @@ release; not run by us.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -232,22 +233,23 @@ def _dataset_problem(dataset: str) -> str:
         return f"beside {CALIBRATION_FILE} it holds {others[0]!r}"
     try:
         with (folder / CALIBRATION_FILE).open(encoding="utf-8") as lines:
-            first = json.loads(next(lines, ""))
+            texts = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError, RecursionError):
         return f"it holds no readable {CALIBRATION_FILE}"
-    if not (isinstance(first, dict) and isinstance(first.get("text"), str)):
-        return f"the first line of {CALIBRATION_FILE} has no text under 'text'"
+    for number, entry in enumerate(texts or [None], start=1):
+        if not (isinstance(entry, dict) and isinstance(entry.get("text"), str) and entry["text"].strip()):
+            return f"entry {number} of {CALIBRATION_FILE} has no text under 'text'"
     return ""
 
 
 def _own_code(checkpoint: Path) -> str:
     """What of a checkpoint makes transformers run code from it, or from another place that it names."""
-    for file in sorted(checkpoint.glob("*.py")):
-        return file.name
+    for file in sorted(checkpoint.rglob("*.py")):  # custom_generate/generate.py too
+        return file.relative_to(checkpoint).as_posix()
     for name in ("config.json", "tokenizer_config.json"):
-        file = checkpoint / name
-        if file.is_file() and '"auto_map"' in file.read_text(encoding="utf-8", errors="replace"):
-            return f"auto_map in {name}"
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # what cannot be read names no code
+            if "auto_map" in json.loads((checkpoint / name).read_text(encoding="utf-8")):
+                return f"auto_map in {name}"
     return ""
 
 

@@ -113,7 +113,7 @@ def test_outputs_do_not_name_this_machine(tmp_path):
     )
     written = nbformat.writes(nb)
     first = nb.cells[0].outputs[0].text
-    assert first == " helpers ~/x\n"
+    assert first == ". helpers ~/x\n"
     assert "<cell>:1: UserWarning: here" in text(nb)
     for folder in {str(PROJECT), str(Path.home()), str(tmp_path)}:
         assert folder not in written.replace(nb.cells[0].source, "")
@@ -124,6 +124,27 @@ def test_only_whole_folder_names_are_replaced():
     home = str(Path.home())
     assert notebooks.scrub(f"{home}-folder {home}/a") == f"{home}-folder ~/a"
     assert notebooks.scrub({"image/png": home, "text/plain": [home]}) == {"image/png": home, "text/plain": ["~/"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/ann/tmp/x ~/tmp/y /tmp/z", "~/tmp/x ~/tmp/y <tmp>/z"),  # what was replaced is no temporary folder
+        ("cd PROJECT && PROJECT/helpers, PROJECT-2", "cd . && helpers, PROJECT-2"),
+        ("/usr/bin/g++ /usr/local/cuda", "/usr/bin/g++ /usr/local/cuda"),  # not Python's, though it lies there
+        ("LINK/a DISK/b", "~/a ~/b"),
+    ],
+)
+def test_a_folder_is_replaced_once_and_where_it_is_meant(tmp_path, monkeypatch, text, expected):
+    (disk := tmp_path / "disk").mkdir()
+    (link := tmp_path / "link").symlink_to(disk)
+    monkeypatch.setenv("HOME", str(link) if "LINK" in text else "/home/ann")
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    for name, folder in {"PROJECT": PROJECT, "LINK": link, "DISK": disk}.items():
+        text, expected = (words.replace(name, str(folder)) for words in (text, expected))
+    assert notebooks.scrub(text) == expected
 
 
 @pytest.mark.parametrize("folder", ["/", "//", "/x", ".", "", "home", "~"])

@@ -134,8 +134,14 @@ def test_calibration_downloads_nothing_without_being_asked(standin, texts):
         (lambda folder: (folder / "README.md").touch(), "README.md"),  # its header can name any file
         (lambda folder: (folder / "test.jsonl").touch(), "test.jsonl"),
         (lambda folder: (folder / "train.jsonl").unlink(), "no readable"),
-        (lambda folder: (folder / "train.jsonl").write_text(""), "no readable"),
-        (lambda folder: (folder / "train.jsonl").write_text('{"article": "A"}\n'), "no text under 'text'"),
+        (lambda folder: (folder / "train.jsonl").write_text(""), "entry 1"),
+        (
+            lambda folder: (folder / "train.jsonl").write_text('{"article": "A"}\n'),
+            "entry 1 .* has no text under 'text'",
+        ),
+        (lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\n{"txt": "B"}\n'), "entry 2"),
+        (lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\n{"text": " "}\n'), "entry 2"),
+        (lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\nB\n'), "no readable"),
     ],
 )
 def test_a_data_set_that_cannot_work_or_would_run_code_is_refused_before_the_build(standin, texts, change, words):
@@ -171,10 +177,17 @@ def test_the_one_name_on_the_hub_is_taken_unless_something_here_has_it(standin, 
 
 
 @pytest.mark.parametrize(
-    ("file", "text"), [("modeling.py", ""), ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')]
+    ("file", "text"),
+    [
+        ("modeling.py", ""),
+        ("custom_generate/generate.py", ""),  # from_pretrained runs it
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}'),
+        ("tokenizer_config.json", '{"\\u0061uto_map": {"AutoTokenizer": ["x.Y", null]}}'),
+    ],
 )
 def test_a_checkpoint_with_code_of_its_own_is_not_calibrated(standin, texts, tmp_path, file, text):
     model = shutil.copytree(BUNDLED, tmp_path / "model")
+    (model / file).parent.mkdir(exist_ok=True)
     (model / file).write_text(text)
     with pytest.raises(RecipeError, match="code of its own"):
         build(recipe(model=str(model), precision="fp8", options={"calib_dataset": str(texts)}), quiet=True)

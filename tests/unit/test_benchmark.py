@@ -652,6 +652,18 @@ def test_comparing_says_what_differs():
 # Real runs, in processes of their own
 
 
+@pytest.mark.parametrize("words", ["bench --batch 4 --out R", "bench --out R --batch 4", "bench --out=R --batch 4"])
+def test_a_record_names_the_command_without_its_own_place(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["helpers", *words.replace("R", "/home/ann/r.json").split()])
+    assert benchmark._command() == "helpers bench --batch 4"
+
+
+def test_equal_logits_have_no_error_even_where_all_are_the_same():
+    """As of a head of zeros."""
+    assert benchmark._logit_error([0.0, 0.0], [0.0, 0.0]) == benchmark._logit_error([3.0, 3.0], [2.0, 2.0]) == 0
+    assert benchmark._logit_error([0.0, 1.0], [0.0, 0.0]) == 0.5
+
+
 def test_the_command_line(tmp_path, capsys, monkeypatch):
     record = new_record(new_row(), Row("vllm", "fp32", 1, "absent", "not installed here"))
     asked = []

@@ -154,6 +154,11 @@ REFUSED = {
         config_of("llama", 64, 96, 2, 4, 2, 64, 128, partial_rotary_factor=0.5),
         "a part of each head",
     ),
+    "Llama 3 with two original lengths": (
+        config_of("llama", 64, 96, 2, 4, 2, 64, 128, rope_scaling={**LLAMA3, "rope_type": "llama3"})
+        | {"original_max_position_embeddings": 16},
+        "original_max_position_embeddings",
+    ),
     "gptq": (QWEN25 | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
     "Qwen2 with another kind of layer": (QWEN25 | {"layer_types": ["chunked_attention"] * 24}, "chunked_attention"),
 }
@@ -228,13 +233,15 @@ def test_either_name_of_the_position_encoding_is_read_by_every_transformers(tmp_
     """The pytorch backend too, which is given the same configuration."""
     older = {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "rope_type": "llama3"}}
     newer = {"rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 500000.0}}
+    both = {"rope_theta": 10000.0, "rope_scaling": newer["rope_parameters"]}
     shape = config_of("llama", 64, 96, 2, 4, 2, 131072, 128)
     turns, logits = [], []
-    for fields in (older, newer):
+    for fields in (older, newer, both):
         found = find_checkpoint(f"dummy:{written(tmp_path, shape | fields)}")
         turns.append(rope_tables(found.config, 100, torch.float32)["rope.cos"])
         logits.append(pytorch.load_model(found, torch.float32, "cpu")(PROMPT[None]).logits)
-    assert torch.equal(*turns) and torch.equal(*logits)
+    assert all(torch.equal(turns[0], other) for other in turns)
+    assert all(torch.equal(logits[0], other) for other in logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
