@@ -12,7 +12,9 @@ from conftest import Scripted
 from test_chat import TEMPLATES, model
 
 from helpers import BuildRecipe, SamplingParams, load
-from helpers.course import widgets
+from helpers.course import batching, widgets
+from helpers.course.widgets import choices, panel
+from helpers.course.widgets import sampling as explorers
 from helpers.errors import InputError, LimitError, NumericsError
 from helpers.model.tokenizer import load_tokenizer
 
@@ -85,24 +87,26 @@ def test_bars_escape_text_and_mark_the_chosen_token():
 
 
 def test_run_writes_the_engines_text_and_gives_the_controls_back(engine, explorer):
-    explorer.temperature.value = 0.5
+    explorer.sides[0].temperature.value = 0.5
     explorer.button.click()
     expected = engine.generate(widgets.START, explorer.sampling())[0].text
-    assert expected.strip() and expected in explorer.text.value
-    assert "chosen from" in explorer.chart.value
+    assert expected.strip() and expected in explorer.sides[0].text.value
+    assert "chosen from" in explorer.sides[0].chart.value
     assert not any(control.disabled for control in explorer.controls)
 
 
 def test_controls_are_off_while_it_runs(explorer, monkeypatch):
     seen = []
-    monkeypatch.setattr(explorer, "_show_text", lambda _: seen.append(all(c.disabled for c in explorer.controls)))
+    monkeypatch.setattr(
+        explorer.sides[0], "show_text", lambda *_: seen.append(all(c.disabled for c in explorer.controls))
+    )
     explorer.button.click()
     assert seen and all(seen)
 
 
 def test_stop_ends_the_text_and_other_clicks_are_ignored_meanwhile(explorer, monkeypatch):
     shown = []
-    monkeypatch.setattr(explorer, "_show_text", shown.append)
+    monkeypatch.setattr(explorer.sides[0], "show_text", lambda _, answer: shown.append(answer))
 
     async def click():
         explorer.button.click()
@@ -110,9 +114,10 @@ def test_stop_ends_the_text_and_other_clicks_are_ignored_meanwhile(explorer, mon
             await asyncio.sleep(0)
         for _ in range(3):
             explorer.button.click()
-        chart = explorer.chart.value
-        explorer.temperature.value = 0.1  # a slider that was moved before it was off
-        assert explorer.chart.value == chart and not explorer.stop_button.disabled
+        chart = explorer.sides[0].chart
+        before = chart.value
+        explorer.sides[0].temperature.value = 0.1  # a slider that was moved before it was off
+        assert chart.value == before and not explorer.stop_button.disabled
         explorer.stop_button.click()
         await explorer.task
 
@@ -121,28 +126,30 @@ def test_stop_ends_the_text_and_other_clicks_are_ignored_meanwhile(explorer, mon
 
 
 def test_moving_a_slider_moves_the_distribution(explorer):
-    before = explorer.chart.value
-    explorer.temperature.value = 0
-    assert explorer.chart.value != before and "100.0%" in explorer.chart.value
+    chart = explorer.sides[0].chart
+    before = chart.value
+    explorer.sides[0].temperature.value = 0
+    assert chart.value != before and "100.0%" in chart.value
 
 
 def test_errors_are_shown_and_go_away(explorer):
     explorer.prompt.value = "word " * 80
     assert "LimitError" in explorer.errors.outputs[0]["text"]
-    assert explorer.chart.value == "" and not explorer.button.disabled
+    assert explorer.sides[0].chart.value == "" and not explorer.button.disabled
     explorer.prompt.value = "Long ago"
     assert explorer.errors.outputs == ()
 
 
 def test_a_fault_of_ours_is_shown_too(explorer, monkeypatch):
-    monkeypatch.setattr(widgets, "stream_choices", lambda *_: 1 / 0)
+    monkeypatch.setattr(explorers, "stream_choices", lambda *_: 1 / 0)
     explorer.button.click()
     assert "ZeroDivisionError" in explorer.errors.outputs[0]["text"]
 
 
 def test_a_prompt_is_text_and_nothing_else(explorer):
     explorer.prompt.value = "<img src=x onerror=alert(1)>"
-    assert "<img" not in explorer.text.value and "&lt;img" in explorer.text.value
+    text = explorer.sides[0].text.value
+    assert "<img" not in text and "&lt;img" in text
 
 
 def test_there_is_a_picture_for_readers_without_a_kernel(explorer):
@@ -150,6 +157,141 @@ def test_there_is_a_picture_for_readers_without_a_kernel(explorer):
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert widgets.START in data["text/plain"] and about["image/png"]["alt"] == data["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in data
+
+
+def test_what_ends_a_text_is_one_row_and_other_tokens_without_text_are_told_by_their_id(engine):
+    """At temperature 0 all but one have no chance: the ids 0 to 2 came next, three rows called "(end)"."""
+    for options in (
+        widgets.next_tokens(engine, widgets.START, SamplingParams(temperature=0)),
+        *(c.candidates for c in widgets.stream_choices(engine, widgets.START, SamplingParams(temperature=0))),
+    ):
+        names = [choices.visible(text) for text, _ in options]
+        assert len(set(names)) == len(names) and 8 <= len(names) <= 9 and names.count("(end)") <= 1
+    uniform = torch.full((engine.vocab_size,), 1 / engine.vocab_size)
+    rows = dict(widgets.candidates(engine, uniform, engine.vocab_size))
+    assert rows[""] == pytest.approx(len(engine.end_ids) / engine.vocab_size)
+    assert sum(rows.values()) == pytest.approx(1, abs=1e-4) and any(name.startswith("(token ") for name in rows)
+
+
+def test_tokens_without_a_chance_stand_in_the_order_of_their_scores(engine):
+    def names(temperature):
+        return [t for t, _ in widgets.next_tokens(engine, widgets.START, SamplingParams(temperature=temperature))]
+
+    assert names(0) == names(1)  # so the bars stay where they are while the slider moves
+
+
+def test_a_token_of_the_text_can_be_opened(explorer):
+    explorer.button.click()
+    side = explorer.sides[0]
+    assert len(side.tokens.options) == len(side.choices) == 8 and side.tokens.layout.display == ""
+    for at in (0, 5):
+        side.tokens.index = at
+        assert (
+            f"Token {at + 1} was" in side.chart.value
+            and widgets.bars(side.choices[at].candidates, side.choices[at].chosen) in side.chart.value
+        )
+    side.temperature.value = 0.3
+    assert side.choices == [] and side.tokens.layout.display == "none"  # they belong to other settings
+
+
+def test_two_settings_stand_side_by_side(engine, explorer):
+    one, other = explorer.sides
+    assert other.view.layout.display == "none"
+    explorer.button.click()
+    assert len(one.choices) == 8 and other.choices == []
+    explorer.two.value = True
+    assert other.view.layout.display == "" and "100.0%" in other.chart.value and "100.0%" not in one.chart.value
+    explorer.button.click()
+    for at, side in enumerate(explorer.sides):
+        assert side.choices[-1].text == engine.generate(widgets.START, explorer.sampling(at))[0].text
+    given = widgets.sampling_explorer(engine, beside=SamplingParams(temperature=0.5, seed=7, max_tokens=40))
+    assert given.two.value and given.sampling(1).temperature == 0.5
+    with pytest.raises(InputError, match="cannot show"):
+        widgets.sampling_explorer(engine, beside=SamplingParams(temperature=0.5, seed=8))
+
+
+def test_stop_ends_both_sides(explorer):
+    explorer.two.value = True
+
+    async def click():
+        explorer.button.click()
+        while len(explorer.sides[0].choices) < 2:
+            await asyncio.sleep(0)
+        explorer.stop_button.click()
+        await explorer.task
+
+    asyncio.run(click())
+    assert 2 <= len(explorer.sides[0].choices) <= 4 and explorer.sides[1].choices == []
+    assert len(explorer.sides[0].tokens.options) == len(explorer.sides[0].choices)
+
+
+def test_a_fast_drag_is_drawn_once_where_it_stops(explorer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(explorer, "_shown_sides", lambda: drawn.append(explorer.sampling().temperature) or [])
+
+    async def drag():
+        for tenth in range(20):
+            explorer.sides[0].temperature.value = tenth / 10
+        await asyncio.sleep(panel.REDRAW * 5)
+
+    asyncio.run(drag())
+    assert drawn == [1.9]
+
+
+# ---- memory, batching, build ------------------------------------------------------------------------------
+
+
+def test_the_memory_calculator_shows_its_table_and_follows_its_controls():
+    calculator = widgets.memory_calculator()
+    before = calculator.table.value
+    calculator.precision.value, calculator.batch.value, calculator.length.value = "int4", 64, 4096
+    assert calculator.table.value != before and "int4, 64 sequences of 4096 tokens" in calculator.table.value
+    assert calculator.recipe().replace(max_input_len=128) == BuildRecipe(
+        model="dummy:llama-3.2-1b", precision="int4", max_batch_size=64, max_seq_len=4096
+    )
+    data, _ = calculator._repr_mimebundle_()
+    assert "H100" in data["text/html"] and "H100" in data["text/plain"]
+
+
+def test_what_the_calculator_cannot_count_is_told_and_goes_away(tmp_path):
+    calculator = widgets.memory_calculator()
+    calculator.model.options = [*calculator.model.options, str(tmp_path)]
+    calculator.model.value = str(tmp_path)
+    assert "ModelError" in calculator.errors.outputs[0]["text"] and "Fix:" in calculator.errors.outputs[0]["text"]
+    assert calculator.table.value == ""
+    calculator.model.value = "stories"
+    assert calculator.errors.outputs == () and "stories" in calculator.table.value
+
+
+def test_the_simulator_takes_this_machines_step_times_and_shows_any_moment():
+    times = batching.StepTimes({1: 0.001, 2: 0.0015}, 1e-5, "my machine")
+    simulator = widgets.batching_simulator(times)
+    assert simulator.source.value == "yours: my machine" and simulator.batch.max == 2
+    assert "in-flight, paged" in simulator.picture.value and "static, contiguous" in simulator.table.value
+    before = simulator.picture.value
+    simulator.time.value = 20
+    assert simulator.picture.value != before
+    simulator.batching.value = False
+    assert "static, paged, up to" in simulator.picture.value
+    data, _ = simulator._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and "tokens per second" in data["text/plain"]
+
+
+def test_a_simulation_plays_until_stop(monkeypatch):
+    simulator = widgets.batching_simulator()
+    seen = []
+    monkeypatch.setattr(simulator, "show", lambda: seen.append(simulator.time.value))
+
+    async def click():
+        simulator.play.click()
+        while len(seen) < 3:
+            await asyncio.sleep(0.01)
+        simulator.play.click()
+        simulator.stop_button.click()
+        await simulator.task
+
+    asyncio.run(click())
+    assert seen == sorted(seen) and 3 <= len(seen) <= 5 and not simulator.play.disabled
 
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -299,8 +441,11 @@ def test_a_model_that_cannot_chat_is_refused_at_once(engine, talker):
 
 
 def test_every_control_has_a_label(talk, explorer):
-    for control in [*talk.controls, talk.question, talk.stop_button, *explorer.controls, explorer.stop_button]:
-        assert control.description
+    every = [talk, explorer, widgets.memory_calculator(), widgets.batching_simulator(), widgets.build_explorer()]
+    for widget in every:
+        for control in [*widget.controls, widget.stop_button]:
+            assert control.description, widget
+    assert talk.question.description
 
 
 def test_what_was_said_is_there_for_readers_without_a_kernel(talker):

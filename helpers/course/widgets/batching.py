@@ -1,0 +1,89 @@
+"""The batching simulator: requests arrive, and you choose how they are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from helpers.course import batching
+from helpers.course.batching import StepTimes, Timeline
+from helpers.course.widgets.panel import Panel, as_html, button, control, row, slider
+from helpers.display import Picture
+
+FRAME = 0.1  # seconds from one picture of a playing simulation to the next
+
+
+def batching_simulator(times: StepTimes | None = None) -> BatchingSimulator:
+    """Controls over `batching.simulate`. times: step times of this machine, beside those of the course's records."""
+    given = {} if times is None else {f"yours: {times.place}": times}
+    return BatchingSimulator({**given, **batching.reference_steps()})
+
+
+class BatchingSimulator(Panel):
+    def __init__(self, sources: dict[str, StepTimes]):
+        import ipywidgets as w
+
+        super().__init__()
+        self.sources = sources
+        self.source = control("Dropdown", "step times of", options=list(sources))
+        self.batching = control("Dropdown", "batching", options=[("in-flight", True), ("static", False)])
+        self.cache = control("Dropdown", "KV cache", options=[("paged", True), ("contiguous", False)])
+        self.load = slider("requests, % of what batch 1 serves", 200, 10, 1000, 10)
+        self.load.style.description_width = "auto"
+        self.count = slider("requests in all", 24, 1, 48)
+        self.answer = slider("mean answer, tokens", 48, 1, 64)
+        self.batch = slider("max_batch_size", 4, 1, 4)
+        self.memory = slider("cache, sequences of 320 tokens", 3, 1, 16)
+        self.memory.style.description_width = "auto"
+        self.time = slider("time, %", 100, 0, 100)
+        self.play = button("Play", "Show the simulation as it goes on", lambda: self._start(self._play()))
+        self.picture, self.table = w.HTML(), w.HTML()
+        settings = [self.source, self.batching, self.cache, self.load, self.count, self.answer, self.batch, self.memory]
+        self.controls = [*settings, self.play]
+        buttons = row(self.play, self.stop_button)
+        self.view = w.VBox([row(*settings), row(self.time, buttons), self.errors, self.picture, self.table])
+        self.redraw_with(self.draw, *settings)
+        self.redraw_with(self.show, self.time)
+        self.draw()
+
+    def limits(self) -> dict[str, int]:
+        return {"max_batch": self.batch.value, "cache_tokens": 320 * self.memory.value, "max_seq_len": 320}
+
+    def requests(self) -> list[batching.Request]:
+        times, answer = self.sources[self.source.value], self.answer.value
+        alone = 64 * times.prompt_token + answer * times.of_batch(1)  # seconds of a mean request by itself
+        return batching.arrivals(self.count.value, self.load.value / 100 / alone, answer=answer)
+
+    def timeline(self) -> Timeline:
+        return batching.simulate(
+            self.requests(),
+            self.sources[self.source.value],
+            in_flight=self.batching.value,
+            paged=self.cache.value,
+            **self.limits(),
+        )
+
+    def draw(self) -> None:
+        self.batch.max = min(64, max(self.sources[self.source.value].decode))
+        self._timeline = self.timeline()
+        times = self.sources[self.source.value]
+        self.table.value = as_html(batching.compare_batching(self.requests(), times, **self.limits()))
+        self.show()
+
+    def show(self) -> None:
+        """The picture at the slider's time."""
+        end = max(self._timeline.finished)
+        name = batching.NAMES[self.batching.value, self.cache.value]
+        self.picture.value = as_html(batching.batching_picture(self._timeline, name, end * self.time.value / 100))
+
+    def _play(self) -> Iterator[float]:
+        for percent in self._until_stopped(iter(range(0, 101, 2))):
+            self.time.value = percent
+            self.show()
+            yield FRAME
+
+    def _show_error(self, words: str) -> None:
+        self.picture.value = self.table.value = ""  # what is there belongs to other settings
+        super()._show_error(words)
+
+    def twin(self) -> Picture:
+        return batching.batching_picture(self.timeline(), batching.NAMES[self.batching.value, self.cache.value])

@@ -1,0 +1,124 @@
+"""The build explorer: a recipe by controls, what it would take, and the build itself."""
+
+from __future__ import annotations
+
+import html
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers import recipe as recipes
+from helpers.course.memory import expected_seconds, plan
+from helpers.course.widgets.memory import models
+from helpers.course.widgets.panel import Panel, as_html, button, control, row, slider
+from helpers.display import Table
+from helpers.engine import inspect
+from helpers.errors import BuildError
+from helpers.machine import commands
+from helpers.paths import PROJECT
+from helpers.recipe import BuildRecipe
+from helpers.recipe.fields import OPTIMIZATION_LEVELS, PRECISIONS
+
+PATIENCE = 15.0  # seconds that a cancelled build may take to clear away what it has written
+
+
+def build_explorer(**fields: Any) -> BuildExplorer:
+    """Controls for a recipe; what its engine takes beside them; a build that can be stopped. fields: a recipe's."""
+    return BuildExplorer(BuildRecipe(**{"max_batch_size": 4, "optimization_level": 0, **fields}))
+
+
+class BuildExplorer(Panel):
+    def __init__(self, recipe: BuildRecipe):
+        import ipywidgets as w
+
+        super().__init__()
+        self._recipe = recipe
+        self.fields = {
+            "model": control("Dropdown", "model", options=models(recipe.model), value=recipe.model),
+            "precision": control("Dropdown", "precision", options=PRECISIONS["aot"], value=recipe.precision),
+            "max_batch_size": slider("max_batch_size", recipe.max_batch_size, 1, 64),
+            "max_input_len": slider("max_input_len", recipe.max_input_len, 2, 2048),
+            "max_seq_len": slider("max_seq_len", recipe.max_seq_len, 3, 4096),
+            "optimization_level": control(
+                "Dropdown", "optimization_level", options=OPTIMIZATION_LEVELS, value=recipe.optimization_level
+            ),
+        }
+        self.fuse = control("Checkbox", "fuse operations into kernels", value=recipe.fusion.kernels, indent=False)
+        self.button = button("Build", "Compile this recipe", lambda: self._start(self._build()))
+        self.button.button_style = "primary"
+        self.stop_button.tooltip = "Cancel the build; nothing is left of it"
+        self.bar = w.FloatProgress(0, min=0, max=1, description="build", layout=w.Layout(display="none"))
+        self.table, self.log, self.report = w.HTML(), w.HTML(), w.HTML()
+        settings = [*self.fields.values(), self.fuse]
+        self.controls = [*settings, self.button]
+        buttons = row(self.button, self.stop_button, self.bar)
+        self.view = w.VBox([row(*settings), self.errors, self.table, buttons, self.log, self.report])
+        self.redraw_with(self.draw, *settings)
+        self._soon(self.draw)
+
+    def recipe(self) -> BuildRecipe:
+        chosen = {name: field.value for name, field in self.fields.items()}
+        return self._recipe.replace(**chosen, fusion={**vars(self._recipe.fusion), "kernels": self.fuse.value})
+
+    def draw(self) -> None:
+        self.table.value = as_html(self.twin())
+
+    def _build(self) -> Iterator[float]:
+        """In a process of its own, as `helpers build` does it: so the kernel stays free, and it can be interrupted."""
+        recipe, started = self.recipe(), time.monotonic()
+        expected = expected_seconds(recipe)
+        self.bar.layout.display, self.bar.value, self.report.value = "", 0, ""
+        with tempfile.TemporaryDirectory() as folder:
+            file, log = recipes.write(recipe, Path(folder) / "recipe.toml"), Path(folder) / "log"
+            paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "helpers", "build", str(file)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
+                    **commands.OWN_SESSION,
+                )
+            try:
+                while process.poll() is None and not self._stopping:
+                    seconds = time.monotonic() - started
+                    self.bar.value = min(0.98, seconds / expected)
+                    self._show_log(log, f"{seconds:.0f} s of about {expected:.0f} s")
+                    yield 0.25
+                if process.poll() is None and commands.POSIX:
+                    process.send_signal(signal.SIGINT)  # it clears away what it has written
+                    self._show_log(log, "cancelling ...")
+                    deadline = time.monotonic() + PATIENCE
+                    while process.poll() is None and time.monotonic() < deadline:
+                        yield 0.1
+            finally:
+                commands.kill_all(process)
+                process.wait()
+                self.bar.layout.display = "none"
+            words = log.read_text(encoding="utf-8", errors="replace").strip()
+        self.draw()
+        if self._stopping:
+            self.log.value = "<p>Cancelled. Nothing is left of this build.</p>"
+        elif process.returncode:
+            raise BuildError(f"The build failed.\n{words}")
+        else:
+            self.log.value = f"<pre>{html.escape(words)}</pre>"
+            self.report.value = as_html(inspect(words.splitlines()[-1]))
+
+    def _show_log(self, log: Path, now: str) -> None:
+        words = log.read_text(encoding="utf-8", errors="replace")
+        self.log.value = f"<pre>{html.escape(words)}{html.escape(now)}</pre>"
+
+    def _show_error(self, words: str) -> None:
+        self.table.value = self.log.value = self.report.value = ""  # what is there belongs to other settings
+        super()._show_error(words)
+
+    def twin(self) -> Table:
+        return plan(self.recipe())

@@ -1,0 +1,164 @@
+"""What all widgets share: labelled controls, steps that can be stopped, pictures that keep up, and errors in sight."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from helpers.errors import CourseError
+
+T = TypeVar("T")
+REDRAW = 0.03  # seconds that a redraw waits for more moves of the same drag
+
+
+def control(kind: str, label: str, **settings: Any) -> Any:
+    """A control of ipywidgets with its label beside it; on a phone it is as wide as the page."""
+    import ipywidgets as w
+
+    layout = w.Layout(width="26em", max_width="98%")
+    return getattr(w, kind)(
+        description=label,
+        **{"style": {"description_width": "9em"}, "layout": layout} | settings,
+    )
+
+
+def slider(label: str, value: float, low: float, high: float, step: float = 1) -> Any:
+    """A slider of whole numbers, or of others where its step is none."""
+    kind = "IntSlider" if isinstance(step, int) else "FloatSlider"
+    return control(kind, label, value=value, min=low, max=high, step=step)
+
+
+def button(label: str, tooltip: str, click: Callable[[], None], **settings: Any) -> Any:
+    import ipywidgets as w
+
+    made = w.Button(description=label, tooltip=tooltip, **settings)
+    made.on_click(lambda _: click())
+    return made
+
+
+def row(*parts: Any) -> Any:
+    """Side by side where there is room, else one below the other."""
+    import ipywidgets as w
+
+    return w.HBox(parts, layout=w.Layout(flex_flow="row wrap"))
+
+
+def mime_bundle(thing: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A table, a picture or a text as a notebook shows it: data by media type, and metadata."""
+    if hasattr(thing, "_repr_mimebundle_"):
+        return thing._repr_mimebundle_()
+    text = str(thing)
+    page = thing._repr_html_() if hasattr(thing, "_repr_html_") else f"<pre>{html.escape(text)}</pre>"
+    return {"text/html": page, "text/plain": text}, {}
+
+
+def as_html(thing: Any) -> str:
+    """The same as a part of a page."""
+    data, _ = mime_bundle(thing)
+    if "image/png" in data:
+        alt = html.escape(data["text/plain"], quote=True)
+        return f"<img alt='{alt}' style='max-width:100%' src='data:image/png;base64,{data['image/png']}'>"
+    return f"<div style='overflow-x:auto'>{data['text/html']}</div>"
+
+
+class Panel(ABC):
+    """Settings, a Stop button, and a place for errors, which Jupyter would swallow.
+
+    Work comes in steps, and between two of them the kernel serves clicks. So Stop works, and what else is clicked
+    meanwhile is ignored instead of waiting for its turn.
+    """
+
+    view: Any  # the whole widget
+
+    def __init__(self) -> None:
+        import ipywidgets as w
+
+        self.stop_button = button("Stop", "End what is running", self.stop, disabled=True)
+        self.errors = w.Output()
+        self.controls: list[Any] = []  # off while it runs
+        self.task: asyncio.Task[None] | None = None  # of what runs; Python forgets one that nobody keeps
+        self._running = self._stopping = False
+        self._redraw: asyncio.TimerHandle | None = None
+
+    @abstractmethod
+    def twin(self) -> Any:
+        """What readers without a kernel see: a table, a picture or a text."""
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def redraw_with(self, draw: Callable[[], None], *controls: Any) -> None:
+        """Draw whenever one of the controls moves. A fast drag is drawn as it is then: no move waits for its turn."""
+        for one in controls:
+            one.observe(lambda _: self._soon(draw), names="value")
+
+    def _soon(self, draw: Callable[[], None]) -> None:
+        def now() -> None:
+            self._redraw = None
+            if not self._running:
+                with self._shown_errors():
+                    draw()
+
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no notebook
+            now()
+        else:
+            if self._redraw is None:
+                self._redraw = loop.call_later(REDRAW, now)
+
+    def _start(self, steps: Iterator[float]) -> None:
+        """Take the steps of some work; each says how many seconds to wait after it. A notebook gets its cell back."""
+        if self._running:
+            return
+        self._switch(running=True)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no notebook
+            asyncio.run(self._take(steps))
+        else:
+            self.task = loop.create_task(self._take(steps))
+
+    async def _take(self, steps: Iterator[float]) -> None:
+        try:
+            with self._shown_errors():
+                for seconds in steps:
+                    await asyncio.sleep(seconds)
+        finally:
+            self._switch(running=False)
+
+    def _until_stopped(self, items: Iterator[T]) -> Iterator[T]:
+        for item in items:
+            yield item
+            if self._stopping:
+                return
+
+    def _switch(self, running: bool) -> None:
+        self._running, self._stopping = running, False
+        self.stop_button.disabled = not running
+        for one in self.controls:
+            one.disabled = running
+
+    @contextlib.contextmanager
+    def _shown_errors(self) -> Iterator[None]:
+        """What goes wrong in here is told in the widget."""
+        self.errors.outputs = ()
+        try:
+            yield
+        except CourseError as error:
+            self._show_error(f"{type(error).__name__}: {error}\n")
+        except Exception:  # a callback's edge: nobody above would show it
+            self._show_error(traceback.format_exc())
+
+    def _show_error(self, words: str) -> None:
+        self.errors.append_stderr(words)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        data, about = mime_bundle(self.twin())
+        view = self.view._repr_mimebundle_()["application/vnd.jupyter.widget-view+json"]
+        return {**data, "application/vnd.jupyter.widget-view+json": view}, about

@@ -1,0 +1,51 @@
+"""The build explorer: it builds what its controls say, and a build that is stopped leaves nothing."""
+
+import asyncio
+
+import pytest
+
+pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
+
+from helpers import store
+from helpers.course.widgets import build_explorer
+from helpers.paths import engines_folder
+
+LIMITS = {"device": "cpu", "max_batch_size": 1, "max_input_len": 16, "max_seq_len": 48}
+
+
+def test_a_build_that_is_there_already_opens_in_the_inspector(tiny_engine, tiny_llama):
+    explorer = build_explorer(model=str(tiny_llama), **LIMITS, optimization_level=3)
+    assert f"built already: {tiny_engine.name}" in explorer.table.value
+    explorer.button.click()
+    assert "Cache hit" in explorer.log.value and explorer.errors.outputs == ()
+    assert "decode_b1" in explorer.report.value and not explorer.button.disabled
+
+
+def test_a_build_that_is_stopped_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    explorer = build_explorer(model=str(tiny_llama), **LIMITS)
+    assert "not built yet" in explorer.table.value
+
+    async def click():
+        explorer.button.click()
+        while not list(engines_folder().glob(".building-*/*")):
+            await asyncio.sleep(0.05)
+        explorer.button.click()  # is ignored
+        assert explorer.bar.value < 1 and "Building" in explorer.log.value and explorer.button.disabled
+        explorer.stop_button.click()
+        await explorer.task
+
+    asyncio.run(asyncio.wait_for(click(), 120))
+    assert "Cancelled" in explorer.log.value and "not built yet" in explorer.table.value
+    assert store.list_engines() == [] and list(engines_folder().glob(".building-*")) == []
+    assert not explorer.button.disabled and explorer.errors.outputs == ()
+
+
+def test_a_build_that_fails_says_why_in_the_widget(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    explorer = build_explorer(model=str(tiny_llama), **LIMITS)
+    explorer.button.click()
+    words = explorer.errors.outputs[0]["text"]
+    assert "no C++ compiler" in words and "Fix:" in words and not explorer.button.disabled

@@ -1,0 +1,84 @@
+"""The memory calculator against what an engine would store, the benchmark's own count, and published sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import BuildRecipe
+from helpers.backends.aot.stored import stored_bytes
+from helpers.bench.records import Workload
+from helpers.bench.run import bytes_per_step
+from helpers.course import memory as calculator
+from helpers.course.memory import memory, memory_table, plan
+from helpers.errors import RecipeError
+from helpers.model.checkpoint import find_checkpoint
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("changes", [{}, {"max_batch_size": 8, "max_seq_len": 300}, {"optimization_level": 0}], ids=str)
+def test_two_layers_tell_what_all_take(device, precision, changes):
+    for model in ("stories", "dummy:tinyllama-1.1b"):
+        recipe = BuildRecipe(model=model, precision=precision, **changes)
+        takes = memory(recipe, device)
+        assert (takes.weights, takes.packed) == stored_bytes(recipe, find_checkpoint(model).config, device)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("model", ["stories", "dummy:tinyllama-1.1b"])
+def test_a_steps_bytes_are_those_of_the_benchmark(model, precision):
+    """The benchmark counts caches at the mean length; here that is all of max_seq_len. Scales are left out there."""
+    workload = Workload(model, input_len=255, output_len=2, max_input_len=255, max_seq_len=257, max_batch_size=4)
+    for batch in (1, 4):
+        takes = memory(BuildRecipe(model=model, precision=precision, max_batch_size=4, max_seq_len=255), "cpu")
+        ours, theirs = takes.least_seconds(1.0, batch), bytes_per_step(workload, precision, batch)
+        assert ours == pytest.approx(theirs, rel=0.13 if precision == "int4" else 0.03)  # int4: a scale for 32 weights
+
+
+def test_the_shapes_of_public_models_have_their_published_sizes():
+    for name, parameters in {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}.items():
+        config = find_checkpoint(f"dummy:{name}").config
+        assert config.parameter_count() == parameters and config.head_dim == 128
+    # 2 x 32 layers x 8 heads x 128 x 2 bytes = 128 KiB a token
+    assert find_checkpoint("dummy:llama-3.1-8b").config.kv_cache_bytes(1, 1, 2) == 2**17
+
+
+def test_what_fits_is_what_there_is_room_for():
+    takes = memory(
+        BuildRecipe(model="dummy:llama-3.1-8b", precision="bf16", max_batch_size=4, max_seq_len=4096), "cuda"
+    )
+    most = takes.most_sequences(24e9 * 0.9)
+    fixed, each = takes.weights + takes.packed, takes.kv_cache / 4
+    assert fixed + most * each <= 24e9 * 0.9 < fixed + (most + 1) * each and most > 0
+    assert takes.most_sequences(takes.weights - 1) == 0
+
+
+def test_the_table_says_where_it_fits():
+    table = memory_table(BuildRecipe(model="dummy:llama-3.1-70b", precision="bf16", max_seq_len=1024), speed=20e9)
+    fits = {row[0]: row[5] for row in table.rows}
+    assert fits["L4"] == fits["A100 80GB SXM"] == "no" and "this machine" in fits  # 141 GB of weights
+    small = {row[0]: row[5] for row in memory_table(BuildRecipe(), speed=20e9).rows}
+    assert set(small.values()) == {"yes"}
+
+
+def test_a_gpu_of_the_table_names_its_source():
+    gpus = json.loads(Path(calculator.__file__).with_name("gpus.json").read_text(encoding="utf-8"))
+    assert len(gpus) > 4
+    for gpu in gpus:
+        assert gpu["source"].startswith("https://") and 10 < gpu["memory_gb"] < 300 and 100 < gpu["gb_per_s"] < 10_000
+
+
+def test_the_plan_of_a_recipe_adds_up_and_follows_it():
+    def said(**fields):
+        return dict(plan(BuildRecipe(optimization_level=3, **fields), speed=20e9).rows)
+
+    one, four = said(), said(max_batch_size=4)
+    assert one["engine"] == "not built yet" and "least time of a step, batch 4" in four
+    assert one["weights"] == four["weights"] and one["KV cache"] < four["KV cache"]
+    assert plan(BuildRecipe(optimization_level=0), speed=20e9).rows[1][1] == "0.0 MB"  # level 0 packs nothing
+
+
+def test_another_backends_memory_is_not_guessed():
+    with pytest.raises(RecipeError, match="aot"):
+        memory(BuildRecipe(backend="pytorch"), "cpu")
