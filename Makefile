@@ -18,7 +18,7 @@ help: ## show this list
 
 setup: $(STAMP) ## install the course into .venv (the targets below do it when needed)
 
-run: $(STAMP) ## run every notebook from top to bottom; results in build/
+run: $(STAMP) ## run every notebook from top to bottom; a web site in build/site
 	$(PY) -m helpers run
 
 # Tests run side by side, at most four at a time: each process may hold an engine and a compiler.

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="two records, side by side"
     )
 
-    command = _add(commands, "run", _run, "execute every notebook and write HTML pages under build/")
+    command = _add(commands, "run", _run, "execute every notebook and write them as a web site to build/site")
     command.add_argument("notebooks", nargs="*", help="only these; default: all")
     command.add_argument("--out", type=Path, default=Path("build"))
     command.add_argument("--update", action="store_true", help="write the outputs back into notebooks/")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.display import Table
 from helpers.errors import InputError
+from helpers.maintain import site
 from helpers.paths import PROJECT
 
 if TYPE_CHECKING:
@@ -187,6 +188,8 @@ def scrub(value: Any) -> Any:
         return [scrub(item) for item in value]
     if isinstance(value, dict):
         changed = {k: v if k.startswith("image/") else scrub(v) for k, v in value.items()}
+        if "text/html" in changed:
+            changed["text/html"] = re.sub(r"<(python|tmp|cell)>", r"&lt;\1&gt;", changed["text/html"])
         return type(value)(changed)  # a NotebookNode stays one
     return value
 
@@ -219,8 +222,10 @@ def clear(nb: NotebookNode) -> None:
             cell.outputs = []
 
 
-def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[NotebookNode, NotebookResult]:
-    """Execute one notebook in a fresh kernel, in its own folder, and judge it."""
+def run_notebook(
+    source: Path, *, timeout: int = CELL_TIMEOUT_S, go_on: bool = False
+) -> tuple[NotebookNode, NotebookResult]:
+    """Execute one notebook in a fresh kernel, in its own folder, and judge it. go_on: also after a cell that fails."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
@@ -243,6 +248,7 @@ def run_notebook(source: Path, *, timeout: int = CELL_TIMEOUT_S) -> tuple[Notebo
     client = Client(
         nb,
         timeout=timeout,
+        allow_errors=go_on,
         startup_timeout=120,
         kernel_name="python3",
         extra_arguments=["--log-level=ERROR"],  # a fresh kernel's warnings are about the kernel, not the course
@@ -300,26 +306,6 @@ class _Progress:
         print(f"{time.perf_counter() - self.began:7.1f} s", flush=True)
 
 
-# nbconvert's page leaves out the text that a picture's output carries for those who cannot see it.
-PICTURE_WITH_ITS_TEXT = """{% extends "lab/index.html.j2" %}
-{% block data_png scoped %}<div class="jp-RenderedImage jp-OutputArea-output"><img
-alt="{{ (output | get_metadata("alt", "image/png") or "") | escape_html }}"
-src="data:image/png;base64,{{ output.data["image/png"] | escape_html }}"></div>{% endblock %}
-"""
-
-
-def write_html(nb: NotebookNode, page: Path) -> None:
-    """One page that needs no other file: pictures inside, nothing fetched except the script for formulas."""
-    from nbconvert import HTMLExporter
-
-    # Not embed_images: it would close <details> before the solution in it. Outputs hold their pictures anyway.
-    exporter = HTMLExporter(require_js_url="", jquery_url="", mermaid_js_url="")
-    exporter.raw_template = PICTURE_WITH_ITS_TEXT
-    html, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": page.stem}})
-    html = re.sub(r'(href="[\w./-]+)\.ipynb\b', r"\1.html", html)  # from page to page
-    page.write_text(html, encoding="utf-8")
-
-
 def select(folder: Path, only: list[str] | None) -> list[Path]:
     """The notebooks in reading order; `only` names some of them, whole or by their beginning ("03")."""
     every = sorted(folder.glob("*.ipynb"))
@@ -340,21 +326,27 @@ def run_all(
     update: bool = False,
     timeout: int = CELL_TIMEOUT_S,
 ) -> list[NotebookResult]:
-    """Run the notebooks; write each, executed, with its page to `out`, and back to `folder` if asked to."""
+    """Run the notebooks; write each, executed, to `out`, and back to `folder` if asked to. All become a web site in
+    `out`/site, those that did not run now as they were committed."""
     out.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, pages = [], {}
     for source in select(folder, only):
         print(source.stem, flush=True)
         try:
             nb, result = run_notebook(source, timeout=timeout)
             write(nb, out / source.name)
-            write_html(nb, out / f"{source.stem}.html")
+            pages[source.stem] = site.convert(source.stem, nb)
             if update and result.ok:
                 write(nb, source)
         except Exception as error:  # whatever is wrong with this notebook, the next one runs
             words = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             result = NotebookResult(source.stem, problems=[words])
         results.append(result)
+    ran = {result.name for result in results}
+    for source in select(folder, None):
+        if source.stem not in ran:
+            pages[source.stem] = site.convert(source.stem, read(source))
+    site.write_site([pages[name] for name in sorted(pages)], out / "site")
     return results
 
 
@@ -390,7 +382,9 @@ def grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
 def main(only: list[str] | None = None, out: Path = BUILD, *, update: bool = False) -> int:
     """`helpers run`: the exit status is 0 if every cell ran or was listed as skipped."""
     results = run_all(out, only, update=update)
-    print(f"\nThe executed notebooks and their pages are in {os.path.relpath(out)}{os.sep}\n")
+    print(
+        f"\nThe executed notebooks are in {os.path.relpath(out)}{os.sep}; to read them: {out / 'site' / 'index.html'}\n"
+    )
     for result in results:
         for problem in result.problems:
             print(f"{result.name}: {problem}\n")

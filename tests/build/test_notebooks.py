@@ -11,7 +11,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
 
 from helpers.errors import InputError
-from helpers.maintain import notebooks
+from helpers.maintain import notebooks, site
 from helpers.paths import PROJECT
 
 
@@ -206,8 +206,7 @@ def test_run_all_writes_notebooks_and_pages_and_updates_only_what_passed(tmp_pat
     assert [(result.name, result.ok) for result in results] == [("01_good", True), ("02_bad", False)]
     assert "fine" in good.read_text() and bad.read_text() == before
     assert (tmp_path / "build/02_bad.ipynb").is_file()
-    page = (tmp_path / "build/01_good.html").read_text()
-    assert "fine" in page and not re.search(r'<(?:img|link)[^>]+(?:src|href)="https?:', page)
+    assert "fine" in (tmp_path / "build/site/01_good.html").read_text(encoding="utf-8")
     assert "cell   1 of 1" in capsys.readouterr().out
 
 
@@ -233,6 +232,7 @@ def test_what_is_no_notebook_is_one_failed_row_and_the_next_one_runs(tmp_path, h
     broken.write_text(damaged)
     write(folder, "print('fine')", name="02_good")
     first, second = notebooks.run_all(tmp_path / "build", folder=folder, update=True)
+    assert [page.name for page in (tmp_path / "build/site").glob("0*.html")] == ["02_good.html"]
     assert "01_broken.ipynb is not a notebook" in first.problems[0] and "Fix:" in first.problems[0]
     assert second.ok and second.cells_run == 1
     assert broken.read_text() == damaged
@@ -260,25 +260,10 @@ def test_bytes_that_were_changed_anywhere_are_refused_or_read_whole(tmp_path):
 
 
 def test_a_page_that_cannot_be_made_is_a_failed_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "write_html", lambda *_: [][0])
+    monkeypatch.setattr(site, "convert", lambda *_: [][0])
     write(tmp_path / "notebooks", "1")
     (result,) = notebooks.run_all(tmp_path / "build", folder=tmp_path / "notebooks")
     assert result.problems == ["IndexError: list index out of range"]
-
-
-def test_a_picture_keeps_its_text_on_the_page(tmp_path):
-    data = {"image/png": "iVBORw0KGgo=", "text/plain": "a picture"}
-    output = nbformat.v4.new_output("display_data", data=data, metadata={"image/png": {"alt": "Bars: 1 & 2"}})
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[output])])
-    notebooks.write_html(nb, tmp_path / "page.html")
-    assert 'alt="Bars: 1 &amp; 2"' in (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-def test_a_solution_stays_hidden_until_it_is_asked_for(tmp_path):
-    cell = nbformat.v4.new_markdown_cell("<details>\n<summary>Solutions</summary>\n\nforty-two\n\n</details>")
-    notebooks.write_html(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "forty-two" in page[page.index("<details>") : page.index("</details>")]
 
 
 def test_the_exit_status_tells(tmp_path, monkeypatch, capsys):
