@@ -109,12 +109,11 @@ def reveal(name: str, **result: Any) -> Prediction:
 
 
 def _result(prediction: Prediction, value: Any) -> float | str | None:
-    if prediction.unit != CHOICE:
-        try:
-            return number(value)
-        except CourseError:
-            return None
-    return choice(value, prediction.options) if prediction.options else str(value)
+    """The result as what was guessed: nothing that is measured makes a notebook fail."""
+    try:
+        return choice(value, prediction.options or (str(value),)) if prediction.unit == CHOICE else number(value)
+    except CourseError:
+        return str(value) if prediction.unit == CHOICE else None
 
 
 def _single(call: str, name: str, given: dict[str, Any]) -> tuple[str, Any]:

@@ -24,9 +24,7 @@ def plain(value: Any) -> Any:
 
 def number(value: Any) -> float:
     """A finite number: of Python, numpy or torch, a Fraction or Decimal, one alone in a list, or written as text."""
-    alone = plain(value)
-    while isinstance(alone, list) and len(alone) == 1:
-        alone = alone[0]
+    alone = _alone(value)
     if isinstance(alone, str):
         alone = alone.replace(",", "") if THOUSANDS.fullmatch(alone.strip()) else alone
     try:
@@ -56,6 +54,7 @@ def numbers(value: Any) -> list[float]:
 
 def choice(value: Any, options: Sequence[str]) -> str:
     """Which of the options a text names, in upper or lower case and with any signs between its words."""
+    value = _alone(value)
     key = _words(getattr(value, "name", None) or getattr(value, "__name__", None) or value)
     for option in options:
         if _words(option) == key:
@@ -69,6 +68,14 @@ def choices(value: Any, options: Sequence[str]) -> set[str]:
     if not isinstance(items, list):
         raise InputError(f"{shown(value)} is not a set of names.")
     return {choice(item, options) for item in items if item != ""}
+
+
+def _alone(value: Any) -> Any:
+    """A plain value, without lists that hold nothing but it."""
+    value = plain(value)
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value
 
 
 def _words(value: Any) -> str:

@@ -12,7 +12,8 @@ from helpers.bench import records
 from helpers.course.exercises.compare import with_impostor
 
 RECORD = records.read(records.REFERENCES / "cpu-stories.json")
-EAGER, ENGINE = (RECORD.row(name).median("tpot_s") * 1e3 for name in ("pytorch fp32", "aot fp32"))  # 2.18 and 0.42 ms
+# TPOT in ms: 2.18, 0.42 and 0.25
+EAGER, ENGINE, INT8 = (RECORD.row(name).median("tpot_s") * 1e3 for name in ("pytorch fp32", "aot fp32", "aot int8"))
 FIRST, BUILD = RECORD.row("aot fp32").median("ttft_s") * 1e3, RECORD.row("aot fp32").build_s  # 3.60 ms and 50 s
 SHORT = 8e3 / (FIRST + 7 * ENGINE)
 PAID = BUILD * 1e3 / (EAGER - ENGINE)
@@ -34,13 +35,13 @@ FAKE = next(row.name for row in with_impostor(RECORD).measured(1) if not row.agr
 
 RIGHT = {
     "04.1": [
-        EAGER / ENGINE,
-        2.18 / 0.42,
-        5.2,
-        "5.2",
-        np.float32(EAGER / ENGINE),
-        Fraction(218, 42),
-        torch.tensor([5.19]),
+        ENGINE / INT8,
+        0.42 / 0.25,
+        1.7,
+        "1.67",
+        np.float32(ENGINE / INT8),
+        Fraction(42, 25),
+        torch.tensor([1.67]),
     ],
     "04.2": [SHORT, 8 / (3.60e-3 + 7 * 0.42e-3), round(SHORT), f"{SHORT:,.0f}", np.float64(SHORT), torch.tensor(SHORT)],
     "04.4": [
@@ -63,7 +64,7 @@ RIGHT = {
 RIGHT["04.3"] = [min(RECORD.measured(1), key=lambda row: row.limit_s / row.median("tpot_s"))]
 RIGHT["04.3"] += [RIGHT["04.3"][0].name, RIGHT["04.3"][0].name.upper(), RIGHT["04.3"][0].name.replace(" ", ":")]
 WRONG = {
-    "04.1": [ENGINE / EAGER, EAGER - ENGINE, EAGER, 5.0, 5.4, 519, math.nan, "faster"],
+    "04.1": [INT8 / ENGINE, ENGINE - INT8, INT8, EAGER / ENGINE, 2, 1.5, 167, math.nan, "faster"],
     "04.2": [
         8e3 / (FIRST + 8 * ENGINE),  # both off by one
         7e3 / (FIRST + 7 * ENGINE),

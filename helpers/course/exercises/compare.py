@@ -24,15 +24,15 @@ def read_ms(value: float) -> Range:
 @exercise(
     "04.1",
     "How many times shorter?",
-    "a number: eager PyTorch's TPOT divided by the fp32 engine's, at batch 1",
+    "a number: the fp32 engine's TPOT divided by the int8 engine's, at batch 1",
     "Both stand in the row TPOT of section 4's table. Which of them is the longer?",
-    "The longer one over the shorter one, so it says how many times shorter the engine's is.",
+    "The longer one over the shorter one, so it says how many times shorter the int8 engine's is.",
 )
 def times_shorter(answer: Any, record: Record) -> str:
-    eager, engine = tpot(record.row("pytorch fp32")), tpot(record.row("aot fp32"))
-    mistakes = {"That is the other way round: the engine's over eager PyTorch's.": engine / eager}
-    within(answer, span(lambda a, b: a / b, read_ms(eager), read_ms(engine)), mistakes)
-    return f"{eager:.2f} ms / {engine:.2f} ms = {eager / engine:.1f}."
+    fp32, int8 = tpot(record.row("aot fp32")), tpot(record.row("aot int8"))
+    mistakes = {"That is the other way round: the int8 engine's over the fp32 engine's.": int8 / fp32}
+    within(answer, span(lambda a, b: a / b, read_ms(fp32), read_ms(int8)), mistakes)
+    return f"{fp32:.2f} ms / {int8:.2f} ms = {fp32 / int8:.1f}."
 
 
 @exercise(

@@ -1,0 +1,193 @@
+"""The learner's copies of the notebooks, and what the notebooks ask of them."""
+
+import ast
+import json
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
+
+from helpers.course import learner
+from helpers.course.exercises import frame
+from helpers.errors import InputError, StoreError
+from helpers.maintain import classroom, notebooks
+from helpers.maintain.classroom import Grade, Mark
+
+NOTEBOOKS = {path.stem: path for path in notebooks.select(notebooks.NOTEBOOKS, None)}
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def course(tmp_path):
+    """A course of two notebooks, with outputs."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name in ("00_start", "03_generate"):
+        publish(folder / f"{name}.ipynb", "print(1)")
+    return folder
+
+
+def publish(path, *sources):
+    cells = [nbformat.v4.new_code_cell(source, execution_count=1) for source in sources]
+    cells[0].outputs = [nbformat.v4.new_output("stream", text="1\n")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+def change(path, source=None, **fields):
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[0].update(fields)
+    nb.cells[0].source = source or nb.cells[0].source
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}  # as JupyterLab does
+    nbformat.write(nb, path)
+
+
+def sources(path):
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells]
+
+
+def test_copies_have_no_outputs_and_a_second_call_changes_nothing(course, work):
+    assert classroom.update(course) == []
+    assert sorted(path.name for path in work.iterdir()) == [".copies.json", "00_start.ipynb", "03_generate.ipynb"]
+    cell = nbformat.read(work / "00_start.ipynb", as_version=4).cells[0]
+    assert (cell.source, cell.outputs, cell.execution_count) == ("print(1)", [], None)
+    before = {path: path.stat().st_mtime_ns for path in work.iterdir()}
+    assert classroom.update(course) == [] and before == {path: path.stat().st_mtime_ns for path in work.iterdir()}
+
+
+def test_a_copy_that_was_only_opened_follows_the_course(course, work):
+    classroom.update(course)
+    change(work / "00_start.ipynb")
+    publish(course / "00_start.ipynb", "print(2)")
+    assert classroom.update(course) == [] and sources(work / "00_start.ipynb") == ["print(2)"]
+
+
+@pytest.mark.parametrize(
+    "touch", [{"source": "print(7)"}, {"execution_count": 1}, {"outputs": [nbformat.v4.new_output("stream", text="1")]}]
+)
+def test_a_copy_that_was_worked_in_is_kept_and_the_learner_told(course, work, touch):
+    classroom.update(course)
+    change(work / "03_generate.ipynb", **touch)
+    theirs = (work / "03_generate.ipynb").read_bytes()
+    assert classroom.update(course) == []  # the course has nothing new
+    publish(course / "03_generate.ipynb", "print(2)")
+    (remark,) = classroom.update(course)
+    assert "helpers course reset 03" in remark and (work / "03_generate.ipynb").read_bytes() == theirs
+
+
+def test_a_damaged_copy_or_list_of_copies_loses_nothing(course, work):
+    classroom.update(course)
+    (work / "00_start.ipynb").write_text("{")
+    (work / classroom.MADE).write_text("[1")
+    change(work / "03_generate.ipynb", "mine()")
+    assert len(classroom.update(course)) == 2
+    assert (work / "00_start.ipynb").read_text() == "{" and sources(work / "03_generate.ipynb") == ["mine()"]
+
+
+def test_reset_brings_one_back_and_keeps_theirs_under_a_dated_name(course, work):
+    classroom.update(course)
+    for mine in ("mine()", "mine_too()"):
+        change(work / "03_generate.ipynb", mine)
+        kept = classroom.reset("03", course)
+        assert kept.name.startswith("03_generate.20") and sources(kept) == [mine]
+        assert sources(work / "03_generate.ipynb") == ["print(1)"]
+    assert len(list(work.glob("03_generate.20*.ipynb"))) == 2
+    publish(course / "03_generate.ipynb", "print(2)")
+    assert classroom.update(course) == [] and sources(work / "03_generate.ipynb") == ["print(2)"]
+    with pytest.raises(InputError, match="no notebook"):
+        classroom.reset("09", course)
+    with pytest.raises(InputError, match="names 2"):
+        classroom.reset("0", course)
+
+
+def test_where_nothing_can_be_written_it_says_so(course, work):
+    work.write_text("a file, where a folder should be")
+    for call in (lambda: classroom.update(course), lambda: classroom.reset("03", course)):
+        with pytest.raises(StoreError, match="COURSE_WORK"):
+            call()
+
+
+def test_progress_is_a_table_of_all_exercises():
+    learner.record_answer("00.3", "wrong", "a")
+    learner.record_answer("00.3", "right", "b")
+    learner.record_answer("03.4", "wrong", "c")
+    (table,) = classroom.progress()
+    rows = {row[0]: row for row in table.rows}
+    assert rows["00.3"][2:5] == ("right", "1 of 1", 2) and rows["03.4"][2:5] == ("tried", "0 of 3", 1)
+    assert rows["00.1"][2] == "open" and table.caption.startswith("Exercises: 1 of ")
+
+
+def test_the_export_is_what_gradescope_reads():
+    marks = [
+        Mark("00.1", "Count", 1, 1, "right"),
+        Mark("00.2", "Write", 0, 3, "wrong"),
+        Mark("00.3", "Find", 0, 2, "open"),
+    ]
+    results = json.loads(json.dumps(Grade("00_start", marks, ["cell 3 failed"]).as_gradescope()))
+    # https://github.com/gradescope/autograder_samples, docs/specs.md; the keys are those that Otter-Grader 6 writes
+    assert set(results) <= {
+        "score",
+        "execution_time",
+        "output",
+        "visibility",
+        "stdout_visibility",
+        "extra_data",
+        "tests",
+    }
+    assert [(t["score"], t["max_score"], t["status"]) for t in results["tests"]] == [
+        (1.0, 1.0, "passed"),
+        (0.0, 3.0, "failed"),
+        (0.0, 2.0, "failed"),
+    ]
+    visibilities = {"hidden", "after_due_date", "after_published", "visible"}
+    assert {t["visibility"] for t in results["tests"]} <= visibilities >= {results["stdout_visibility"]}
+    assert all(isinstance(t["name"], str) and isinstance(t["output"], str) for t in results["tests"])
+
+
+# ---- the course's own notebooks ------------------------------------------------------------------------------
+
+
+def calls(stem, *names):
+    """(name, arguments, keywords) of each call of these functions, in order."""
+    for _, cell in notebooks.code_cells(nbformat.read(NOTEBOOKS[stem], as_version=4)):
+        found = [
+            n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        ]
+        for call in sorted(found, key=lambda call: call.lineno):
+            if call.func.id in names:
+                values = [argument.value if isinstance(argument, ast.Constant) else None for argument in call.args]
+                yield call.func.id, values, {keyword.arg: keyword.value for keyword in call.keywords}
+
+
+@pytest.mark.parametrize("stem", [stem for stem in NOTEBOOKS if frame.exercises_of(stem[:2])])
+def test_each_exercise_is_in_its_notebook_once_after_what_it_is_checked_against(stem):
+    order = [(name, values[0], len(values)) for name, values, _ in calls(stem, "freeze", "check")]
+    if not order:
+        pytest.skip("its exercises have not moved yet")
+    numbers = list(frame.exercises_of(stem[:2]))
+    assert order == [("freeze", stem[:2], 1), *(("check", number, 2) for number in numbers)]
+
+
+@pytest.mark.parametrize("stem", list(NOTEBOOKS))
+def test_each_guess_is_asked_for_before_its_result_in_the_same_unit(stem):
+    units, revealed = {}, []
+    for name, values, keywords in calls(stem, "predict", "reveal"):
+        unit = next(key for key in keywords if key != "of")
+        if name == "predict":
+            assert values[0] not in units and ast.unparse(keywords[unit]) == "None"
+            units[values[0]] = unit
+        elif values[0]:
+            assert units[values[0]] == unit
+            revealed.append(values[0])
+    if units:
+        assert [values for _, values, _ in calls(stem, "summary")] == [[stem[:2]]]
+    assert len(revealed) == len(set(revealed))
+
+
+def test_no_two_guesses_of_the_course_have_one_name():
+    names = [values[0] for stem in NOTEBOOKS for _, values, _ in calls(stem, "predict")]
+    assert len(names) == len(set(names)) >= 12

@@ -1,0 +1,128 @@
+"""Guesses before a cell, results after it: shown beside each other, counted, and never a reason to fail."""
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.course import learner
+from helpers.course import predict as prediction
+from helpers.course.predict import predict, reveal, summary
+from helpers.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    """A learner and a kernel that have done nothing yet."""
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    monkeypatch.setattr(prediction, "_here", {})
+    return tmp_path / "work"
+
+
+def test_a_guess_stands_beside_the_result():
+    assert "your guess is 3 times" in repr(predict("speed", times=3))
+    shown = repr(reveal("speed", times=6.0))
+    assert "you guessed 3 times" in shown and "is 6 times" in shown and "2 times too little" in shown
+
+
+@pytest.mark.parametrize("guess", [6, "6", 6.0, Fraction(6), np.float32(6), torch.tensor(6), [6]])
+@pytest.mark.parametrize("result", [6.1, np.float64(6.1), torch.tensor(6.1)])
+def test_numbers_of_any_library(guess, result):
+    predict("speed", times=guess)
+    assert reveal("speed", times=result).near and "as it is" in repr(reveal("speed", times=result))
+
+
+@pytest.mark.parametrize(
+    ("guess", "result", "near"),
+    [(3, 4.4, True), (3, 4.6, False), (6, 4.1, True), (7, 4.1, False), (0, 0, True), (0, 1, False), (-2, 2, False)],
+)
+def test_near_is_within_a_factor_of_one_and_a_half(guess, result, near):
+    predict("bars", bars=guess)
+    assert reveal("bars", bars=result).near is near
+
+
+def test_choices():
+    predict("who", choice="AOT", of=["pytorch", "aot"])
+    assert reveal("who", choice="aot").near and "right" in repr(reveal("who", choice="aot"))
+    predict("who is last", choice="aot", of=["pytorch", "aot"])
+    assert not reveal("who is last", choice="pytorch").near
+
+
+@pytest.mark.parametrize("guess", ["many", True, float("nan"), [1, 2], b"3", 3j])
+def test_what_is_no_number_is_refused_in_words(guess):
+    with pytest.raises(InputError, match="is not a number"):
+        predict("speed", times=guess)
+
+
+def test_what_is_no_option_is_refused_with_the_options():
+    with pytest.raises(InputError, match="pytorch, aot"):
+        predict("who", choice="vllm", of=["pytorch", "aot"])
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: predict("x"), lambda: predict("x", a=1, b=2), lambda: predict("x", choice=None)]
+)
+def test_a_call_without_its_one_value_is_refused(call):
+    with pytest.raises(InputError):
+        call()
+
+
+def test_a_run_without_a_person_shows_results_and_leaves_no_file(work):
+    assert "no guess yet" in repr(predict("speed", times=None)) and "no guess yet" in repr(
+        predict("w", choice=None, of="ab")
+    )
+    assert repr(reveal("speed", times=6.4)) == "speed: 6.4 times. Nobody guessed."
+    assert "Nobody guessed" in repr(reveal("w", choice="a")) and "Nobody guessed" in repr(
+        reveal("not asked", ms=1234.5)
+    )
+    table = summary("00")
+    assert "Nothing was predicted" in table.caption and [row[1] for row in table.rows] == ["-"] * 3
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("result", [None, float("nan"), "not here", [1, 2], object()])
+def test_what_could_not_be_measured_fails_nothing(result):
+    predict("speed", times=3)
+    assert "your guess is 3 times" in repr(reveal("speed", times=result))
+    assert summary("00").rows == []
+
+
+def test_a_result_that_is_none_of_the_options_is_shown_as_it_is():
+    predict("step", choice="compile", of=["compile", "verify"])
+    assert not reveal("step", choice="time 1 and 2 threads").near
+
+
+def test_a_guess_after_the_result_does_not_count():
+    predict("speed", times=3)
+    reveal("speed", times=6.4)
+    predict("speed", times=3)  # the cell runs again as it was
+    assert not reveal("speed", times=6.4).late
+    assert "does not count" in repr(predict("speed", times=6))
+    predict("seen before guessed", times=None)
+    reveal("seen before guessed", times=2)
+    assert predict("seen before guessed", times=2).late
+    assert "Near" not in summary("00").caption and "too late" in str(summary("00"))
+
+
+def test_the_summary_shows_how_the_sense_grows(work):
+    for notebook, guesses in (("00", (1, 1, 6)), ("03", (6, 5, 1))):
+        prediction._here.clear()  # a kernel of its own
+        for at, guess in enumerate(guesses):
+            predict(f"{notebook} {at}", times=guess)
+            reveal(f"{notebook} {at}", times=6)
+        caption = summary(notebook).caption
+    assert "notebook 00: 1 of 3; notebook 03: 2 of 3" in caption
+    assert json.loads((work / learner.FILE).read_text())["predictions"]["03"] == {
+        "03 0": True,
+        "03 1": True,
+        "03 2": False,
+    }
+    assert summary("03").rows[2] == ("03 2", "1 times", "6 times", "6 times too little")
+
+
+def test_a_unit_that_changed_is_told():
+    predict("speed", times=3)
+    with pytest.raises(InputError, match="predicted in times"):
+        reveal("speed", ms=3)
