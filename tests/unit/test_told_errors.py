@@ -1,4 +1,4 @@
-"""How an error is told: as three lines in a terminal, as one JSON object where a command has --json, and in a notebook as
+"""How an error is told: three lines in a terminal, one JSON object where a command has --json, and in a notebook
 a few lines under a folded traceback."""
 
 import argparse
@@ -123,7 +123,7 @@ HOSTILE = "raise CourseError('a \\ud800 <b>bold</b> \\x1b[31m', cause='c', fix='
 
 
 def test_a_notebook_shows_a_few_lines_and_folds_the_traceback():
-    """In whatever runs it: the cell still fails, for `raises-exception` and for sys.last_value; what only shows text has
+    """In whatever runs it: the cell still fails, for `raises-exception` and sys.last_value; what only shows text has
     the lines; the page has the traceback once, closed, and nothing in it is a page of its own."""
     nb = nbformat.v4.new_notebook()
     for source in (f"from helpers import CourseError\n{HOSTILE}", "import sys\nsys.last_value.fix", "1 / 0"):
