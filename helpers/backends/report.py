@@ -24,11 +24,17 @@ class Operation:
     shape: tuple[int | str, ...] = ()  # a string where the length is known only at run time
     source: str = ""  # the module's line it came from, where known
     node: str = ""  # the ONNX node it came from, where there is one
+    inputs: tuple[str, ...] = ()  # names of the operations whose results it reads
+    line: str = ""  # the text of that line, where known
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One piece of compiled work after fusion. `fused` are names of the operations that it does in one go."""
+    """One piece of compiled work after fusion. `fused` are names of the operations that it does in one go.
+
+    details, where known: "bytes" that it reads and writes; "outside", those of them that belong to weights, inputs and
+    outputs of the graph, by tensor; "seconds", a list, one for each measured step; "code".
+    """
 
     graph: str
     name: str
@@ -36,6 +42,11 @@ class Kernel:
     fused: tuple[str, ...]
     dtype: str
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def must(self) -> int:
+        """Bytes that it has to move however it is fused: of what comes from outside of the graph, or leaves it."""
+        return sum(self.details["outside"].values())
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,10 @@ class EngineReport:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineReport:
-        operations = [Operation(**{**o, "shape": tuple(o["shape"])}) for o in fields["operations"]]
+        operations = [
+            Operation(**{**o, "shape": tuple(o["shape"]), "inputs": tuple(o.get("inputs", ()))})
+            for o in fields["operations"]
+        ]
         kernels = [Kernel(**{**k, "fused": tuple(k["fused"])}) for k in fields["kernels"]]
         return cls(**{**fields, "operations": operations, "kernels": kernels})
 

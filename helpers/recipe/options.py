@@ -21,6 +21,7 @@ VLLM: dict[str, Any] = {
     "kv_cache_dtype": ("auto", "fp8", "fp8_e4m3", "fp8_e5m2"),
     "max_num_batched_tokens": int,
 }
+AOT: dict[str, Any] = {"time_kernels": bool}  # on a CPU: torch.profiler sees each kernel (helpers/course/lab)
 # Recipe fields that a backend has no use for.
 _COMPILES_NOTHING_AHEAD = ("optimization_level", "fusion", "decode_batch_sizes", "num_threads")
 UNUSED: dict[str, tuple[str, ...]] = {

@@ -163,7 +163,8 @@ def _check_options(recipe: BuildRecipe) -> None:
         options.refuse_cpu(recipe, "vLLM")
         options.check_options("vLLM 0.25.1", recipe.options, options.VLLM)
     else:
-        options.check_options(f"Backend {recipe.backend!r}", recipe.options, {})
+        known = options.AOT if recipe.backend == "aot" else {}
+        options.check_options(f"Backend {recipe.backend!r}", recipe.options, known)
 
 
 def _is_plain(value: Any, depth: int = 9) -> bool:

@@ -6,6 +6,7 @@ as torch's default type, that belong to the notebook. The functions yield the na
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import statistics
@@ -22,7 +23,7 @@ import torch
 from helpers.backends.aot.graphs import Part, empty_cache, graph_module, parts_of, sequences
 from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.products import Decode, Prefill
-from helpers.backends.aot.recorder import InductorRecorder
+from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart
 from helpers.backends.aot.stored import convert_weights, read_weights, save_weights
 from helpers.backends.aot.verify import check_graph
 from helpers.backends.report import Kernel, Operation
@@ -80,12 +81,17 @@ def compile_part(
     recorder = InductorRecorder(name)
     options = _inductor_options(asked, device, threads, module) | {"_post_fusion_custom_pass": recorder}
     Path(into).mkdir(exist_ok=True)
-    _compile(program, Path(into) / f"{file}.pt2", options, device, compile_threads)
+    timed = asked.options.get("time_kernels", False)
+    with kernels_apart() if timed else contextlib.nullcontext():
+        options |= TIMED if timed else {}
+        _compile(program, Path(into) / f"{file}.pt2", options, device, compile_threads)
     report = recorder.report(len(part.calls), file.removeprefix(name))
     if part is parts[0] is not parts[-1]:
         dtype = str(part.inputs[0].dtype).removeprefix("torch.")
         report.operations.insert(0, Operation(name, "embedding", "embedding", dtype))
-        report.kernels.insert(0, Kernel(name, "embedding", "library", ("embedding",), dtype))
+        report.kernels.insert(
+            0, Kernel(name, "embedding", "library", ("embedding",), dtype, {"bytes": 0, "outside": {}})
+        )
     return report.to_dict()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-import warnings
-from collections.abc import Iterable
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -29,10 +31,13 @@ class InductorRecorder:
         self.graph = graph
         self.operations: list[Operation] = []
         self.kernels: list[Kernel] = []
+        self.library: set[Any] = set()  # what library calls do
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
+        calls = [m for n in nodes for m in n.get_nodes() if _is_extern(m) and m.node is not None]
+        self.library = {call.node.get_origin_node() for call in calls}
         self.operations = [o for n in V.graph.graph.nodes if self._is_work(n) for o in self._operations(n)]
         self.kernels = [k for k in map(self._kernel, nodes) if k.kind != "nothing"]
         return nodes
@@ -46,8 +51,10 @@ class InductorRecorder:
         report = EngineReport("aot", [], [])
         for call in range(calls):
             mark = f"{part}@{call + 1}" if calls > 1 else part
-            operations = [replace(o, name=o.name + mark) for o in self.operations]
-            kernels = [replace(k, fused=tuple(name + mark for name in k.fused)) for k in self.kernels]
+            operations = [
+                replace(o, name=o.name + mark, inputs=tuple(name + mark for name in o.inputs)) for o in self.operations
+            ]
+            kernels = [_of_call(kernel, mark) for kernel in self.kernels]
             used = {name for kernel in kernels for name in kernel.fused}
             report.operations.extend(operations)
             report.kernels.extend(kernels)
@@ -61,27 +68,63 @@ class InductorRecorder:
         """Nearly always one. A kernel of ours fused them by hand: what it does in one go, by its own account."""
         value = node.meta.get("val")
         shape = tuple(d if isinstance(d, int) else str(d) for d in getattr(value, "shape", ()))
-        rest = (_dtype_name(value), shape, _source_line(node))
+        source, line = source_line(node.meta.get("stack_trace") or "")
+        rest: dict[str, Any] = {"dtype": _dtype_name(value), "shape": shape, "source": source, "line": line}
         if not _is_ours(node):
-            return [Operation(self.graph, node.name, _op_name(node), *rest)]
+            inputs = tuple(i.name for i in self._inputs(node))
+            return [Operation(self.graph, node.name, _op_name(node), inputs=inputs, **rest)]
         from helpers.backends.aot import gpu_kernels
 
         call = node.name.removeprefix("triton_kernel_wrapper_mutation").strip("_") or "0"  # unique in its graph
         does = gpu_kernels.operations(*_wrapped(node))
-        return [Operation(self.graph, f"{op}_{call}.{at}", op, *rest) for at, op in enumerate(does)]
+        return [Operation(self.graph, f"{op}_{call}.{at}", op, **rest) for at, op in enumerate(does)]
+
+    def _inputs(self, node: Any) -> list[Any]:
+        """The work whose results a node reads, by way of whatever only renames or takes them apart."""
+        every = [[n] if self._is_work(n) else self._inputs(n) for n in node.all_input_nodes]
+        return list(dict.fromkeys(n for several in every for n in several))
 
     def _kernel(self, scheduled: Any) -> Kernel:
+        from torch._inductor.virtualized import V
+
         members = scheduled.get_nodes()
-        origins = {o.name: o for m in members for o in _origins(m) if self._is_work(o)}
-        names = [operation.name for name in sorted(origins) for operation in self._operations(origins[name])]
+        extern = any(map(_is_extern, members))
+        does = {o for m in members for o in _origins(m) if self._is_work(o) and (extern or o not in self.library)}
+        origins = {n.name: n for n in V.graph.graph.nodes if n in does}  # in the order of the graph
+        names = [operation.name for node in origins.values() for operation in self._operations(node)]
         ops = sorted({_op_name(o) for o in origins.values()})
-        extern = any(type(m).__name__ == "ExternKernelSchedulerNode" for m in members)
         # Taking one result of a call that has several is scheduled like a call, and does nothing either.
         nothing = not names or all(type(m).__name__ == "NopKernelSchedulerNode" for m in members)
         ours = any(map(_is_ours, origins.values()))
         kind = "nothing" if nothing else "ours" if ours else "library" if extern else "generated"
         dtype = next((str(m.node.get_dtype()).removeprefix("torch.") for m in members if _has_dtype(m)), "")
-        return Kernel(self.graph, "_".join(["fused", *ops])[:120], kind, tuple(names), dtype)
+        details = {} if nothing else _traffic(scheduled)
+        return Kernel(self.graph, "_".join(["fused", *ops])[:120], kind, tuple(names), dtype, details)
+
+
+def _of_call(kernel: Kernel, mark: str) -> Kernel:
+    """A kernel in one of several calls, each with tensors of its own."""
+    outside = {name + mark: size for name, size in kernel.details["outside"].items()}
+    fused = tuple(name + mark for name in kernel.fused)
+    return replace(kernel, fused=fused, details={**kernel.details, "outside": outside})
+
+
+def _traffic(scheduled: Any) -> dict[str, Any]:
+    """Bytes that a kernel reads and writes, by Inductor's own count (of an open length, as in the exported example);
+    and those of them that belong to weights, inputs and outputs of the graph."""
+    from torch._inductor.virtualized import V
+
+    moved = dict(scheduled.get_read_write_buffer_accesses(include_reads=True, include_writes=True))
+    for name in moved:  # of a table whose rows are looked up, it counts all; what is read are the rows
+        reads = [dep for dep in scheduled.read_writes.reads if dep.name == name]
+        if reads and all(getattr(dep, "size", ()) and dep.is_indirect() for dep in reads):
+            entries = sum(math.prod(dep.size) for dep in reads)
+            if getattr(entries, "is_number", True):
+                moved[name] = min(moved[name], int(entries) * V.graph.get_dtype(name).itemsize)
+    known = {*V.graph.graph_inputs, *V.graph.constants, *V.graph.get_output_names()}
+    renamed = getattr(scheduled.scheduler, "mutation_real_name", {})  # an input that is written to has another name
+    outside = {name: int(size) for name, size in moved.items() if renamed.get(name, name) in known}
+    return {"bytes": int(sum(moved.values())), "outside": outside}
 
 
 def _origins(member: Any) -> Iterable[Any]:
@@ -89,8 +132,12 @@ def _origins(member: Any) -> Iterable[Any]:
     made its inputs, and they run elsewhere."""
     if member.node is None:
         return ()
-    own = member.node.get_origin_node() if type(member).__name__ == "ExternKernelSchedulerNode" else None
+    own = member.node.get_origin_node() if _is_extern(member) else None
     return [own] if own is not None else member.node.get_origins()
+
+
+def _is_extern(member: Any) -> bool:
+    return type(member).__name__ == "ExternKernelSchedulerNode"
 
 
 def _has_dtype(member: Any) -> bool:
@@ -124,27 +171,25 @@ def _dtype_name(value: Any) -> str:
     return str(getattr(value, "dtype", "")).removeprefix("torch.")
 
 
-def _source_line(node: Any) -> str:
-    """The innermost line of the traced module's own file, as "llama.py:88"."""
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
-    ]
-    if not lines:
-        return ""
-    path, number = lines[-1].split('"')[1], lines[-1].split("line ")[1].split(",")[0]
-    return f"{Path(path).name}:{number}"
+def source_line(stack_trace: str) -> tuple[str, str]:
+    """The innermost line that is not torch's own, as "llama.py:88", and its text; torch's where there is no other."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', stack_trace)
+    own = [frame for frame in frames if not frame[0].startswith(str(Path(torch.__file__).parent))] or frames
+    if not own:
+        return "", ""
+    path, number, text = own[-1]
+    cell = "ipykernel_" in path or path.startswith("<ipython")
+    return f"{'cell' if cell else Path(path).name}:{number}", text.strip()
 
 
-def report_on_module(module: Any, inputs: tuple, name: str = "module") -> EngineReport:
-    """What AOTInductor makes of any module: the report alone, without an engine in the store."""
-    from torch._inductor.utils import fresh_cache
+TIMED = {"cpp.enable_kernel_profile": True}  # Inductor's option that makes torch.profiler see each function
 
-    recorder = InductorRecorder(name)
-    with torch.no_grad(), fresh_cache(), tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.export.export(module, inputs)
-        options = {"_post_fusion_custom_pass": recorder, "cpp.threads": 1}
-        options["aot_inductor.package_cpp_only"] = True  # written, not compiled: the report needs no more
-        package = str(Path(temporary) / "module.pt2")
-        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
-    return recorder.report()
+
+@contextlib.contextmanager
+def kernels_apart() -> Iterator[None]:
+    """What is compiled meanwhile has a function for each kernel. As a rule, one function on a CPU holds many loops, and
+    no profiler could tell them apart."""
+    from torch._inductor.codegen.cpp import CppScheduling
+
+    with mock.patch.object(CppScheduling, "MAX_FUSED_KERNEL_ARGS_NUM", 0):
+        yield

@@ -8,6 +8,7 @@ TensorRT 11 (and TensorRT for RTX) in two.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ DTYPES = {
     "int64": "int64",
     "bool": "bool",
 }
+BITS = {"float32": 32, "int32": 32, "int64": 64, "int4": 4, "float16": 16, "bfloat16": 16}  # the others have 8
 PARTS = ("Inputs", "Constants", "Outputs")
 
 
@@ -122,13 +124,40 @@ def account(
         else:
             fused.setdefault(home, []).append(name)
     parsed = {entry["node"] for entry in network}
+    makers = {tensor: name for name, entry in zip(names, network, strict=True) for tensor in entry["outputs"]}
     removed += [f"{graph}/{node}" for node in nodes if node not in parsed]
     operations = [
-        Operation(graph, name, e["op"], e["dtype"], tuple(e["shape"]), nodes.get(e["node"], ""), e["node"])
+        Operation(
+            graph,
+            name,
+            e["op"],
+            e["dtype"],
+            tuple(e["shape"]),
+            nodes.get(e["node"], ""),
+            e["node"],
+            tuple(dict.fromkeys(makers[tensor] for tensor in e["inputs"] if tensor in makers)),
+        )
         for name, e in zip(names, network, strict=True)
     ]
     kernels = [_kernel(graph, index, layer, tuple(fused.get(index, ())), first) for index, layer in enumerate(layers)]
-    return operations, kernels, removed
+    return operations, _with_bytes(kernels), removed
+
+
+def _with_bytes(kernels: list[Kernel]) -> list[Kernel]:
+    """Bytes that each layer reads and writes; and those that no other layer writes or reads, so that none can save
+    them. Without, where a length is known only at run time."""
+    written = {t["name"] for k in kernels for t in k.details["outputs"]}
+    read = {t["name"] for k in kernels for t in k.details["inputs"]}
+    for kernel in kernels:
+        sizes = [
+            (t["name"], math.prod(t["shape"]) * BITS.get(t["dtype"], 8) // 8, t["name"] in inner)
+            for part, inner in (("constants", set()), ("inputs", written), ("outputs", read))
+            for t in kernel.details[part]
+        ]
+        if all(size >= 0 for _, size, _ in sizes):
+            kernel.details["bytes"] = sum(size for _, size, _ in sizes)
+            kernel.details["outside"] = {name: size for name, size, inside in sizes if not inside}
+    return kernels
 
 
 def by_name(graph: str, layers: list[Layer]) -> tuple[list[Operation], list[Kernel]]:
@@ -145,7 +174,7 @@ def by_name(graph: str, layers: list[Layer]) -> tuple[list[Operation], list[Kern
         for part in parts:
             op = part.rpartition("/")[2].rstrip("0123456789").rstrip("_").lower() or part
             operations.setdefault(part, Operation(graph, part, op, kernels[-1].dtype))
-    return list(operations.values()), kernels
+    return list(operations.values()), _with_bytes(kernels)
 
 
 def _kernel(graph: str, index: int, layer: Layer, fused: tuple[str, ...], first: dict[str, int]) -> Kernel:

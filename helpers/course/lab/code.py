@@ -1,0 +1,69 @@
+"""Generated code that can be read: a kernel's loop with the model's own lines beside it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from helpers.backends.report import EngineReport, Kernel
+from helpers.display import Table
+
+# How the generated C++ and Triton write an operation; all others are written as calls of their name.
+SIGNS = {
+    "add": r" \+ ",
+    "sub": " - ",
+    "mul": r" \* ",
+    "pow": r" \* |\bpow\(",
+    "square": r" \* ",
+    "div": " / ",
+    "mean": r"tmp_acc\w* = .*\+| / |\bsum\(",
+    "sum": r"tmp_acc\w* = |\bsum\(",
+    "var_mean": "welford",
+    "amax": r"maximum|max_propagate|tmp_acc\w* = .*max",
+    "where": "blendv|\\bwhere\\(|\\? ",
+    "gt": " > ",
+    "neg": r"\.neg\(\)| = -",
+    "rsqrt": r"rsqrt\(|1 / std::sqrt",
+    "relu": "maximum|clamp_min",
+}
+
+
+def without_noise(source: str) -> str:
+    """A generated loop without casts of indices and namespaces: they are much of the text and say nothing."""
+    source = re.sub(r"static_cast<int64_t>\((-?\w+)\)", r"\1", source)
+    source = source.replace("static_cast<int64_t>", "").replace("at::vec::", "")
+    return re.sub(r"\b(\d+)L\b", r"\1", source)
+
+
+def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
+    """A kernel's code, line by line, with the operation that a line computes and the model's line that asked for it.
+
+    Both lists are in the order of the graph, so a line goes with the next operation that is written like it. Lines that
+    only load, store or convert have none.
+    """
+    known = {operation.name: operation for operation in report.operations}
+    waiting = [known[name] for name in kernel.fused if name in known]
+    rows = []
+    for line in _loop(code or kernel.details["code"]):
+        computes = re.search(r"(\btmp\w*) = ", line)
+        computed = "" if "loadu(" in line or "tl.load(" in line else line
+        match = next((o for o in waiting if computes and re.search(_sign(o.op), computed)), None)
+        if match:
+            waiting.remove(match)
+        rows.append((line, match.op if match else "", f"{match.source}  {match.line}" if match else ""))
+    return Table(f"{kernel.name}: {len(kernel.fused)} operations", ("generated", "operation", "the model's line"), rows)
+
+
+def _sign(op: str) -> str:
+    return SIGNS.get(op, rf"\b{re.escape(op.strip('_'))}\(")
+
+
+def _loop(code: str) -> list[str]:
+    """The lines of a kernel's loops: without what stands around every kernel, and without braces of their own."""
+    lines = textwrap.dedent(without_noise(code)).splitlines()
+    start = next((at for at, line in enumerate(lines) if re.search(r"\bfor ?\(|def triton_", line)), 0)
+    body = [
+        line for line in lines[start:] if not re.fullmatch(r"[\s{}]*|.*(C10_LIKELY|integer_div_error|#pragma).*", line)
+    ]
+    indent = min((len(line) - len(line.lstrip()) for line in body), default=0)
+    return [line[indent:].replace("    ", " ") for line in body]

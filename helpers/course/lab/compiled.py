@@ -1,0 +1,114 @@
+"""A module compiled by Inductor in a notebook's cell: the compiler of the `aot` engines, in seconds instead of a build.
+
+    compiled = compile_module(module, (x,))
+    compiled(x)                                      # what module(x) gives
+    compiled.report.kernels[0].details["code"]       # the generated C++ or Triton
+    compiled.registers                               # instructions by the vector registers that they name
+
+Each kernel is a function of its own, so that torch.profiler can time it (profile.py).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart
+from helpers.backends.report import EngineReport
+from helpers.course.lab.binary import vector_registers
+from helpers.machine import hardware
+
+# Where Inductor shows the graph on its way, in order.
+STAGES = {
+    "without what is not used": "joint_custom_pre_pass",
+    "constants folded": "joint_custom_post_pass",
+    "as it is compiled": "post_grad_custom_post_pass",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """`stages`: the operations (kinds) of the graph on its way through the compiler."""
+
+    run: Any
+    report: EngineReport
+    stages: dict[str, list[str]]
+    registers: Counter[str]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        with torch.no_grad():
+            return self.run(*inputs)
+
+
+def compile_module(
+    module: nn.Module, inputs: Sequence[Any], *, fusion: bool = True, options: dict[str, Any] | None = None
+) -> Compiled:
+    """fusion=False: each operation writes its result to memory. options: Inductor's, such as {"cpp.simdlen": 256}."""
+    from torch._inductor.utils import fresh_cache
+
+    recorder, stages = InductorRecorder("module"), {}
+    program = torch.export.export(module, tuple(inputs), strict=False)
+    stages["as exported"] = _kinds(program.graph)
+
+    def note(stage: str) -> Any:
+        return lambda graph: stages.__setitem__(stage, _kinds(graph))
+
+    settings: dict[str, Any] = {"_post_fusion_custom_pass": recorder, "cpp.threads": 1, **TIMED}
+    settings["cpp.cxx"] = (None, hardware.compiler())
+    settings |= {hook: note(stage) for stage, hook in STAGES.items()}
+    if not fusion:
+        settings |= {"max_fusion_size": 1, "post_grad_custom_pre_pass": _keep_every_result}
+    with (
+        torch.no_grad(),
+        tempfile.TemporaryDirectory() as folder,
+        fresh_cache(dir=folder),
+        warnings.catch_warnings(),
+        kernels_apart(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)
+        graph = program.module()
+        inductor = torch._inductor.compile(graph, list(inputs), options={**settings, **(options or {})})
+        inductor(*inputs)  # the last of the compilers is done
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        (wrapper,) = [text for text in (p.read_text() for p in files if p.suffix == ".py") if " def call(" in text]
+        registers = sum((vector_registers(path) for path in files if path.suffix == ".so"), Counter())
+    return Compiled(inductor, _with_code(recorder.report(), wrapper), stages, registers)
+
+
+def _kinds(graph: torch.fx.Graph) -> list[str]:
+    """The operations of a graph that are work, by their kind."""
+    names = [getattr(n.target, "_overloadpacket", n.target) for n in graph.nodes if n.op == "call_function"]
+    kinds = [getattr(name, "__name__", str(name)) for name in names]
+    return [kind for kind in kinds if kind not in InductorRecorder.FREE]
+
+
+def _keep_every_result(graph: torch.fx.Graph) -> None:
+    """Inductor reads as_strided's input from memory, so every result that has one behind it is written there."""
+    keep = torch.ops.aten.as_strided.default
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor) and node.target is not keep:
+            with graph.inserting_after(node):
+                kept = graph.call_function(keep, (node, [*value.shape], [*value.stride()]))
+            kept.meta["val"] = value
+            node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
+
+
+def _with_code(report: EngineReport, wrapper: str) -> EngineReport:
+    """The report with each generated kernel's source, taken from the program that calls them in this order."""
+    sources = dict(re.findall(r"^(\w+) = async_compile\.\w+\(.*?r?'''(.*?)'''", wrapper, re.DOTALL | re.MULTILINE))
+    calls = iter(re.findall(rf"^\s+({'|'.join(sources) or '$^'})(?:\.run)?\(", wrapper, re.MULTILINE))
+    kernels = [
+        replace(k, details={**k.details, "code": sources[next(calls)]}) if k.kind == "generated" else k
+        for k in report.kernels
+    ]
+    return replace(report, kernels=kernels)

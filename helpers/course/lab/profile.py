@@ -1,0 +1,146 @@
+"""How long each kernel takes, from torch.profiler: of an engine, of a compiled module, and of eager PyTorch as the
+"before".
+
+    report = profile(engine, inspect(folder).of("decode_b1"))    # an `aot` engine built with {"time_kernels": True}
+    before = profile(load(recipe.replace(backend="pytorch")))    # the same report: each operation is a kernel
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from helpers.backends.aot.recorder import InductorRecorder
+from helpers.backends.base import Engine
+from helpers.backends.report import EngineReport, Kernel, Operation
+from helpers.errors import BackendUnavailable
+
+ROUNDS = 9
+COMPILED = re.compile(r"(graph_\d+_)?cpp_fused|aoti_torch_|triton_")  # what compiled code launches
+ATEN = re.compile(r"(graph_\d+_)?cpp_fused|triton_|aten::")  # in a compiled module, the library is called by ATen
+BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
+FREE = {f"aten::{name}" for name in (*InductorRecorder.FREE, *BOOKKEEPING)}
+
+
+def launches(step: Callable[[], Any], pattern: re.Pattern[str], rounds: int = ROUNDS) -> list[list[tuple[str, float]]]:
+    """Name and seconds of each kernel that a step launches, in order, once for each round.
+
+    On a CPU these are the outermost events whose name fits; on a GPU, whatever ran there.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own messages stand among a cell's outputs
+    cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    for _ in range(2):
+        step()
+    every = []
+    for _ in range(rounds):
+        with torch.profiler.profile(activities=activities) as profiler:
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+        events = sorted(profiler.events() or (), key=lambda event: event.time_range.start)
+        on_gpu = [(e.name, e.device_time * 1e-6) for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        on_cpu = [(e.name, e.cpu_time * 1e-6) for e in events if _outermost(e, pattern)]
+        every.append(on_gpu or on_cpu)
+    return every
+
+
+def _outermost(event: Any, pattern: re.Pattern[str]) -> bool:
+    parent = event.cpu_parent
+    while parent is not None:
+        if pattern.match(parent.name):
+            return False
+        parent = parent.cpu_parent
+    return bool(pattern.match(event.name)) and event.name not in FREE
+
+
+def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "Once upon a time") -> EngineReport:
+    """The report of one graph with the measured seconds of each kernel; without a report, what eager PyTorch launches
+    in a decode step."""
+    reads = report is not None and report.graphs()[0].startswith("prefill")
+    tokens, comma = [engine.tokenize(prompt)], torch.tensor([14])
+    engine.prefill(tokens)
+    step = (lambda: engine.prefill(tokens)) if reads else (lambda: engine.decode(comma))
+    if report is None:
+        return _eager(launches(step, ATEN))
+    return with_seconds(report, launches(step, COMPILED))
+
+
+def with_seconds(report: EngineReport, every: Iterable[list[tuple[str, float]]]) -> EngineReport:
+    """Launches happen in the order of the report's kernels; BackendUnavailable unless there are equally many."""
+    apart = report.backend == "aot" and report.kernels and report.kernels[0].name == "embedding"
+    kernels = report.kernels[1:] if apart else report.kernels  # torch looks the embedding up, before the graph
+    columns = list(zip(*every, strict=True))
+    if len(columns) != len(kernels):
+        raise BackendUnavailable(
+            f"The profiler saw {len(columns)} launches in a step, and the report lists {len(kernels)} kernels.",
+            cause="On a CPU an engine's kernels can only be told apart if it was built for it.",
+            fix='Build it with options={"time_kernels": True}.',
+        )
+    timed = [
+        replace(kernel, details={**kernel.details, "seconds": [took for _, took in column], "launch": column[0][0]})
+        for kernel, column in zip(kernels, columns, strict=True)
+    ]
+    return replace(report, kernels=timed)
+
+
+def _eager(every: list[list[tuple[str, float]]]) -> EngineReport:
+    """Each operation that Python calls is a kernel of its own."""
+    names = [[name.removeprefix("aten::") for name, _ in launched] for launched in every]
+    if any(each != names[0] for each in names):
+        raise BackendUnavailable("Eager PyTorch did not launch the same operations in each step.", fix="Run it again.")
+    operations = [Operation("decode", f"{op}_{at}", op, "") for at, op in enumerate(names[0])]
+    kernels = [Kernel("decode", o.op, "library", (o.name,), "") for o in operations]
+    return with_seconds(EngineReport("pytorch", operations, kernels), every)
+
+
+def seconds(report: EngineReport) -> float:
+    """Of all kernels together: the sum of their medians."""
+    return sum(median(kernel.details["seconds"]) for kernel in report.kernels)
+
+
+def samples(report: EngineReport) -> list[float]:
+    """Seconds of all kernels, round by round, for timing.compare."""
+    return [math.fsum(each) for each in zip(*(kernel.details["seconds"] for kernel in report.kernels), strict=True)]
+
+
+PRODUCTS = {"mm", "addmm", "bmm", "linear", "matmul", "matrix_multiply", "fc"}
+ATTENTION = {"exp", "amax", "softmax", "_softmax", "index_put", "index_put_", "cat", "index_copy_"}
+NORM = {"rsqrt", "pow", "mean", "var_mean", "native_layer_norm", "layer_norm", "normalization"}
+
+
+def work_of(kernel: Kernel, ops: dict[str, str]) -> str:
+    """What a kernel is for, by the operations in it. ops: each operation's kind by its name."""
+    kinds = {ops.get(name, name).lower() for name in kernel.fused}
+    if kinds & ATTENTION and "silu" not in kinds and "neg" not in kinds or any("attention" in kind for kind in kinds):
+        return "attention"
+    if kinds & PRODUCTS or ("sum" in kinds and "mul" in kinds and "where" not in kinds):
+        return "products"
+    if "where" in kinds:
+        return "attention"
+    return "norms" if kinds & NORM else "the rest"
+
+
+def by_work(report: EngineReport) -> dict[str, float]:
+    """Seconds of a step by what they are for."""
+    ops = {operation.name: operation.op for operation in report.operations}
+    totals = dict.fromkeys(("products", "attention", "norms", "the rest"), 0.0)
+    for kernel in report.kernels:
+        totals[work_of(kernel, ops)] += median(kernel.details["seconds"])
+    return totals
+
+
+def moved(report: EngineReport) -> tuple[int, int]:
+    """Bytes that the kernels read and write; and how many they must: each weight, input and output once."""
+    outside: dict[str, int] = {}
+    for kernel in report.kernels:
+        for name, size in kernel.details["outside"].items():
+            outside[name] = max(size, outside.get(name, 0))
+    return sum(kernel.details["bytes"] for kernel in report.kernels), sum(outside.values())

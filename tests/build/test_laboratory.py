@@ -1,0 +1,267 @@
+"""The laboratory (helpers/course/lab): its counts against the profiler's and the tensors' own, its switches against
+results, and the sign of each effect that notebook 07 explains."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from helpers import inspect, load
+from helpers.backends.aot.products import matmul, pack
+from helpers.course.lab import profile as lab
+from helpers.course.lab.binary import vector_registers
+from helpers.course.lab.code import beside
+from helpers.course.lab.compiled import compile_module
+from helpers.course.timing import seconds, take_turns
+from helpers.engine import build_module
+from helpers.errors import BackendUnavailable, InputError
+from helpers.machine import hardware
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+AVX = [w for flag, w in {"avx2": 256, "avx512f": 512}.items() if flag in hardware.describe("cpu").instructions]
+
+
+class Block(nn.Module):
+    """Norm, product, activation, each of small operations."""
+
+    def __init__(self, inner=64, outer=1024):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(inner))
+        self.linear = nn.Linear(inner, outer)
+
+    def forward(self, x):
+        y = self.linear(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.scale)
+        return 0.5 * y * (1 + torch.tanh(0.79788456 * (y + 0.044715 * y * y * y)))
+
+
+ROWS, IN, OUT = 64, 64, 1024
+
+
+@pytest.fixture(scope="module")
+def block():
+    torch.manual_seed(0)
+    return Block(IN, OUT).eval(), torch.randn(ROWS, IN)
+
+
+@pytest.fixture(scope="module")
+def fused(block):
+    return compile_module(block[0], (block[1],))
+
+
+@pytest.fixture(scope="module")
+def apart(block):
+    return compile_module(block[0], (block[1],), fusion=False)
+
+
+@pytest.fixture(params=["fused", "apart"])
+def compiled(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_kernels_are_those_that_the_profiler_counts(compiled, block):
+    launched = lab.launches(lambda: compiled(block[1]), lab.ATEN, rounds=3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        compiled(block[1])
+    own = [e for e in profiler.key_averages() if "cpp_fused" in e.key or e.key == "aten::addmm"]
+    assert sum(e.count for e in own) == len(compiled.report.kernels) == len(launched[0])
+
+
+def test_fused_lists_are_those_in_the_names_that_inductor_gave(compiled, block):
+    report = lab.with_seconds(compiled.report, lab.launches(lambda: compiled(block[1]), lab.ATEN, rounds=1))
+    kinds = {operation.name: operation.op for operation in report.operations}
+    for kernel in report.kernels:
+        if kernel.kind == "generated":
+            named = re.fullmatch(r"(?:graph_\d+_)?cpp_fused_(.*)_\d+", kernel.details["launch"])[1]
+            assert named == "_".join(sorted({kinds[name] for name in kernel.fused}))
+    assert {name for kernel in report.kernels for name in kernel.fused} == set(kinds)
+
+
+def test_a_report_that_lists_another_number_of_kernels_is_refused(fused, block):
+    damaged = replace(fused.report, kernels=fused.report.kernels[1:])
+    with pytest.raises(BackendUnavailable, match="3 launches in a step, and the report lists 2"):
+        lab.with_seconds(damaged, lab.launches(lambda: fused(block[1]), lab.ATEN, rounds=1))
+
+
+def test_bytes_are_the_tensors_sizes(fused, apart, block):
+    module, x = block
+    y = ROWS * OUT * 4
+    outside = x.nbytes + sum(p.nbytes for p in module.parameters()) + y
+    assert lab.moved(fused.report)[1] == outside
+    normed = x.nbytes  # written by the norm, read by the product; it also keeps one number for each row
+    assert lab.moved(fused.report)[0] == outside + 2 * normed + 2 * y
+    inputs = [2 if op in ("mul_4", "mul_5", "add_1", "mul_7") else 1 for op in apart_names(apart)]
+    assert [k.details["bytes"] for k in apart.report.kernels[-9:]] == [(n + 1) * y for n in inputs]
+
+
+def apart_names(apart):
+    """The operation of each of the nine kernels behind the product."""
+    names = [kernel.fused for kernel in apart.report.kernels[-9:]]
+    assert all(len(name) == 1 for name in names)
+    return [name for (name,) in names]
+
+
+SWITCHES = {
+    "fusion": {"fusion": False},
+    "freezing": {"options": {"freezing": True}},
+    "portable": {"options": {"cpp.simdlen": 1}},
+    **{f"simdlen {width}": {"options": {"cpp.simdlen": width}} for width in AVX[:-1]},
+}
+
+
+@pytest.mark.parametrize("switch", ["fusion", "freezing", "portable", "simdlen 256"])
+def test_a_switch_changes_the_code_and_not_the_result(switch, fused, apart, block):
+    if switch not in SWITCHES:
+        pytest.skip("this processor has no second vector width")
+    module, x = block
+    other = apart if switch == "fusion" else compile_module(module, (x,), **SWITCHES[switch])
+    code = [[k.details.get("code", k.name) for k in c.report.kernels] for c in (fused, other)]
+    assert code[0] != code[1]
+    torch.testing.assert_close(other(x), module(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(len(AVX) < 2, reason="needs a processor with AVX2 and AVX-512")
+def test_each_width_has_its_registers():
+    seen = {w: compile_module(nn.GELU(), (torch.randn(64),), options={"cpp.simdlen": w}).registers for w in (512, 256)}
+    zmm, ymm = "zmm (512 bits, AVX-512)", "ymm (256 bits, AVX2)"
+    assert seen[512][zmm] > 5 and seen[256][zmm] == 0 and seen[256][ymm] > 5
+
+
+@pytest.mark.skipif(not AVX, reason="x86 only")
+def test_the_registers_of_a_known_library(tmp_path):
+    """numpy compiles its sorting for several processors, and chooses when it runs: so all are in one library."""
+    (library,) = Path(numpy.__file__).parent.glob("_core/_simd.*.so") or [None]
+    counts = vector_registers(library)
+    assert all(
+        counts[name] > 100 for name in ("zmm (512 bits, AVX-512)", "ymm (256 bits, AVX2)", "xmm (128 bits, SSE)")
+    )
+    (tmp_path / "text.so").write_text("no machine code")
+    with pytest.raises(InputError, match="no machine code"):
+        vector_registers(tmp_path / "text.so")
+
+
+def test_code_stands_beside_the_lines_that_asked_for_it(fused):
+    table = beside(fused.report.kernels[-1], fused.report)
+    kinds = [op for _, op, _ in table.rows if op]
+    assert sorted(kinds) == sorted("mul mul mul mul add mul tanh add mul".split())
+    (line,) = {line for _, op, line in table.rows if op}
+    assert line.startswith("test_laboratory.py:") and "0.044715" in line
+    assert not any(op for text, op, _ in table.rows if "loadu" in text or ".store(" in text)
+
+
+# ---- an engine ------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_times_its_kernels(built, tiny_llama):
+    from conftest import limits
+
+    from helpers import BuildRecipe
+
+    recipe = BuildRecipe(
+        model=str(tiny_llama), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48), num_threads=1
+    )
+    folder = built(recipe.replace(options={"time_kernels": True}))
+    with load(folder) as engine, load(recipe.replace(backend="pytorch", num_threads=0)) as model:
+        for graph in ("decode_b1", "prefill"):
+            report = lab.profile(engine, inspect(folder).of(graph))
+            assert all(len(k.details["seconds"]) == lab.ROUNDS for k in report.kernels)
+            total, must = lab.moved(report)
+            assert 0 < must <= total
+        eager = lab.profile(model)
+        torch.testing.assert_close(engine.logits("Once"), model.logits("Once"), atol=1e-4, rtol=1e-4)
+    assert sum(k.name == "linear" for k in eager.kernels) == 8  # seven in the one layer, and the head
+    assert sum(lab.by_work(eager).values()) == pytest.approx(lab.seconds(eager))
+
+
+def test_an_engine_that_was_not_built_for_it_says_so(tiny_engine):
+    with load(tiny_engine) as engine, pytest.raises(BackendUnavailable, match="time_kernels"):
+        lab.profile(engine, inspect(tiny_engine).of("decode_b1"))
+
+
+def test_bytes_of_a_tensorrt_layer():
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not here")
+    block = nn.Sequential(nn.LayerNorm(256), nn.Linear(256, 1024), nn.GELU())
+    norm, product = inspect(build_module(block, (torch.randn(8, 256),), "fp16", quiet=True)).kernels
+    x, y = 8 * 256 * 2, 8 * 1024 * 2
+    weights = 2 * (256 * 1024 + 1024)
+    assert (norm.details["bytes"], norm.must) == (2 * x + 2 * 2 * 256, x + 2 * 2 * 256)
+    assert (product.details["bytes"], product.must) == (x + weights + y, weights + y)
+
+
+# ---- effects: their sign, by interval, tried again on a busy machine ---------------------------------------------
+
+
+def is_faster(one, other, repeats=1):
+    """Whether one is faster than the other in every round of some five."""
+    for _ in range(5):
+        samples = take_turns(
+            {"one": lambda: seconds(*one, repeats=repeats), "other": lambda: seconds(*other, repeats=repeats)}, rounds=5
+        )
+        if all(a < b for a, b in zip(samples["one"], samples["other"], strict=True)):
+            return True
+    return False
+
+
+def test_fusion_pays_where_results_do_not_fit_the_cache(block):
+    rows = min(2**28, max(2**26, 2 * hardware.cache_bytes())) // (4 * OUT)
+    data = torch.randn(rows, IN)
+    both = [(compile_module(block[0], (data,), fusion=on), data) for on in (True, False)]
+    assert is_faster(*both)
+
+
+class Product(nn.Module):
+    def __init__(self, form, name):
+        super().__init__()
+        self.form, self.name = form, name
+
+    def forward(self, x, weight):
+        return matmul({self.name: weight}, "m", x, self.form)
+
+
+def test_packed_weights_are_read_faster_than_strided_ones():
+    matrix, x = torch.randn(2048, 2048), torch.randn(1, 2048)
+    calls = []
+    for form, (name, weight) in (
+        ("packed", *pack({"m.weight": matrix}, "m").items()),
+        ("rows", ("m.weight", matrix.T.contiguous().T)),
+    ):
+        call = compile_module(Product(form, name), (x, weight))
+        torch.testing.assert_close(call(x, weight), x @ matrix.T, atol=1e-2, rtol=1e-3)
+        calls.append((call, x, weight))
+    assert is_faster(*calls, repeats=4)
+
+
+@pytest.mark.skipif(not AVX, reason="needs a processor with AVX2")
+def test_vectors_pay():
+    x = torch.randn(2**15)
+    wide, one = (compile_module(nn.GELU(), (x,), options={"cpp.simdlen": w}) for w in (AVX[-1], 1))
+    assert is_faster((wide, x), (one, x), repeats=50)
+
+
+class Planted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.register_buffer("table", torch.randn(64))
+
+    def forward(self, x):
+        unused = (x * 3).sum()  # noqa: F841
+        once, again = torch.sin(self.linear(x)), torch.sin(self.linear(x))
+        return (once + again) * (torch.exp(self.table) + 1)
+
+
+def test_what_graph_optimization_takes_away():
+    x = torch.randn(8, 64)
+    module = Planted()
+    stages = {}
+    for freezing in (False, True):
+        compiled = compile_module(module, (x,), options={"freezing": freezing})
+        torch.testing.assert_close(compiled(x), module(x), atol=1e-5, rtol=1e-4)
+        stages[freezing] = compiled.stages
+        assert "sum" in compiled.stages["as exported"]
+    finals = {freezing: each["as it is compiled"] for freezing, each in stages.items()}
+    assert all("sum" not in final for final in finals.values())  # nobody reads it
+    assert "exp" in finals[False] and "exp" not in finals[True]  # a constant only where the table is known
