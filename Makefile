@@ -10,8 +10,20 @@ STAMP  := $(VENV)/.set-up
 # pip's progress is for a terminal, not for a log
 QUIET  := $(shell test -t 2 || echo --quiet)
 
+# OFFLINE=FOLDER: packages, engines and the model come from what `helpers course prepare FOLDER` left there
+ifdef OFFLINE
+ifeq ($(wildcard $(OFFLINE)/wheels),)
+$(error $(OFFLINE) has no wheels/. Fix, on a machine with a network: .venv/bin/helpers course prepare $(OFFLINE))
+endif
+export PIP_NO_INDEX := 1
+export PIP_FIND_LINKS := $(abspath $(OFFLINE))/wheels
+export HF_HUB_OFFLINE := 1
+export COURSE_MODELS := $(abspath $(OFFLINE))/models
+export COURSE_ENGINES := $(CURDIR)/engines$(if $(wildcard $(OFFLINE)/engines),:$(abspath $(OFFLINE))/engines)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-quick nightly test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
+.PHONY: help setup run test chromium test-quick nightly test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -24,7 +36,14 @@ run: $(STAMP) ## run every notebook from top to bottom; a web site in build/site
 # Tests run side by side, at most four at a time: each process may hold an engine and a compiler.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test: $(STAMP) ## all tests: style, types, helpers, notebooks; brings the model smollm2 (93 to 270 MB) first, once
+# For the tests in a browser: Debian's chromium, where it may be installed. Elsewhere they are skipped, with the reason.
+chromium:
+	@for browser in chromium google-chrome; do command -v $$browser >/dev/null && exit 0; done; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    timeout 240 sh -c "apt-get update && apt-get install -y --no-install-recommends chromium" >/dev/null 2>&1 && exit 0; fi; \
+	  echo 'Going on without chromium. What needs it is skipped, and listed.'
+
+test: $(STAMP) chromium ## all tests: style, types, helpers, notebooks; brings the model smollm2 (93 to 270 MB) first, once
 	@$(PY) -m helpers model get smollm2 || echo 'Going on without smollm2. What needs it is skipped, and listed.'
 	$(PYTEST) --nbmake --nbmake-timeout=1200 notebooks tests
 
@@ -69,7 +88,7 @@ $(STAMP): pyproject.toml constraints/course.txt
 	@$(PY) -c '' 2>/dev/null || $(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12 3.13'
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the course into $(VENV): 2 GB on disk, more with a CUDA build of torch; done once."
-	$(PY) -m pip install $(QUIET) -c constraints/course.txt -e '.[test]'
+	$(PY) -m pip install $(QUIET) -c constraints/course.txt -e '.[test,browser]'
 	@touch $@
 
 $(OLDEST)/.set-up: pyproject.toml constraints/oldest.txt

@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "doctor", _doctor, "is this machine ready? each check with the step that mends it")
     command.add_argument("recipe", nargs="?", help="a TOML file: is there room for what it builds?")
+    command.add_argument(
+        "--room", type=int, nargs="?", const=1, metavar="LEARNERS", help="one line: ready for so many?"
+    )
 
     command = _add(commands, "explain", _explain, "what an error means and what ends it; knows some hundred by heart")
     command.add_argument("message", nargs="*", help="the message, or the file of a log; default: standard input")
@@ -137,6 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     action = _add(actions, "grade", _course_grade, "run a learner's notebook, code and all, and count its points")
     action.add_argument("notebook", help="a file, or the number of a copy in work/")
     action.add_argument("--gradescope", type=Path, metavar="FILE", help="write results.json as Otter-Grader does")
+    action = _add(actions, "timings", _course_timings, "run notebooks here, and tell how long each section takes")
+    action.add_argument("notebooks", nargs="*", help="only these; default: all")
+    action = _add(actions, "summary", _course_summary, "a line for each machine, from what doctor --room --json wrote")
+    action.add_argument("files", nargs="+", type=Path)
+    action = _add(actions, "prepare", _course_prepare, "all that a room without a network needs, in one folder")
+    action.add_argument("folder", type=Path)
+    action.add_argument("--python", default="", help="of the learners' version; default: this one")
+    action.add_argument("--platform", default="", help="pip's tag of their machines, such as manylinux_2_28_x86_64")
+    action.add_argument("--without-engines", action="store_true", help="do not run the notebooks to build theirs")
+    action = _add(actions, "slides", _course_slides, "slides of the notebooks, by their headings")
+    action.add_argument("folder", type=Path, help="where they go, and where reveal.js lies as reveal.js/")
+    action.add_argument("notebooks", nargs="*", help="only these; default: all")
 
     command = _add(commands, "gpu-check", _gpu_check, "on a machine with a GPU: run all of the course and report on it")
     command.add_argument("--only", default="doctor,tests,notebooks,bench", help="some of these parts")
@@ -377,7 +392,13 @@ def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
         from helpers.engine import disk_needed
 
         needed = disk_needed(recipes.read(settings.recipe))
-    return doctor.main(as_json=settings.json, needed=needed)
+    if settings.room is None:
+        return doctor.main(as_json=settings.json, needed=needed)
+    from helpers.maintain import room
+
+    machine = room.describe(doctor.main(as_json=True, needed=needed), settings.room)
+    print(room.summary([machine]))
+    return machine
 
 
 def _explain(settings: argparse.Namespace) -> dict[str, Any]:
@@ -451,6 +472,40 @@ def _course_grade(settings: argparse.Namespace) -> dict[str, Any]:
     if settings.gradescope:
         classroom.write_gradescope(grade, settings.gradescope)
     return grade.as_json()
+
+
+def _course_timings(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.maintain import room
+
+    answer = room.timings(settings.notebooks)
+    print("\n".join([*answer["problems"], str(room.timings_table(answer))]))
+    return answer
+
+
+def _course_summary(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.maintain import room
+
+    machines = room.read_reports(settings.files)
+    print(room.summary(machines))
+    return {"ok": all(machine["ok"] for machine in machines), "machines": machines}
+
+
+def _course_prepare(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.maintain.prepare import prepare
+
+    folder, engines = settings.folder, not settings.without_engines
+    prepare(folder, python=settings.python, platform=settings.platform, engines=engines)
+    print(f"All is in {folder}. On each machine: make lab OFFLINE={folder}")
+    return {"folder": str(folder)}
+
+
+def _course_slides(settings: argparse.Namespace) -> dict[str, Any]:
+    from helpers.maintain import notebooks, site
+
+    sources = notebooks.select(notebooks.NOTEBOOKS, settings.notebooks)
+    pages = [site.write_slides(path.stem, notebooks.read(path), settings.folder) for path in sources]
+    print("\n".join(map(str, pages)))
+    return {"slides": list(map(str, pages))}
 
 
 def _gpu_check(settings: argparse.Namespace) -> dict[str, Any]:

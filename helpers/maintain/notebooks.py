@@ -45,6 +45,7 @@ class NotebookResult:
     cells_run: int = 0
     skipped: list[tuple[int, str]] = field(default_factory=list)  # (cell, reason)
     problems: list[str] = field(default_factory=list)
+    cell_seconds: dict[int, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -269,7 +270,7 @@ def run_notebook(
     seconds = time.perf_counter() - started
 
     result = judge(nb, source.stem)
-    result.seconds = seconds
+    result.seconds, result.cell_seconds = seconds, progress.seconds
     for number, printed in progress.printed.items():
         if printed > MOST_PRINTED:
             result.problems.append(f"cell {number} printed more than {MOST_PRINTED:,} characters; the rest is left out")
@@ -297,13 +298,15 @@ class _Progress:
         self.cell = 0  # the one that runs now, or ran last
         self.began = 0.0
         self.printed: Counter[int] = Counter()  # characters, by cell
+        self.seconds: dict[int, float] = {}  # by cell
 
     def start(self, cell: NotebookNode, **_: Any) -> None:
         self.cell, self.began = self.numbers[id(cell)], time.perf_counter()
         print(f"  cell {self.cell:3d} of {len(self.numbers)} ", end="", flush=True)
 
     def end(self, **_: Any) -> None:
-        print(f"{time.perf_counter() - self.began:7.1f} s", flush=True)
+        self.seconds[self.cell] = time.perf_counter() - self.began
+        print(f"{self.seconds[self.cell]:7.1f} s", flush=True)
 
 
 def select(folder: Path, only: list[str] | None) -> list[Path]:

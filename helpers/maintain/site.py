@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.errors import InputError
+
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup
     from nbformat import NotebookNode
@@ -86,6 +88,30 @@ def convert(name: str, nb: NotebookNode) -> Page:
     title, lead = soup.find("h1"), soup.select_one("h1 ~ p")
     page = Page(f"{name}.html", title.get_text() if title else name, lead.get_text(" ") if lead else "", str(soup))
     page.sections = _sections(soup, page)
+    return page
+
+
+def write_slides(name: str, nb: NotebookNode, folder: Path) -> Path:
+    """nbconvert's slides: a section begins a slide, each further cell of text one below it, code goes with its text.
+    They need reveal.js in folder/reveal.js, and nothing from another host."""
+    from nbconvert import SlidesExporter
+
+    if not (folder / "reveal.js/dist/reveal.js").is_file():
+        raise InputError(
+            f"{folder / 'reveal.js'} is not there, which slides are shown with.",
+            cause="It is no Python package, and the course downloads nothing unasked.",
+            fix=f"cd {folder} && npm pack reveal.js@4 && tar xf reveal.js-4*.tgz && mv package reveal.js",
+        )
+    for cell in nb.cells:
+        head = cell.cell_type == "markdown" and re.match("##? ", cell.source)
+        kind = "slide" if head else "subslide" if cell.cell_type == "markdown" else "-"
+        cell.metadata["slideshow"] = {"slide_type": kind}
+    exporter = SlidesExporter(
+        reveal_url_prefix="reveal.js", reveal_scroll=True, require_js_url="", jquery_url="", mathjax_url="",
+        mermaid_js_url="", font_awesome_url="",
+    )  # fmt: skip
+    page = folder / f"{name}.slides.html"
+    _write(page, exporter.from_notebook_node(nb)[0])
     return page
 
 

@@ -1,0 +1,63 @@
+"""What a room without a network needs, in one folder: packages, engines, the real model. `make run OFFLINE=FOLDER`, and
+lab, test and setup, take everything from there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers.errors import CourseError
+from helpers.paths import PROJECT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EXTRAS = ("test", "browser")  # those that the Makefile installs
+
+
+def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = True) -> None:
+    """Fill the folder `out`; what is there already is kept. python: of the version that learners have, this one if "".
+    platform: pip's tag of their machines, such as manylinux_2_28_x86_64; this machine's if "". engines: also those that
+    the notebooks build, by running them here once. They are for processors like this machine's."""
+    from helpers.model.checkpoint import find_checkpoint
+
+    out = out.resolve()
+    if any(mark.isspace() for mark in str(out)):
+        raise CourseError(f"{out} has a space in it: make and pip would cut it there.", fix="Name another folder.")
+    model = find_checkpoint("smollm2").folder  # first, because its error says how to get it
+    out.mkdir(parents=True, exist_ok=True)
+    wheels(out / "wheels", PROJECT, python=python, platform=platform)
+    shutil.copytree(model, out / "models/smollm2", dirs_exist_ok=True)
+    if engines and not platform:
+        command = [sys.executable, "-m", "helpers", "run", "--out", str(out / "build")]
+        _run(command, "Not every notebook ran.", COURSE_ENGINES=str(out / "engines"))
+
+
+def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "") -> None:
+    """Download what `make setup` installs: the requirements, the tests' too, in the versions of constraints/."""
+    described = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    required = [
+        *described["build-system"]["requires"],
+        *described["project"].get("dependencies", []),
+        *(name for extra in EXTRAS for name in described["project"]["optional-dependencies"].get(extra, [])),
+    ]
+    command = [python or sys.executable, "-m", "pip", "download", "--dest", str(folder)]
+    command += ["--constraint", str(project / "constraints/course.txt"), *required]
+    if platform:
+        command += ["--only-binary=:all:", "--platform", platform]
+    _run(command, "The packages could not be downloaded.")
+
+
+def _run(command: list[str], what: str, **variables: str) -> None:
+    try:
+        done = subprocess.run(command, env={**os.environ, **variables}, check=False)
+    except OSError as error:
+        raise CourseError(what, cause=str(error), fix="Name a Python that is there: --python python3.12") from error
+    if done.returncode:
+        raise CourseError(what, cause=f"{' '.join(command[:4])} ended with {done.returncode}.", fix="See above.")

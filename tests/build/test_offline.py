@@ -1,0 +1,95 @@
+"""A room without a network: `helpers course prepare`, then `make` with OFFLINE, where no network can be reached."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.errors import CourseError
+from helpers.maintain import prepare
+from helpers.paths import PROJECT
+
+ALONE = ["unshare", "--map-root-user", "--net"]  # a network namespace: not even the loopback interface is up
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with the course's Makefile and constraints, and one small requirement for its two GB."""
+    folder = tmp_path / "project"
+    shutil.copytree(PROJECT / "constraints", folder / "constraints")
+    shutil.copy(PROJECT / "Makefile", folder)
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools==84.2.1"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "tiny"\nversion = "1"\ndependencies = ["tomli-w"]\n'
+        'optional-dependencies.test = ["iniconfig"]\n'
+        "[tool.setuptools]\npackages = []\n"
+    )
+    return folder
+
+
+def make(project: Path, *words: str, alone=()) -> subprocess.CompletedProcess:
+    command = [*alone, "make", f"PYTHON={sys.executable}", *words]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_set_up_from_a_prepared_folder_without_a_network(project, tmp_path):
+    if not shutil.which("unshare") or subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no network namespace may be made here (unshare --map-root-user --net)")
+    out = tmp_path / "prepared"
+    try:
+        prepare.wheels(out / "wheels", project)
+    except CourseError:
+        pytest.skip("pip reaches no package index here")
+    assert {wheel.name.partition("-")[0] for wheel in (out / "wheels").iterdir()} >= {
+        "setuptools",
+        "tomli_w",
+        "iniconfig",
+    }
+    done = make(project, "setup", f"OFFLINE={out}", alone=ALONE)
+    assert done.returncode == 0, done.stderr
+    python = project / ".venv/bin/python"
+    assert subprocess.run([python, "-c", "import tomli_w, iniconfig"], check=False).returncode == 0
+    next((out / "wheels").glob("tomli_w*")).unlink()  # and it did come from there: without the wheel it cannot
+    shutil.rmtree(project / ".venv")
+    assert make(project, "setup", f"OFFLINE={out}", alone=ALONE).returncode != 0
+
+
+def test_make_uses_the_models_and_engines_of_the_prepared_folder(project, tmp_path):
+    for part in ("wheels", "engines"):
+        (tmp_path / "out" / part).mkdir(parents=True)
+    with (project / "Makefile").open("a") as file:
+        file.write("\nshow:\n\t@echo $$COURSE_MODELS $$COURSE_ENGINES $$PIP_NO_INDEX $$HF_HUB_OFFLINE\n")
+    out = tmp_path / "out"
+    shown = make(project, "show", "OFFLINE=../out").stdout.split()  # as a person types it
+    assert shown == [f"{out}/models", f"{project}/engines:{out}/engines", "1", "1"]
+
+
+def test_the_wheels_are_those_that_set_up_installs():
+    assert f"-e '.[{','.join(prepare.EXTRAS)}]'" in (PROJECT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_was_not_prepared_is_named_with_the_command_that_does(project):
+    done = make(project, "setup", "OFFLINE=nowhere")
+    assert done.returncode and "helpers course prepare nowhere" in done.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_what_cannot_be_downloaded_is_an_error_of_ours(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(CourseError, match="could not be downloaded"):
+        prepare.wheels(tmp_path / "wheels", project)
+    with pytest.raises(CourseError, match="could not be downloaded.*\n.*pythonx"):
+        prepare.wheels(tmp_path / "wheels", project, python="pythonx")
+
+
+def test_nothing_is_begun_without_the_model_or_in_a_path_with_spaces(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "wheels", lambda *_, **__: pytest.fail("it began"))
+    with pytest.raises(CourseError, match="space"):
+        prepare.prepare(tmp_path / "a b")
+    monkeypatch.setenv("COURSE_MODELS", str(tmp_path / "none"))
+    with pytest.raises(CourseError, match="helpers model get smollm2"):
+        prepare.prepare(tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "a b").exists()
