@@ -1,73 +1,55 @@
-"""The course's engine and onnxruntime-genai in one interleaved run on a CPU. See README.md beside this file."""
+"""onnxruntime-genai. Its own model builder converts; int8 and int4 quantize the activations too."""
 
-import argparse
+import json
 import os
 import subprocess
-import tempfile
-import time
+import sys
 from pathlib import Path
 
-from helpers.bench import records
-from helpers.bench import run as benchmark
-from helpers.bench import tables as comparison
-from helpers.bench.records import Workload
-from helpers.bench.run import Runner
-from helpers.model.checkpoint import BUNDLED
+from tests.peers.worker import calls
 
-PEER = "onnxruntime-genai"
+state = {}
 
 
-class PeerRunner(Runner):
-    """A contender whose worker runs under the peer's Python."""
-
-    module = "tests.peers.onnxruntime_genai_worker"
-
-    def __init__(self, workload: Workload, threads: int, precision: str, python: str, folder: Path):
-        super().__init__(workload, threads, PEER, precision)
-        self.python, self.folder = python, folder
-
-    def _build(self) -> None:
-        start = time.perf_counter()
-        words = [self.python, "-m", "onnxruntime_genai.builder", "-i", str(BUNDLED), "-e", "cpu"]
-        subprocess.run(
-            [*words, "-o", str(self.folder), "-p", self.row.precision, "-c", self.cache.name],
-            check=True,
-            capture_output=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        self.row.build_s = time.perf_counter() - start
-        self.row.disk_bytes = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-
-    def _load_arguments(self):
-        return {"folder": str(self.folder), "threads": self.threads}
+def build(model, folder, precision, scratch):
+    words = ["-i", model, "-o", folder, "-p", precision, "-e", "cpu", "-c", scratch]
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    subprocess.run([*module, *words], check=True, capture_output=True, env=surroundings)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--python", required=True, help="the Python that has onnxruntime-genai")
-    parser.add_argument("--backends", default="pytorch,torch_compile,aot,aot:int8", help="of the course")
-    parser.add_argument("--precisions", default="fp32,int8,int4", help="of the peer")
-    parser.add_argument("--input", type=int, default=16)
-    parser.add_argument("--output", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="for all alike; 0: as the course chooses")
-    parser.add_argument("--peer-threads", type=int, default=-1, help="for the peer; -1: the same; 0: its own default")
-    parser.add_argument("--out", type=Path, required=True)
-    settings = parser.parse_args()
-    workload = Workload("stories", settings.input, settings.output, settings.repeats, threads=settings.threads)
-    keep = records.keeper(settings.out)
-    record = benchmark.empty_record(workload)
-    peer_threads = record.threads if settings.peer_threads < 0 else settings.peer_threads
-    record.command = (
-        f"python -m tests.peers.onnxruntime_genai --threads {settings.threads} --peer-threads {settings.peer_threads}"
-    )
-    runners = [benchmark.make_runner(workload, record.threads, name) for name in settings.backends.split(",")]
-    with tempfile.TemporaryDirectory() as work:
-        for precision in settings.precisions.split(","):
-            runners.append(PeerRunner(workload, peer_threads, precision, settings.python, Path(work, precision)))
-        benchmark.run_all(record, runners, [1], keep=keep)
-    print(comparison.table(record))
+def load(folder, threads):
+    config = Path(folder, "genai_config.json")
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    options = fields["model"]["decoder"]["session_options"]
+    options.pop("intra_op_num_threads", None)
+    if threads:
+        options["intra_op_num_threads"] = threads
+    config.write_text(json.dumps(fields), encoding="utf-8")
+    import onnxruntime_genai
+
+    state["og"], state["model"] = onnxruntime_genai, onnxruntime_genai.Model(folder)
 
 
-if __name__ == "__main__":
-    main()
+def start(ids, count):
+    params = state["og"].GeneratorParams(state["model"])
+    length = len(ids) + count
+    params.set_search_options(do_sample=False, max_length=length, min_length=length)
+    generator = state["og"].Generator(state["model"], params)
+    generator.append_tokens(ids)
+    return generator
+
+
+def generate(ids, count):
+    generator = start(ids, count)
+    for _ in range(count):
+        generator.generate_next_token()
+        yield int(generator.get_next_tokens()[0])
+
+
+def logits(ids):
+    rows = start(ids, 1).get_logits()
+    return rows.reshape(-1, rows.shape[-1])[-1].tolist()
+
+
+CALLS = calls(build, load, generate, logits, ("onnxruntime-genai", "onnxruntime"))
