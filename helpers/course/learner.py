@@ -36,6 +36,8 @@ def read() -> dict[str, Any]:
         return content
     except FileNotFoundError:
         return empty
+    except OSError as error:
+        raise _unusable(path, error) from error
     except (ValueError, KeyError, TypeError):
         aside = path.with_name(f"progress.damaged-{datetime.now():%Y-%m-%d-%H%M%S}.json")
         path.replace(aside)
@@ -58,10 +60,16 @@ def changed() -> Iterator[dict[str, Any]]:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             part.replace(path)
     except (OSError, Timeout) as error:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
-        raise StoreError(
-            f"What you did cannot be written to {path}: {error}.", fix="Set COURSE_WORK to a folder that you can write."
-        ) from error
+        if part.parent.is_dir():
+            part.unlink(missing_ok=True)
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> StoreError:
+    return StoreError(
+        f"What you did cannot be written to {path}, or read from it: {error}.",
+        fix="Set COURSE_WORK to a folder that you can write.",
+    )
 
 
 def record_answer(number: str, state: str, fingerprint: str) -> tuple[int, str]:

@@ -10,7 +10,7 @@ Nothing predicted is fine: then only the result is shown, and a notebook runs wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from helpers.course import learner
@@ -32,7 +32,6 @@ class Prediction:
     guess: float | str | None = None
     result: float | str | None = None
     late: bool = False  # changed after the result was shown
-    noted: str = field(default="", repr=False)
 
     @property
     def near(self) -> bool:
@@ -138,19 +137,15 @@ def summary(notebook: str) -> Table:
         for item in known
     ]
     here = {item.name: item.near for item in counted}
-    content = learner.read()
-    if here:
-        content["predictions"][notebook] = here
-        try:
-            with learner.changed() as kept:
-                kept["predictions"][notebook] = here
-        except StoreError as error:
-            print(error)
-    sense = "; ".join(
-        f"notebook {number}: {sum(near.values())} of {len(near)}"
-        for number, near in sorted(content["predictions"].items())
-        if near
-    )
+    every = {notebook: here} if here else {}
+    try:
+        if here:
+            with learner.changed() as content:
+                content["predictions"][notebook] = here
+        every = learner.read()["predictions"]
+    except StoreError as error:  # it fails nothing: the table is of this kernel
+        print(error)
+    sense = "; ".join(f"notebook {number}: {sum(x.values())} of {len(x)}" for number, x in sorted(every.items()))
     near = f"the right choice, or within a factor of {NEAR:g}"
     caption = f"Your guesses. Near ({near}): {sense}." if sense else "Nothing was predicted. Guess first, next time."
     return Table(caption, ("what", "your guess", "the result", "your guess was"), rows)

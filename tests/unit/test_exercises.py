@@ -111,8 +111,7 @@ def test_every_notebook_has_five_exercises_that_rise(notebook):
     assert points[0] == 1 == min(points) < max(points[len(points) // 2 :])
     assert all(len(task.hints) >= 2 and task.title and task.expects for task in tasks)
     assert set(frame.read_solutions(notebook)) == {task.number for task in tasks}
-    if answers := ANSWERS.get(notebook):  # those of 01, 02 and 07 are in test_exercises_lab.py
-        assert set(answers.RIGHT) == set(answers.WRONG) == {task.number for task in tasks}
+    assert set(ANSWERS[notebook].RIGHT) == set(ANSWERS[notebook].WRONG) == {task.number for task in tasks}
 
 
 # ---- the frame -----------------------------------------------------------------------------------------------

@@ -122,6 +122,15 @@ def test_the_summary_shows_how_the_sense_grows(work):
     assert summary("03").rows[2] == ("03 2", "1 times", "6 times", "6 times too little")
 
 
+@pytest.mark.parametrize("guess", [None, 3])
+def test_where_nothing_can_be_written_the_table_is_still_shown(work, guess, capsys):
+    work.write_text("a file, where a folder should be")
+    predict("speed", times=guess)
+    reveal("speed", times=3)
+    assert ("notebook 00: 1 of 1" in summary("00").caption) is bool(guess)
+    assert "COURSE_WORK" in capsys.readouterr().out
+
+
 def test_a_unit_that_changed_is_told():
     predict("speed", times=3)
     with pytest.raises(InputError, match="predicted in times"):

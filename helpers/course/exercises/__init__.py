@@ -12,15 +12,6 @@ A module holds the exercises of one notebook, and solutions/ a page of solutions
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from helpers.course.exercises.frame import check, freeze, hint, solution
 
 __all__ = ["check", "freeze", "hint", "solution"]
-
-
-def __getattr__(name: str) -> Any:  # until all notebooks have moved
-    if not name.startswith("check_"):
-        raise AttributeError(name)
-    return getattr(importlib.import_module("helpers.course.exercises.old"), name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from helpers.course import learner
 from helpers.errors import CourseError, InputError, printable, shown
@@ -235,10 +235,6 @@ def _fingerprint(answer: Any) -> str:
     code = getattr(answer, "__code__", None)
     text = f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}" if code else shown(answer)
     return hashlib.sha256(re.sub(r" at 0x\w+", "", text).encode(errors="replace")).hexdigest()[:12]
-
-
-def wrong(why: str) -> NoReturn:
-    raise InputError(why)
 
 
 def expect(condition: Any, why: str) -> None:
