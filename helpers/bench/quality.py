@@ -114,7 +114,7 @@ def score(engine: Engine, passages: str | Sequence[str | Sequence[int]], *, quie
             cause="An intermediate result was too large for the precision; fp16 holds no more than 65504.",
             fix="Build with precision='bf16' or 'fp32'.",
         )
-    return Scores(torch.tensor([token for ids in sequences for token in ids[1:]]), log_probs)
+    return Scores(torch.tensor([token for ids in sequences for token in ids[1:]], device="cpu"), log_probs)
 
 
 def _read(engine: Engine, batch: list[list[int]]) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from helpers.errors import InputError
+from helpers.errors import InputError, shown
 from helpers.machine.load import BUSY
 from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
@@ -290,7 +290,7 @@ class Record:
 def keeper(path: str | Path) -> Callable[[Record], Path]:
     """The call that writes a record to `path`. InputError at once if nothing can be written there: a measurement
     takes minutes."""
-    with _writing(Path(path)) as part:
+    with _writing(_path(path)) as part:
         part.touch()
         part.unlink()
     return lambda record: save(record, path)
@@ -298,11 +298,17 @@ def keeper(path: str | Path) -> Callable[[Record], Path]:
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record as JSON, whole or not at all."""
-    path = Path(path)
+    path = _path(path)
     with _writing(path) as part:
         part.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     return path
+
+
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, (str, Path)) or "\0" in str(path):
+        raise InputError(f"This names no file: {shown(path)}.", fix="Give a path, such as 'record.json'.")
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -326,7 +332,7 @@ def _writing(path: Path) -> Iterator[Path]:
 def read(path: str | Path) -> Record:
     """A record from its file. Truncated, incomplete, of another schema or with wrong types: refused with what is
     wrong."""
-    path = Path(path)
+    path = _path(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
@@ -423,6 +429,8 @@ def commit() -> str:
 
 def merge(*records: Record) -> Record:
     """The rows of several records in one. They must have done the same work on the same machine."""
+    if not records:
+        raise InputError("There are no records to merge.", fix="Give one or more.")
     first = records[0]
     for other in records[1:]:
         if different := differences(first, other, ("workload", "hardware", "threads")):

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from helpers import backends
 from helpers.bench.records import Host, Record, Row, Workload, commit
-from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError
+from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError, shown
 from helpers.machine import environments, hardware
 from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
@@ -56,6 +56,11 @@ def run(
     A contender that fails becomes a row with its reason; the others go on. `keep` is called after each batch size
     with what there is so far.
     """
+    if not isinstance(workload, Workload):
+        raise InputError(f"A workload is a Workload, not {shown(workload)}.", fix="Give Workload(model='stories').")
+    for what, values, kind in (("Contenders", contenders, str), ("Batch sizes", batch_sizes, int)):
+        if not isinstance(values, (list, tuple)) or not values or any(type(value) is not kind for value in values):
+            raise InputError(f"{what} are {shown(values)}.", fix="Give a list, such as ['pytorch', 'aot'] and [1, 4].")
     for contender in contenders:
         workload.recipe(*_parse(contender), workload.threads)  # RecipeError for what does not exist
     for size in batch_sizes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from helpers.digests import file_digest
 from helpers.errors import ModelError
-from helpers.model.config import ModelConfig, read_config, read_fields, read_json, unsupported
+from helpers.model.config import ModelConfig, expected_shapes, read_config, read_fields, read_json, unsupported
 from helpers.paths import models_folder
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Checkpoint:
     @property
     def _is_local(self) -> bool:
         """Given as a folder, not as a name that means the same on every machine."""
-        return self._plain_name not in NAMED and Path(self._plain_name).expanduser().resolve() == self.folder
+        return Path(self._plain_name).is_absolute()
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -71,6 +71,12 @@ class Checkpoint:
         """ModelError unless this model is supported, its weights are whole, and its sequences may become this long."""
         config = self.config
         if not self.dummy:
+            if (self.folder / "adapter_config.json").exists():  # transformers then computes with what it names
+                raise unsupported(
+                    "it is, or comes with, an adapter (adapter_config.json)",
+                    "Merge the two with peft's merge_and_unload() and save_pretrained(); if they are merged already, "
+                    "move the adapter's files away.",
+                )
             check_weights(self.folder, config)
         if max_seq_len > (limit := config.max_length):
             window = f"a sliding window of {limit} tokens" if limit == config.sliding_window else ""
@@ -126,6 +132,7 @@ def find_checkpoint(name: str) -> Checkpoint:
             raise _not_here(plain)
     elif is_folder(plain):
         folder = Path(plain).expanduser().resolve()
+        name = f"dummy:{folder}" if dummy else str(folder)  # which means the same after a change of folder
     elif is_hub_id(plain):
         folder = _hub_folder(plain)
     else:
@@ -253,39 +260,6 @@ def has_own_head(folder: Path) -> bool:
     with safe_open(pair[0].file, framework="pt") as one, safe_open(pair[1].file, framework="pt") as other:
         embedding, head = one.get_tensor("model.embed_tokens.weight"), other.get_tensor("lm_head.weight")
     return embedding.shape != head.shape or not bool((embedding == head).all())
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensor names and shapes of this configuration."""
-    c = config
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "model.norm.weight": (c.hidden_size,),
-    }
-    if not c.tie_word_embeddings:
-        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
-    for i in range(c.num_hidden_layers):
-        layer = f"model.layers.{i}."
-        shapes[layer + "input_layernorm.weight"] = (c.hidden_size,)
-        shapes[layer + "post_attention_layernorm.weight"] = (c.hidden_size,)
-        linears = {
-            "self_attn.q_proj": (queries, c.hidden_size, c.qkv_bias),
-            "self_attn.k_proj": (keys, c.hidden_size, c.qkv_bias),
-            "self_attn.v_proj": (keys, c.hidden_size, c.qkv_bias),
-            "self_attn.o_proj": (c.hidden_size, queries, c.output_bias),
-            "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
-            "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
-            "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
-        }
-        for name, (rows, columns, bias) in linears.items():
-            shapes[layer + name + ".weight"] = (rows, columns)
-            if bias:
-                shapes[layer + name + ".bias"] = (rows,)
-        if c.qk_norm:
-            shapes[layer + "self_attn.q_norm.weight"] = (c.head_dim,)
-            shapes[layer + "self_attn.k_norm.weight"] = (c.head_dim,)
-    return shapes
 
 
 def read_tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

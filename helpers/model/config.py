@@ -74,16 +74,45 @@ class ModelConfig:
         return min(length, self.sliding_window or length)
 
     def parameter_count(self) -> int:
-        c = self
-        attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
-        per_layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-        embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-        return c.num_hidden_layers * per_layer + embeddings + c.hidden_size
+        return sum(math.prod(shape) for shape in expected_shapes(self).values())
 
     def kv_cache_bytes(self, batch_size: int, seq_len: int, bytes_per_value: int) -> int:
         """2 (K and V) x layers x KV heads x head_dim x tokens x bytes."""
         per_token = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
         return per_token * batch_size * seq_len * bytes_per_value
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor names and shapes of this configuration."""
+    c = config
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        "model.norm.weight": (c.hidden_size,),
+    }
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    for i in range(c.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (c.hidden_size,)
+        shapes[layer + "post_attention_layernorm.weight"] = (c.hidden_size,)
+        linears = {
+            "self_attn.q_proj": (queries, c.hidden_size, c.qkv_bias),
+            "self_attn.k_proj": (keys, c.hidden_size, c.qkv_bias),
+            "self_attn.v_proj": (keys, c.hidden_size, c.qkv_bias),
+            "self_attn.o_proj": (c.hidden_size, queries, c.output_bias),
+            "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+            "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+            "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
+        }
+        for name, (rows, columns, bias) in linears.items():
+            shapes[layer + name + ".weight"] = (rows, columns)
+            if bias:
+                shapes[layer + name + ".bias"] = (rows,)
+        if c.qk_norm:
+            shapes[layer + "self_attn.q_norm.weight"] = (c.head_dim,)
+            shapes[layer + "self_attn.k_norm.weight"] = (c.head_dim,)
+    return shapes
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

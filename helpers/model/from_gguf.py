@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.errors import ModelError
-from helpers.model.checkpoint import SINGLE, expected_shapes
-from helpers.model.config import read_config, unsupported
+from helpers.model.checkpoint import SINGLE
+from helpers.model.config import expected_shapes, read_config, unsupported
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,8 @@ How a text is cut is what tokenizer.json says. So it is in transformers 4.57, in
 and in transformers 5 for most classes. For LlamaTokenizer and Qwen2Tokenizer, 5 takes only vocabulary and merges from
 the file, and makes the rest anew: a Llama tokenizer then puts its space before the first word alone, unless `legacy` is
 true, where many files (Llama 2, TinyLlama) put one behind each special token too. add_prefix_space is followed by both
-versions, against the file; where the two contradict each other, the checkpoint is refused.
+versions, against the file; where the two contradict each other, the checkpoint is refused. A decoded text is left as it
+is, as in 5: 4.57 took spaces before punctuation away where clean_up_tokenization_spaces is true.
 """
 
 from __future__ import annotations

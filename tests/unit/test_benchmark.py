@@ -658,6 +658,30 @@ def test_a_record_names_the_command_without_its_own_place(monkeypatch, words):
     assert benchmark._command() == "helpers bench --batch 4"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ({}, ["aot"]), (Workload(), "aot"), (Workload(), []), (Workload(), [None]), (Workload(), ["aot"], 4),
+        (Workload(), ["aot"], "14"), (Workload(), ["aot"], []), (Workload(), ["aot"], [True]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_only_looks_like_a_benchmark_is_refused_before_it_begins(monkeypatch, arguments):
+    monkeypatch.setattr(benchmark, "empty_record", lambda *_: pytest.fail("begun"))
+    with pytest.raises(InputError) as refused:
+        benchmark.run(*arguments, quiet=True)
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("path", [b"x", None, 5, [], "\0"], ids=repr)
+def test_what_names_no_file_is_refused(path):
+    for call in (records.read, records.keeper, lambda path: records.save(new_record(new_row()), path)):
+        with pytest.raises(InputError, match="names no file"):
+            call(path)
+    with pytest.raises(InputError, match="no records"):
+        records.merge()
+
+
 def test_equal_logits_have_no_error_even_where_all_are_the_same():
     """As of a head of zeros."""
     assert benchmark._logit_error([0.0, 0.0], [0.0, 0.0]) == benchmark._logit_error([3.0, 3.0], [2.0, 2.0]) == 0

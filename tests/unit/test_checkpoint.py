@@ -426,6 +426,38 @@ def test_what_a_configuration_asks_of_transformers_is_not_done(checkpoint, tmp_p
 # ---- the files that hold the weights ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prefix", ["", "dummy:"])
+@pytest.mark.parametrize("name", ["stories", "m", "m/", "smollm2"])
+def test_a_folders_name_means_the_same_after_a_change_of_folder(checkpoint, tmp_path, monkeypatch, prefix, name):
+    """Also where it is also one of the course's names, as long as it is given as a path."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / Path(name).name)
+    monkeypatch.chdir(tmp_path)
+    found = find_checkpoint(f"{prefix}./{name}")
+    monkeypatch.chdir("/")
+    again = find_checkpoint(found.full_name)
+    assert (again.folder, again.dummy) == (found.folder, found.dummy) == (folder, prefix != "")
+    assert found.short_name == f"{prefix}{folder.name}"
+
+
+def test_an_adapter_beside_the_model_is_refused(checkpoint, tmp_path):
+    """transformers, where peft is installed, would load what adapter_config.json names, and the adapter on top."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
+    with pytest.raises(ModelError, match="adapter") as refused:
+        find_checkpoint(str(folder)).check(16)
+    assert "merge_and_unload" in refused.value.fix
+    find_checkpoint(f"dummy:{folder}").check(16)
+
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", BIASES), ("mistral", {}), ("qwen2", {}), ("qwen3", {})])
+def test_parameters_are_counted_as_transformers_does(checkpoint, family, more):
+    folder = checkpoint(family, **more)
+    assert find_checkpoint(str(folder)).config.parameter_count() == reference(folder).num_parameters()
+
+
 @pytest.fixture
 def sharded(checkpoint, tmp_path):
     """A checkpoint in several shards, and its model."""

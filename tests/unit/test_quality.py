@@ -170,6 +170,18 @@ def test_the_front_is_what_nobody_beats(values, expected):
     assert [p.name for p in quality.front(points(*values))] == expected
 
 
+def test_scores_are_the_same_whatever_torchs_default_device_is(tiny_llama):
+    recipe = BuildRecipe(str(tiny_llama), backend="pytorch", device="cpu", max_input_len=16, max_seq_len=32)
+    with load(recipe) as engine:
+        plain = quality.score(engine, [[1, 2, 3]], quiet=True)
+        torch.set_default_device("meta")
+        try:
+            changed = quality.score(engine, [[1, 2, 3]], quiet=True)
+        finally:
+            torch.set_default_device(None)
+    assert changed.loss == plain.loss and changed.change(plain) == (0, 0)
+
+
 def test_nothing_to_draw_and_a_cost_that_is_none_are_refused():
     with pytest.raises(InputError, match="nothing to draw"):
         quality.pareto([])
