@@ -131,7 +131,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         with _loading():
             return backends.module(engine.backend).load(engine)
     folder = locate(engine)
-    with store.reading(folder), _understood(folder):
+    with store.reading(folder), _understood(folder), _loading():
         check_trust(folder)
         manifest = _read_language_model(folder)
         backend = backends.module(manifest["recipe"]["backend"])
@@ -139,8 +139,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         store.verify(folder, manifest)
         if tokenizer is not None:
             _check_tokenizer(folder, tokenizer)
-        with _loading():
-            return backend.load(from_dict(manifest["recipe"]), folder, manifest)
+        return backend.load(from_dict(manifest["recipe"]), folder, manifest)
 
 
 def load_plan(engine: Path | str) -> dict[str, Any]:

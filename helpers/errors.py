@@ -106,7 +106,8 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
     """Our error for one that says that memory ran out, in Python or in a library; those of libraries have no type for
     it. None for any other."""
     words = str(error).lower()
-    if not (isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words):
+    known = "out of memory", "can't allocate memory", "cannot allocate memory"
+    if not (isinstance(error, MemoryError) or any(one in words for one in known)):
         return None
     return OutOfMemory(
         f"Memory ran out: {(str(error).splitlines() or ['Python had none left.'])[0]}",

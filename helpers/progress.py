@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import filelock
@@ -78,8 +79,8 @@ class Progress:
         if self._handle is not None:
             with self._lock:
                 self._handle.update({"text/plain": "\n".join(self._lines())}, raw=True)
-        elif not self.quiet and self._running and sys.stderr.isatty():
-            print(f"  {self._lines()[-1].strip()}", end="\r", file=sys.stderr, flush=True)
+        elif not self.quiet and self._running and sys.stderr and sys.stderr.isatty():
+            _write(f"  {self._lines()[-1].strip()}", sys.stderr, end="\r")
 
     def _tick(self) -> None:
         while not self._done.wait(0.5):
@@ -87,7 +88,7 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if not self.quiet and self._handle is None:
-            print(line, file=sys.stderr, flush=True)
+            _write(line, sys.stderr)
 
 
 @contextmanager
@@ -112,7 +113,13 @@ def held(lock: filelock.BaseFileLock, what: str, *, quiet: bool = False) -> Iter
 
 def say(line: str) -> None:
     """One line to whoever is watching: a cell's output in a notebook, standard error in a terminal."""
-    print(line, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
+    _write(line, sys.stdout if in_notebook() else sys.stderr)
+
+
+def _write(line: str, stream: TextIO | None, end: str = "\n") -> None:
+    """What nobody reads any more, or has no room, must not end the work that it tells of."""
+    with suppress(OSError, ValueError):  # ValueError: the stream is closed
+        print(line, end=end, file=stream or io.StringIO(), flush=True)
 
 
 def in_notebook() -> bool:

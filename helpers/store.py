@@ -154,11 +154,9 @@ def read_manifest(folder: Path) -> Manifest:
         hash_now = _hash(manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise _gone(folder) from None
-    except PermissionError as error:
-        raise StoreError(
-            f"You may not read engine {folder.name!r}.", fix="Ask its owner, or build your own."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    except (ValueError, RecursionError) as error:
         raise _corrupt(folder, f"its manifest cannot be read ({error})") from error
     if not isinstance(manifest, dict):
         raise _corrupt(folder, f"its manifest cannot be read (it holds no fields, but {shown(manifest)})")
@@ -211,8 +209,8 @@ def reading(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not _has_manifest(folder):
             raise _gone(folder) from error
-        if isinstance(error, PermissionError):
-            raise StoreError(f"Engine {folder.name!r} cannot be read: {error}.", fix="Ask its owner.") from error
+        if isinstance(error, OSError):
+            raise _unreadable(folder, error) from error
         raise
 
 
@@ -401,6 +399,17 @@ def _gone(folder: Path) -> EngineNotFound:
         f"Engine {folder.name!r} is not there any more.",
         cause="It was removed, or it never was one.",
         fix="Build it.",
+    )
+
+
+def _unreadable(folder: Path, error: OSError) -> StoreError:
+    """The engine may be sound: what the operating system refuses does not say that it is damaged."""
+    if isinstance(error, PermissionError):
+        return StoreError(f"You may not read engine {folder.name!r}.", fix="Ask its owner, or build your own.")
+    return StoreError(
+        f"Engine {folder.name!r} cannot be read: {error}.",
+        cause="The disk fails, or this process has reached a limit, such as that on open files (ulimit -a).",
+        fix="Close other engines and programs; `helpers doctor` looks at disk and limits.",
     )
 
 

@@ -36,7 +36,7 @@ def _full_precision() -> Iterator[None]:
     newer one for each; it refuses to read the older while the two differ."""
     import torch
 
-    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    products = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before, older = [one.fp32_precision for one in products], _older_setting()
     torch.set_float32_matmul_precision("highest")  # changes the newer ones too
     try:

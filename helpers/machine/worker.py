@@ -356,6 +356,7 @@ def serve(module: str) -> None:
 
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(incoming, requests), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     try:
         served = importlib.import_module(module)
         os.environ |= getattr(served, "ENVIRONMENT", {}) | os.environ
@@ -389,8 +390,19 @@ def _listen(incoming: IO[str], requests: queue.Queue[str]) -> None:
         for line in incoming:
             requests.put(line)
     finally:
-        commands.kill_own_descendants()
-        os._exit(0)
+        _end()
+
+
+def _watch(parent: int) -> None:
+    """End with the parent too where a fork of it lives on, which holds the other end of our input."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    _end()
+
+
+def _end() -> None:
+    commands.kill_own_descendants()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The aot engine itself: how its graphs are compiled and run, what lower precision costs, what is inside."""
 
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -566,6 +567,19 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
         patch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
         with pytest.raises(BackendUnavailable, match="No such file"):
             Graph(package, "cpu")
+    for error, ours in (
+        (OSError(errno.EMFILE, "Too many open files"), BackendUnavailable),
+        (OSError(errno.EFBIG, "File too large"), BackendUnavailable),
+        (RuntimeError("libx.so: cannot allocate memory in static TLS block"), OutOfMemory),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("zipfile.ZipFile.__init__", lambda *_, error=error: raised(error))
+            with pytest.raises(ours):
+                Graph(package, "cpu")
+
+
+def raised(error):
+    raise error
 
 
 # ---- a process that only loads and generates --------------------------------------------------------------

@@ -98,6 +98,46 @@ def leftovers(engines: Path) -> list[str]:
 # ---- published whole or not at all ------------------------------------------------------------------------
 
 
+class Unread:
+    """A standard error that nobody reads any more, such as a pipe to a program that has ended."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text=""):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    flush = write
+
+
+@pytest.mark.parametrize("stream", [Unread(), None])
+def test_a_build_does_not_depend_on_what_it_prints(fake, monkeypatch, stream):
+    backend = fake()
+    monkeypatch.setattr("sys.stderr", stream)
+    folder = build(RECIPE)
+    assert build(RECIPE) == build(RECIPE, quiet=True) == folder and backend.builds == 1
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_a_sound_engine_that_cannot_be_read_now_is_neither_corrupt_nor_built_again(fake, monkeypatch, number):
+    backend = fake()
+    folder = build(RECIPE, quiet=True)
+    for called in ("read_text", "open"):
+        with monkeypatch.context() as patch:
+            plain = getattr(Path, called)
+
+            def refuse(path, *arguments, plain=plain, **settings):
+                if path.is_relative_to(folder):
+                    raise OSError(number, os.strerror(number), str(path))
+                return plain(path, *arguments, **settings)
+
+            patch.setattr(Path, called, refuse)
+            for call in (load, inspect, lambda _: build(RECIPE, quiet=True)):
+                with pytest.raises(StoreError, match=os.strerror(number)):
+                    call(folder)
+    assert backend.builds == 1 and load(folder) == b"whole"
+
+
 def test_a_build_publishes_files_and_a_manifest_that_describes_them(fake, engines):
     fake()
     folder = build(RECIPE, quiet=True)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from promises import how_many
 
 from helpers.errors import BackendUnavailable, BuildError, CourseError, OutOfMemory, WorkerError
 from helpers.machine import worker as worker_module
@@ -466,7 +467,8 @@ LINES = (
 )
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.promise("Any line of a worker is an answer, or ends it in our words", 500, 10_000)
+@settings(max_examples=how_many(500, 10_000), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @example(b'{"error": {"type": "annotations", "what": "", "cause": "", "fix": ""}}\n')
 @example(b'{"result": ' + b"[" * 100_000 + b"\n")
 @example(b'{"result": ' + b"9" * 100_000 + b"}\n")
@@ -534,3 +536,27 @@ def test_dies_with_its_parent(served):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=60
     )
     assert gone(int(done.stdout))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_dies_with_its_parent_though_a_fork_of_that_lives_on(served):
+    """As multiprocessing makes them: the fork holds the other end of the worker's input."""
+    code = """
+    import os, signal, time
+    from helpers.machine.worker import Worker
+    worker = Worker("served")
+    fork = os.fork()
+    if fork == 0:
+        os.closerange(0, 3)
+        time.sleep(60)
+    print(worker.pid, fork, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=50
+    )
+    worker, fork = map(int, done.stdout.split())
+    try:
+        assert gone(worker)
+    finally:
+        os.kill(fork, signal.SIGKILL)

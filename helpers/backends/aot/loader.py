@@ -11,6 +11,7 @@ takes it instead of loading another copy.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from helpers.errors import BackendUnavailable, EngineCorrupt
+from helpers.errors import BackendUnavailable, CourseError, EngineCorrupt, out_of_memory
 
 _idle: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)  # loaded graphs without an engine, by their file
 
@@ -58,11 +59,9 @@ def _load(path: Path, device: str) -> Any:
             return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
             raise _explain(path, Path(tempfile.gettempdir()), error) from error
+    folder: Path | None = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="aot-engine-"))
-    except OSError as error:
-        raise _explain(path, None, error) from error
-    try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if not entry.filename.endswith(".cpp"):
@@ -70,18 +69,22 @@ def _load(path: Path, device: str) -> Any:
         (library,) = folder.glob("*.so")
         return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise _explain(path, folder, error) from error
+        refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
+        raise _explain(path, None if refused else folder, error) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _explain(path: Path, folder: Path | None, error: Exception) -> BackendUnavailable | EngineCorrupt:
-    """Why a graph cannot be loaded: told by what the temporary folder can do, not by the words of the error."""
+def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
+    """Why a graph cannot be loaded: told by what the temporary folder can do, before the words of the error."""
+    if explained := out_of_memory(error):
+        return explained
     fix = "Set TMPDIR to a folder that can be written, has room and allows programs to run; then start Python again."
     if folder is None:
         return BackendUnavailable(
             f"The compiled graph {path.name} cannot be unpacked: {error}.",
-            cause="There is no temporary folder that can be written.",
+            cause="The temporary folder cannot be written, or this process has reached a limit (ulimit -a).",
             fix=fix,
         )
     room, runs = shutil.disk_usage(folder).free, lets_programs_run(folder)
