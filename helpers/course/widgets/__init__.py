@@ -4,6 +4,7 @@ from helpers.course.widgets.batching import batching_simulator
 from helpers.course.widgets.build import build_explorer
 from helpers.course.widgets.chat import chat
 from helpers.course.widgets.choices import START, Choice, bars, candidates, next_tokens, stream_choices
+from helpers.course.widgets.experiments import experiment_runner
 from helpers.course.widgets.memory import memory_calculator
 from helpers.course.widgets.sampling import sampling_explorer
 
@@ -15,6 +16,7 @@ __all__ = [
     "build_explorer",
     "candidates",
     "chat",
+    "experiment_runner",
     "memory_calculator",
     "next_tokens",
     "sampling_explorer",

@@ -27,13 +27,12 @@ class BatchingSimulator(Panel):
         self.source = control("Dropdown", "step times of", options=list(sources))
         self.batching = control("Dropdown", "batching", options=[("in-flight", True), ("static", False)])
         self.cache = control("Dropdown", "KV cache", options=[("paged", True), ("contiguous", False)])
-        self.load = slider("requests, % of what batch 1 serves", 200, 10, 1000, 10)
-        self.load.style.description_width = "auto"
-        self.count = slider("requests in all", 24, 1, 48)
-        self.answer = slider("mean answer, tokens", 48, 1, 64)
+        alone = "100: as many requests as an engine serves that takes them one by one"
+        self.load = slider("load, %", 200, 10, 1000, 10, tooltip=alone)
+        self.count = slider("requests", 24, 1, 48)
+        self.answer = slider("answer, tokens", 48, 1, 64)
         self.batch = slider("max_batch_size", 4, 1, 4)
-        self.memory = slider("cache, sequences of 320 tokens", 3, 1, 16)
-        self.memory.style.description_width = "auto"
+        self.memory = slider("cache, sequences", 3, 1, 16, tooltip="how many of full length it has room for")
         self.time = slider("time, %", 100, 0, 100)
         self.play = button("Play", "Show the simulation as it goes on", lambda: self._start(self._play()))
         self.picture, self.table = w.HTML(), w.HTML()

@@ -27,10 +27,10 @@ def control(kind: str, label: str, **settings: Any) -> Any:
     )
 
 
-def slider(label: str, value: float, low: float, high: float, step: float = 1) -> Any:
+def slider(label: str, value: float, low: float, high: float, step: float = 1, **settings: Any) -> Any:
     """A slider of whole numbers, or of others where its step is none."""
     kind = "IntSlider" if isinstance(step, int) else "FloatSlider"
-    return control(kind, label, value=value, min=low, max=high, step=step)
+    return control(kind, label, value=value, min=low, max=high, step=step, **settings)
 
 
 def button(label: str, tooltip: str, click: Callable[[], None], **settings: Any) -> Any:
@@ -63,7 +63,8 @@ def as_html(thing: Any) -> str:
     if "image/png" in data:
         alt = html.escape(data["text/plain"], quote=True)
         return f"<img alt='{alt}' style='max-width:100%' src='data:image/png;base64,{data['image/png']}'>"
-    return f"<div style='overflow-x:auto'>{data['text/html']}</div>"
+    style = "overflow-x:auto;line-height:1.4"
+    return f"<div class='jp-RenderedHTMLCommon' style='{style}'>{data['text/html']}</div>"
 
 
 class Panel(ABC):

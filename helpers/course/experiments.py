@@ -1,0 +1,105 @@
+"""A grid of settings, each measured once: rows that are kept as they come, and not measured again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from helpers.display import Picture, Table, grouped_bars
+from helpers.engine import build, load
+from helpers.errors import CourseError, InputError, shown
+from helpers.model.sampling import SamplingParams
+from helpers.recipe import COMPILED, BuildRecipe
+
+Grid = Mapping[str, Sequence[Any]]
+Row = dict[str, Any]
+
+
+def measure_engine(prompt: str = "Once upon a time", **settings: Any) -> Row:
+    """Build and load an engine, answer a full batch twice, and tell of the second. settings: a recipe's and sampling's
+    fields."""
+    names = {field.name for field in fields(BuildRecipe)}
+    recipe = BuildRecipe(**{name: value for name, value in settings.items() if name in names})
+    sampling = SamplingParams(**{name: value for name, value in settings.items() if name not in names})
+    engine = build(recipe, quiet=True) if recipe.backend in COMPILED else recipe
+    with load(engine) as loaded:
+        for _ in range(2):
+            answer = loaded.generate([prompt] * recipe.max_batch_size, sampling)[0]
+    return {"ttft_ms": answer.metrics.ttft_s * 1e3, "tpot_ms": answer.metrics.tpot_s * 1e3, "text": answer.text}
+
+
+def read_rows(file: Path | str) -> list[Row]:
+    """What has been measured so far; nothing where there is no file."""
+    try:
+        rows = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The rows of {Path(file).name!r} cannot be read: {error}.", fix="Name another file."
+        ) from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{Path(file).name!r} holds no rows of an experiment.", fix="Name another file.")
+    return rows
+
+
+def run_grid(measure: Callable[..., Row], grid: Grid, file: Path | str) -> Iterator[list[Row]]:
+    """Call measure(**settings) for each combination that `file` has no row of. After each, all rows: JSON in the file,
+    CSV beside it. A combination that an engine refuses has a row that says why.
+    """
+    if not grid or not all(isinstance(values, (list, tuple, range)) and len(values) for values in grid.values()):
+        raise InputError(f"This is no grid: {shown(grid)}.", fix="Give each setting a list of values.")
+    if not all(value is None or isinstance(value, (str, int, float)) for values in grid.values() for value in values):
+        raise InputError(f"A grid's values are texts and numbers, not {shown(grid)}.", fix="Give what a file can hold.")
+    rows = read_rows(file)
+    if rows and not all(set(grid) <= set(row) for row in rows):
+        raise InputError(f"{Path(file).name!r} holds another experiment's rows.", fix="Name another file.")
+    yield rows
+    for values in product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        if any(all(row[name] == value for name, value in settings.items()) for row in rows):
+            continue
+        try:
+            result = measure(**settings)
+        except CourseError as error:
+            result = {"error": str(error).replace("\n", " ")}
+        rows = [*rows, {**settings, **result}]
+        write_rows(rows, file)
+        yield rows
+
+
+def write_rows(rows: list[Row], file: Path | str) -> None:
+    """JSON and CSV, each whole or not at all."""
+    file, text = Path(file), io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    for path, content in ((file.with_suffix(".csv"), text.getvalue()), (file, json.dumps(rows, indent=1) + "\n")):
+        part = path.with_name(f"{path.name}.part")
+        try:
+            part.write_text(content, encoding="utf-8", newline="")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InputError(f"{path.name!r} cannot be written: {error.strerror}.", fix="Name another file.") from error
+
+
+def rows_table(rows: list[Row], caption: str) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row)) or ["nothing yet"]
+    cells = [[f"{v:.3f}" if isinstance(v := row.get(name, ""), float) else v for name in names] for row in rows]
+    return Table(caption, names, cells)
+
+
+def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
+    """Bars of one figure; None where no row has it."""
+    named = {", ".join(f"{n}={row[n]}" for n in grid): row[metric] for row in rows if row.get(metric) is not None}
+    if not named:
+        return None
+    words = "; ".join(f"{name} {value:.3g}" for name, value in named.items())
+    return Picture(grouped_bars(list(named), {metric: list(named.values())}, metric), f"Bars: {metric}. {words}.")

@@ -1,0 +1,58 @@
+"""The experiment runner: a grid of settings, measured one after the other while the kernel stays free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from helpers.course.experiments import Grid, Row, measure_engine, read_rows, rows_picture, rows_table, run_grid
+from helpers.course.widgets.panel import Panel, as_html, button, row
+from helpers.display import Table
+
+
+def experiment_runner(
+    grid: Grid, file: Path | str, measure: Callable[..., Row] = measure_engine, metric: str = "tpot_ms"
+) -> ExperimentRunner:
+    """Run measures what `file` has no row of yet; Stop ends it after the running measurement. metric: what is drawn."""
+    return ExperimentRunner(grid, Path(file), measure, metric)
+
+
+class ExperimentRunner(Panel):
+    def __init__(self, grid: Grid, file: Path, measure: Callable[..., Row], metric: str):
+        import ipywidgets as w
+
+        super().__init__()
+        self.grid, self.file, self.measure, self.metric = grid, file, measure, metric
+        self.rows = read_rows(file)
+        self.button = button("Run", "Measure what is missing", lambda: self._start(self._run()))
+        self.stop_button.tooltip = "End after the measurement that runs; what is measured is kept"
+        self.bar = w.IntProgress(0, min=0, max=prod(map(len, grid.values())), description="measured")
+        self.table, self.picture = w.HTML(), w.HTML()
+        self.controls = [self.button]
+        self.view = w.VBox([row(self.button, self.stop_button, self.bar), self.errors, self.table, self.picture])
+        self.draw()
+
+    def draw(self) -> None:
+        self.bar.value = len(self.rows)
+        self.table.value = as_html(self.twin())
+        picture = rows_picture(self.rows, self.grid, self.metric)
+        self.picture.value = as_html(picture) if picture else ""
+
+    def _run(self) -> Iterator[float]:
+        """Each measurement in a thread, and the kernel is asked again meanwhile."""
+        steps = run_grid(self.measure, self.grid, self.file)
+        with ThreadPoolExecutor(1) as thread:
+            while not self._stopping:
+                step: Any = thread.submit(next, steps, None)
+                while not step.done():
+                    yield 0.05
+                if step.result() is None:
+                    return
+                self.rows = step.result()
+                self.draw()
+
+    def twin(self) -> Table:
+        return rows_table(self.rows, f"{len(self.rows)} of {self.bar.max} settings, in {self.file.name}")

@@ -1,0 +1,120 @@
+"""The experiment runner: each combination once, kept as it comes, resumed without repeating."""
+
+import asyncio
+import csv
+import json
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
+
+from helpers.course.experiments import measure_engine, read_rows, rows_picture, run_grid
+from helpers.course.widgets import experiment_runner
+from helpers.errors import InputError, RecipeError
+
+GRID = {"a": [1, 2], "b": ["x", "y"]}
+
+
+def measured(calls):
+    def measure(a, b):
+        calls.append((a, b))
+        return {"figure": a * 1.5}
+
+    return measure
+
+
+def test_each_combination_is_measured_once_and_kept_as_it_comes(tmp_path):
+    calls, file = [], tmp_path / "grid.json"
+    steps = run_grid(measured(calls), GRID, file)
+    assert next(steps) == [] and len(next(steps)) == 1 and len(next(steps)) == 2
+    assert json.loads(file.read_text(encoding="utf-8")) == read_rows(file) and len(calls) == 2
+    rows = list(run_grid(measured(calls), GRID, file))[-1]  # interrupted, and begun again
+    assert calls == [(1, "x"), (1, "y"), (2, "x"), (2, "y")] and rows[3] == {"a": 2, "b": "y", "figure": 3.0}
+    assert list(run_grid(measured(calls), GRID, file)) == [rows] and len(calls) == 4
+    with file.with_suffix(".csv").open(encoding="utf-8", newline="") as lines:
+        assert [line["figure"] for line in csv.DictReader(lines)] == ["1.5", "1.5", "3.0", "3.0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.csv", "grid.json"]
+
+
+def test_a_larger_grid_goes_on_from_a_smaller_one(tmp_path):
+    calls, file = [], tmp_path / "grid.json"
+    list(run_grid(measured(calls), {"a": [1], "b": ["x"]}, file))
+    assert len(list(run_grid(measured(calls), GRID, file))[-1]) == 4 and len(calls) == 4
+
+
+def test_what_an_engine_refuses_is_a_row_and_a_fault_of_the_measurement_is_an_error(tmp_path):
+    def refuses(a):
+        if a == 1:
+            raise RecipeError("No.", fix="Take 2.")
+        if a == 3:
+            raise ZeroDivisionError
+        return {"figure": 1.0}
+
+    rows = list(run_grid(refuses, {"a": [1, 2]}, tmp_path / "r.json"))[-1]
+    assert rows == [{"a": 1, "error": "No. Fix: Take 2."}, {"a": 2, "figure": 1.0}]
+    with pytest.raises(ZeroDivisionError):
+        list(run_grid(refuses, {"a": [2, 3]}, tmp_path / "r.json"))
+    assert read_rows(tmp_path / "r.json") == rows
+
+
+@pytest.mark.parametrize("content", ["{", "3", "[3]", '[{"other": 1}]'])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
+    (tmp_path / "r.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError):
+        list(run_grid(measured([]), GRID, tmp_path / "r.json"))
+    assert (tmp_path / "r.json").read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("grid", [{}, {"a": []}, {"a": 3}, {"a": "xy"}, {"a": [{1}]}], ids=str)
+def test_what_is_no_grid_is_refused(grid, tmp_path):
+    with pytest.raises(InputError, match="grid"):
+        next(run_grid(measured([]), grid, tmp_path / "r.json"))
+
+
+def test_where_nothing_can_be_written_it_says_so(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"):
+        list(run_grid(measured([]), GRID, tmp_path / "missing" / "r.json"))
+
+
+def test_an_engine_is_measured_by_its_recipe_and_its_sampling():
+    limits = {"backend": "pytorch", "max_batch_size": 2, "max_input_len": 16, "max_seq_len": 48}
+    row = measure_engine(temperature=0.0, max_tokens=4, **limits)
+    assert row["tpot_ms"] > 0 and row["ttft_ms"] > 0 and row["text"]
+
+
+def test_the_widget_runs_in_the_background_stops_and_goes_on(tmp_path):
+    calls, threads = [], set()
+
+    def slow(a, b):
+        threads.add(threading.current_thread())
+        time.sleep(0.1)
+        calls.append((a, b))
+        return {"figure": float(a)}
+
+    runner = experiment_runner(GRID, tmp_path / "r.json", slow, "figure")
+
+    async def click():
+        runner.button.click()
+        beats = 0
+        while len(runner.rows) < 2:
+            await asyncio.sleep(0.01)
+            beats += 1  # the loop is free meanwhile
+        runner.button.click()  # is ignored
+        runner.stop_button.click()
+        await runner.task
+        return beats
+
+    assert asyncio.run(click()) > 5 and 2 <= len(calls) <= 3 and threading.main_thread() not in threads
+    again = experiment_runner(GRID, tmp_path / "r.json", slow, "figure")
+    assert again.bar.value == len(calls) == len(again.rows)
+    again.button.click()
+    assert len(calls) == 4 == again.bar.value and "Bars: figure" in again.picture.value
+    assert "4 of 4 settings" in again._repr_mimebundle_()[0]["text/html"] and rows_picture([], GRID, "figure") is None
+
+
+def test_the_widget_shows_a_fault_of_the_measurement(tmp_path):
+    runner = experiment_runner({"a": [0]}, tmp_path / "r.json", lambda a: 1 / a)
+    runner.button.click()
+    assert "ZeroDivisionError" in runner.errors.outputs[0]["text"] and not runner.button.disabled
