@@ -10,7 +10,8 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in
 from helpers import cli
 from helpers.errors import InputError
 from helpers.machine import hardware
-from helpers.maintain import room, site
+from helpers.maintain import notebooks, room, site
+from helpers.paths import PROJECT
 
 code, markdown = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
 REPORT = {"ok": True, "checks": [{"name": "engines", "status": "OK", "found": "50 GB free", "fix": ""}]}
@@ -88,3 +89,26 @@ def test_slides_begin_at_sections_and_fetch_nothing_from_another_host(tmp_path):
     fetched = re.findall(r"""<(?:script|link|img)[^>]*\s(?:src|href)=["']?([^"'\s>]+)""", text)
     assert fetched and all(address.startswith("reveal.js/") for address in fetched)
     assert not re.search(r"""(?:import|require|url)\(\s*["']?(?:https?:)?//""", text)
+
+
+def plan_rows(text: str) -> list[list[str]]:
+    """The rows of the table of plans: what, minutes, what, minutes."""
+    table = text[text.index("| half a day |") :].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_plans_of_a_day_add_up_and_leave_time_to_read():
+    text = (PROJECT / "docs/instructors.md").read_text(encoding="utf-8")
+    *rows, together = plan_rows(text)
+    for minutes in (1, 3):
+        assert sum(int(row[minutes] or 0) for row in rows) == int(together[minutes])
+    for name, minutes in [(row[2], int(row[3])) for row in rows if row[2][:2].isdigit()]:
+        (source,) = notebooks.select(notebooks.NOTEBOOKS, [name[:2]])
+        words = sum(part.words for part in room.sections(notebooks.read(source), source.stem, {}))
+        assert minutes >= 2 * words / room.WORDS_PER_MINUTE + 10, name
+
+
+def test_the_profile_for_a_hub_is_python():
+    text = (PROJECT / "docs/instructors.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    compile(block, "profile", "exec")
