@@ -148,6 +148,8 @@ def entry_of(path: Path) -> dict[str, Any]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an engine's folder. Raises EngineNotFound if there is none, and EngineCorrupt if it says
     anything else than a build of this schema wrote."""
+    if not isinstance(folder, Path):
+        raise StoreError(f"An engine's folder is a Path, not {shown(folder)}.", fix="Such as what build returns.")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         own_hash = manifest.pop("sha256", "") if isinstance(manifest, dict) else ""

@@ -306,7 +306,8 @@ def save(record: Record, path: str | Path) -> Path:
 
 
 def _path(path: str | Path) -> Path:
-    if not isinstance(path, (str, Path)) or "\0" in str(path):
+    text = str(path) if isinstance(path, (str, Path)) else "\0"
+    if "\0" in text or re.search("[\ud800-\udc7f\udd00-\udfff]", text):  # what no system takes as a name
         raise InputError(f"This names no file: {shown(path)}.", fix="Give a path, such as 'record.json'.")
     return Path(path)
 
@@ -376,7 +377,7 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
         return kind(value)
     if kind in (str, bool) and type(value) is kind:
         return value
-    raise ValueError(f"{where} is {value!r:.60}")
+    raise ValueError(f"{where} is {shown(value):.60}")
 
 
 def _check(record: Record) -> None:

@@ -282,8 +282,9 @@ def batch_sizes(text: str) -> list[int]:
     """ "1,4" to [1, 4]."""
     try:
         return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise InputError(f"Batch sizes are numbers with commas between, not {text!r}.", fix="Such as 1,4.") from None
+    except (ValueError, AttributeError, TypeError):
+        words = f"Batch sizes are numbers with commas between, not {shown(text)}."
+        raise InputError(words, fix="Such as 1,4.") from None
 
 
 def make_runner(workload: Workload, threads: int, contender: str) -> Runner:

@@ -19,15 +19,18 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
         return value
-    return [plain(item) for item in value]
+    try:
+        return [plain(item) for item in value]
+    except RecursionError:
+        raise InputError(f"{shown(value)} holds itself.") from None
 
 
 def number(value: Any) -> float:
     """A finite number: of Python, numpy or torch, a Fraction or Decimal, one alone in a list, or written as text."""
-    alone = _alone(value)
-    if isinstance(alone, str):
-        alone = alone.replace(",", "") if THOUSANDS.fullmatch(alone.strip()) else alone
     try:
+        alone = _alone(value)
+        if isinstance(alone, str):
+            alone = alone.replace(",", "") if THOUSANDS.fullmatch(alone.strip()) else alone
         result = math.nan if isinstance(alone, (bool, bytes, bytearray)) else float(alone)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
@@ -79,7 +82,7 @@ def _alone(value: Any) -> Any:
 
 
 def _words(value: Any) -> str:
-    return re.sub(r"[\W_]+", " ", str(value)).strip().casefold()
+    return re.sub(r"[\W_]+", " ", value if isinstance(value, str) else shown(value)).strip().casefold()
 
 
 # ---- figures that were read from a table ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from helpers.digests import file_digest
-from helpers.errors import ModelError
+from helpers.errors import ModelError, shown
 from helpers.model.config import ModelConfig, expected_shapes, read_config, read_fields, read_json, unsupported
 from helpers.paths import models_folder
 
@@ -120,6 +120,8 @@ def find_checkpoint(name: str) -> Checkpoint:
     """The checkpoint that `name` means: "stories", a name or a Hub id that `helpers model get` brought, a folder, or
     "dummy:" before any of these or before a folder's name in helpers/model/shapes. Nothing is downloaded.
     Raises ModelError. Whether the model can be built is only known after `check`, which imports transformers."""
+    if not isinstance(name, str):
+        raise ModelError(f"A model is named by a text, not by {shown(name)}.", fix="Such as 'stories'.")
     dummy = name.startswith("dummy:")
     plain = name.removeprefix("dummy:")
     if plain == "stories":

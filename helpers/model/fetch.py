@@ -74,9 +74,9 @@ def get(name: str) -> Path:
 
     name: "smollm2", or a Hub id (owner/name). "stories" and folders need no getting.
     """
-    if name in NAMED:
+    if isinstance(name, str) and name in NAMED:
         return _get_named(name)
-    if is_folder(name) or not is_hub_id(name):
+    if not isinstance(name, str) or is_folder(name) or not is_hub_id(name):
         folder = find_checkpoint(name).folder  # says so where there is no such model
         say(f"{name} needs no getting: its files are here.")
         return folder

@@ -21,9 +21,15 @@ from hypothesis import strategies as st
 import helpers
 from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
+from helpers.bench import records
+from helpers.bench import run as benchmark
 from helpers.course import widgets
 from helpers.course.cards import explain
+from helpers.course.exercises import check, freeze, hint, solution
+from helpers.course.predict import predict, reveal
 from helpers.errors import CourseError, InputError
+from helpers.model import fetch
+from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe.fields import Fusion, RecipeFields
 from helpers.recipe.tensorrt import KINDS, make_options
 from helpers.recipe.tensorrt_llm import PLUGINS, PYTORCH_SETTINGS, REFUSED, SETTINGS
@@ -62,6 +68,7 @@ SETTINGS_OF_A_WALK = settings(
 def _no_builds(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "_run", lambda job, force, quiet: store.name_of(job.short_name, job.identity))
 
@@ -91,7 +98,27 @@ TAKE_ONE = {
     "write to": lambda value: recipes.write(BuildRecipe(), value),
     "from_dict": recipes.from_dict,
     "explain": explain,
-    "find_checkpoint": lambda value: helpers.build(BuildRecipe(model=value)),
+    "find_checkpoint": find_checkpoint,
+    "build force": lambda value: helpers.build(BuildRecipe(), force=value, quiet=True),
+    "replace": lambda value: BuildRecipe().replace(model=value, max_batch_size=value),
+    "Fusion": lambda value: Fusion(qkv=value),
+    "build_onnx precision": lambda value: engine.build_onnx("x.onnx", value),
+    "read_manifest": store.read_manifest,
+    "model get": fetch.get,
+    "Workload": records.Workload,
+    "Workload's numbers": lambda value: records.Workload(input_len=value, repeats=value, decode_batch_sizes=value),
+    "record": records.read,
+    "record to": records.keeper,
+    "batch sizes": benchmark.batch_sizes,
+    "contenders": lambda value: benchmark.run(records.Workload(), value, quiet=True),
+    "check": lambda value: check(value, 1),
+    "answer": lambda value: check("00.3", value),
+    "hint": hint,
+    "solution": solution,
+    "freeze": freeze,
+    "predict": lambda value: predict("x", times=value),
+    "predict choice": lambda value: predict("x", choice=value, of=["a", "b"]),
+    "reveal": lambda value: (predict("y", times=1), reveal("y", times=value)),
 }
 
 
@@ -110,6 +137,8 @@ ENGINE_CALLS = {
     "tokenize": lambda e, value: e.tokenize(value),
     "detokenize": lambda e, value: e.detokenize(value),
     "detokenize after": lambda e, value: e.detokenize([1], value),
+    "chat": lambda e, value: e.chat(value, SHORT),
+    "stream_chat": lambda e, value: list(e.stream_chat(value, SHORT)),
     "next_tokens": lambda e, value: widgets.next_tokens(e, [1], SHORT, value),
 }
 TENSORS = [

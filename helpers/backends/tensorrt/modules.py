@@ -96,7 +96,8 @@ def from_module(
 
 def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float, options: dict[str, Any]) -> BuildJob:
     """What engine.build_onnx builds."""
-    settings = _settings(precision or "fp32", name, time_limit, options)
+    as_it_is = isinstance(precision, str) and not precision
+    settings = _settings("fp32" if as_it_is else precision, name, time_limit, options)
     if not isinstance(file, (str, Path)):
         raise BuildError(f"An ONNX file is given by its path, not as {shown(file)}.", fix="Give the path.")
     file = Path(file)
@@ -110,7 +111,7 @@ def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float,
 def _settings(precision: str, name: str, time_limit: float, options: dict[str, Any]) -> Options:
     """The builder's settings, once the arguments beside them are checked too."""
     precisions = PRECISIONS["tensorrt"]
-    if precision not in precisions:
+    if not isinstance(precision, str) or precision not in precisions:
         raise RecipeError(f"precision is {shown(precision)}.", fix=f"Give one of {', '.join(precisions)}.")
     if not isinstance(name, str):
         raise RecipeError(f"name is {shown(name)}.", fix="Give a text: the engine's folder begins with it.")

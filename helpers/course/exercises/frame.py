@@ -147,8 +147,8 @@ def exercises_of(notebook: str) -> dict[str, Exercise]:
 
 
 def find(number: str) -> Exercise:
-    known = exercises_of(str(number)[:2])
-    if number not in known:
+    known = exercises_of(number[:2]) if isinstance(number, str) else {}
+    if not isinstance(number, str) or number not in known:
         numbers = ", ".join(known) or "those of notebooks " + ", ".join(filter(exercises_of, MODULES))
         raise InputError(f"There is no exercise {shown(number)}.", fix=f"There are: {numbers}.")
     return known[number]
@@ -162,7 +162,7 @@ _given: dict[str, dict[str, Any]] = {}  # by notebook
 def freeze(notebook: str, **given: Any) -> None:
     """Hand the exercises of a notebook what they are checked against: the measurement that the learner's tables show,
     copied, so that nothing moves it; and engines, which are opened again where they have been closed."""
-    if not exercises_of(notebook):
+    if not isinstance(notebook, str) or not exercises_of(notebook):
         raise InputError(f"There are no exercises of notebook {shown(notebook)}.", fix="Give its number, such as '03'.")
     _given[notebook] = {name: _kept(value) for name, value in given.items()}
     print(f"The exercises of notebook {notebook} are checked against this run: {', '.join(given)}.")
