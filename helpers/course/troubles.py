@@ -1,4 +1,5 @@
-"""What notebook 05 needs to cause trouble without harm: copies to damage, and work for a worker that ends badly."""
+"""What notebooks 05 and 08 need to cause trouble without harm: copies to damage, machines that are pretended, and work
+for a worker that ends badly."""
 
 from __future__ import annotations
 
@@ -12,12 +13,16 @@ import statistics
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
+from helpers.machine import doctor, hardware
+from helpers.machine.check import Check
 from helpers.model.checkpoint import find_checkpoint
 
 
@@ -79,6 +84,36 @@ def wrong_scale(engine: Path, name: str, factor: float) -> Path:
     manifest["files"][path.name] = store.entry_of(path)
     store.save_manifest(folder, manifest)
     return folder
+
+
+def graph_with_plugin() -> Path:
+    """An ONNX file of one node, which is one of TensorRT-LLM's plugins."""
+    import onnx
+    from onnx import helper
+
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 64]) for name in "xy")
+    node = helper.make_node("GPTAttention", ["x"], ["y"], name="attention", domain="tensorrt_llm")
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("tensorrt_llm", 1)]
+    path = Path(tempfile.mkdtemp(dir=_scratch().name)) / "attention.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "block", [x], [y]), opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def broken_compiler() -> Path:
+    """A C++ compiler whose headers are gone: a shell script that says so."""
+    path = Path(tempfile.mkdtemp(dir=_scratch().name)) / "g++"
+    path.write_text("#!/bin/sh\necho 'probe.cpp:1: fatal error: string: No such file or directory' >&2\nexit 1\n")
+    path.chmod(0o755)
+    return path
+
+
+def check_another_driver(driver: str, cuda: str) -> Check:
+    """What the doctor would say of an NVIDIA driver beside a PyTorch that is built for this CUDA."""
+    with (
+        mock.patch.object(hardware, "driver", lambda: driver),
+        mock.patch.object(doctor, "torch_facts", lambda: {"cuda": cuda}),
+    ):
+        return replace(doctor.check_driver(), name="NVIDIA driver")
 
 
 def kill_beyond(megabytes: int, pid: int) -> None:
@@ -155,12 +190,17 @@ def generate_within(megabytes: int, batch_size: int, input_len: int) -> dict[str
     return {"answers": len(answers), "tokens": sum(len(answer.token_ids) for answer in answers)}
 
 
-def build_small(size: int) -> dict[str, Any]:
-    """Build a TensorRT engine of one layer: its name, what the build told, and how many seconds it took."""
+def build_small(size: int, room: int = 0) -> dict[str, Any]:
+    """Build a TensorRT engine of one layer: its name, what the build told, and how many seconds it took. room: the most
+    bytes that the system lets this process write into a file, as where a disk is full. Linux and macOS only."""
     import torch
 
     from helpers.engine import build_module
 
+    if room:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     torch.manual_seed(0)  # the same weights in each process, and so the same engine
     start, told = time.perf_counter(), io.StringIO()
     with contextlib.redirect_stderr(told):
