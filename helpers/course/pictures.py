@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import textwrap
 import zipfile
 from collections import Counter
@@ -65,19 +64,11 @@ def _purpose(name: str) -> str:
 def generated_loops(folder: Path, graph: str) -> list[str]:
     """The C++ loops that the compiler wrote for one graph, one kernel each, in order; empty where there are none. Of a
     deep model, those of the layers that were compiled once for all.
-
-    Casts of indices and namespaces are left out: they are much of the text and say nothing.
     """
     with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
         sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".kernel.cpp")]
     loops = sources[0].split("\n    {\n")[1:] if sources else []
-    return [textwrap.dedent(_without_noise(loop.rsplit("\n    }", 1)[0])) for loop in loops]
-
-
-def _without_noise(source: str) -> str:
-    source = re.sub(r"static_cast<int64_t>\((-?\w+)\)", r"\1", source)
-    source = source.replace("static_cast<int64_t>", "").replace("at::vec::", "")
-    return re.sub(r"\b(\d+)L\b", r"\1", source)
+    return [textwrap.dedent(loop.rsplit("\n    }", 1)[0]) for loop in loops]
 
 
 def part_sizes(report: EngineReport) -> dict[str, int]:

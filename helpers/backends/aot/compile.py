@@ -23,7 +23,7 @@ import torch
 from helpers.backends.aot.graphs import Part, empty_cache, graph_module, parts_of, sequences
 from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.products import Decode, Prefill
-from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart
+from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.aot.stored import convert_weights, read_weights, save_weights
 from helpers.backends.aot.verify import check_graph
 from helpers.backends.report import Kernel, Operation
@@ -76,7 +76,8 @@ def compile_part(
     (part,) = (part for part in parts if part.file == file)
     what = file if into == folder else f"{file} for {threads}"
     yield f"export {what}"
-    program = part.export(_weights(folder, device))
+    with whole_stack_traces():
+        program = part.export(_weights(folder, device))
     yield f"compile {what}"
     recorder = InductorRecorder(name)
     options = _inductor_options(asked, device, threads, module) | {"_post_fusion_custom_pass": recorder}

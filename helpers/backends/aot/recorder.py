@@ -182,6 +182,20 @@ def source_line(stack_trace: str) -> tuple[str, str]:
     return f"{'cell' if cell else Path(path).name}:{number}", text.strip()
 
 
+@contextlib.contextmanager
+def whole_stack_traces() -> Iterator[None]:
+    """Of where an operation comes from, torch.export keeps the lines of forward(). Meanwhile, of what it calls too."""
+    tracer = torch.fx.proxy.TracerBase
+    shorten = getattr(tracer, "_filter_traceback_frames", None)
+
+    def keep(self: Any, frames: Any) -> Any:
+        self._record_forward_stack_traces_only = False
+        return shorten(self, frames)  # type: ignore[misc]
+
+    with mock.patch.object(tracer, "_filter_traceback_frames", keep) if shorten else contextlib.nullcontext():
+        yield
+
+
 TIMED = {"cpp.enable_kernel_profile": True}  # Inductor's option that makes torch.profiler see each function
 
 

@@ -38,18 +38,17 @@ def without_noise(source: str) -> str:
 def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
     """A kernel's code, line by line, with the operation that a line computes and the model's line that asked for it.
 
-    Both lists are in the order of the graph, so a line goes with the next operation that is written like it. Lines that
-    only load, store or convert have none.
+    Both lists are in the order of the graph, so a line goes with the next operation that is written like it; what an
+    earlier kernel has computed is passed over. Lines that only load, store or convert have none.
     """
     known = {operation.name: operation for operation in report.operations}
     waiting = [known[name] for name in kernel.fused if name in known]
-    rows = []
+    rows, last = [], 0
     for line in _loop(code or kernel.details["code"]):
-        computes = re.search(r"(\btmp\w*) = ", line)
-        computed = "" if "loadu(" in line or "tl.load(" in line else line
-        match = next((o for o in waiting if computes and re.search(_sign(o.op), computed)), None)
-        if match:
-            waiting.remove(match)
+        computed = line if re.search(r"\btmp\w* = ", line) and "loadu(" not in line and "tl.load(" not in line else ""
+        after = [at for at, o in enumerate(waiting) if computed and re.search(_sign(o.op), computed)]
+        last = next((at for at in after if at >= last), after[0] if after else last)
+        match = waiting.pop(last) if after else None
         rows.append((line, match.op if match else "", f"{match.source}  {match.line}" if match else ""))
     return Table(f"{kernel.name}: {len(kernel.fused)} operations", ("generated", "operation", "the model's line"), rows)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart
+from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import vector_registers
 from helpers.machine import hardware
@@ -56,7 +56,8 @@ def compile_module(
     from torch._inductor.utils import fresh_cache
 
     recorder, stages = InductorRecorder("module"), {}
-    program = torch.export.export(module, tuple(inputs), strict=False)
+    with whole_stack_traces():
+        program = torch.export.export(module, tuple(inputs), strict=False)
     stages["as exported"] = _kinds(program.graph)
 
     def note(stage: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -15,14 +15,20 @@ PALE = ("#9ECAE1", "#FDD49E", "#A1D9B4", "#E7C6DC", "#D6EAF8", "#F5B7A1")  # COL
 MARKS = "os^Dvx"
 
 
-def clusters(report: EngineReport) -> Picture:
-    """The graph of a small report, top to bottom; operations of one kernel have its number, colour and hatch."""
-    homes = _homes(report)
+def clusters(report: EngineReport, steps: int | None = None) -> Picture:
+    """The graph of a small report, top to bottom; operations of one kernel have its number and its colour. steps: how
+    many of the merges are done; all, if it is left out."""
+    done = merges(report)[:steps]
+    homes = _merged(report, done if steps is not None else range(len(report.kernels)))
     figure, axes = new_figure(width=4.6, height=0.6 + 0.34 * (1 + max(_levels(report).values(), default=0)))
     _draw(axes, report, homes, labels=True)
-    return Picture(
-        figure, f"Graph: {len(report.operations)} operations in {len(report.kernels)} kernels. {_words(report)}"
-    )
+    counts = f"{len(report.operations)} operations in {_count(report, homes)} kernels"
+    return Picture(figure, f"Graph: {counts}. {_words(report)}")
+
+
+def merges(report: EngineReport) -> list[int]:
+    """The kernels that do several operations, in the order in which they run."""
+    return [at for at, kernel in enumerate(report.kernels) if len(kernel.fused) > 1]
 
 
 def replay(report: EngineReport, frames: int = 4) -> Picture:
@@ -30,19 +36,29 @@ def replay(report: EngineReport, frames: int = 4) -> Picture:
 
     The order is the report's: the kernel that runs first is merged first.
     """
-    homes = _homes(report)
-    fused = [at for at, kernel in enumerate(report.kernels) if len(kernel.fused) > 1]
+    fused = merges(report)
     frames = max(2, min(frames, len(fused) + 1))
     figure, first = new_figure(width=7.5, height=0.5 + 0.2 * (2 + max(_levels(report).values(), default=0)))
     first.remove()
     counts = []
     for at, axes in enumerate(figure.subplots(1, frames)):
-        merged = set(fused[: round(at * len(fused) / (frames - 1))])
-        _draw(axes, report, {name: home for name, home in homes.items() if home in merged}, labels=False)
-        counts.append(len({homes[o.name] if homes.get(o.name) in merged else o.name for o in report.operations}))
+        homes = _merged(report, fused[: round(at * len(fused) / (frames - 1))])
+        _draw(axes, report, homes, labels=False)
+        counts.append(_count(report, homes))
         axes.set_title(f"{counts[-1]} kernels", fontsize="medium")
     words = ", then ".join(f"{count} kernels" for count in counts)
     return Picture(figure, f"The same graph {frames} times, as operations merge: {words}. {_words(report)}")
+
+
+def _merged(report: EngineReport, kernels: Iterable[int]) -> dict[str, int]:
+    """The kernel of each operation, as far as it is among these."""
+    chosen = set(kernels)
+    return {name: home for name, home in _homes(report).items() if home in chosen}
+
+
+def _count(report: EngineReport, homes: Mapping[str, int]) -> int:
+    """How many kernels there are if an operation without a home is one."""
+    return len({homes.get(operation.name, operation.name) for operation in report.operations})
 
 
 def _homes(report: EngineReport) -> dict[str, int]:

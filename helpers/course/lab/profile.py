@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -99,16 +98,6 @@ def _eager(every: list[list[tuple[str, float]]]) -> EngineReport:
     operations = [Operation("decode", f"{op}_{at}", op, "") for at, op in enumerate(names[0])]
     kernels = [Kernel("decode", o.op, "library", (o.name,), "") for o in operations]
     return with_seconds(EngineReport("pytorch", operations, kernels), every)
-
-
-def seconds(report: EngineReport) -> float:
-    """Of all kernels together: the sum of their medians."""
-    return sum(median(kernel.details["seconds"]) for kernel in report.kernels)
-
-
-def samples(report: EngineReport) -> list[float]:
-    """Seconds of all kernels, round by round, for timing.compare."""
-    return [math.fsum(each) for each in zip(*(kernel.details["seconds"] for kernel in report.kernels), strict=True)]
 
 
 PRODUCTS = {"mm", "addmm", "bmm", "linear", "matmul", "matrix_multiply", "fc"}

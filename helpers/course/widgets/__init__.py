@@ -6,6 +6,7 @@ from helpers.course.widgets.chat import chat
 from helpers.course.widgets.choices import START, Choice, bars, candidates, next_tokens, stream_choices
 from helpers.course.widgets.experiments import experiment_runner
 from helpers.course.widgets.memory import memory_calculator
+from helpers.course.widgets.replay import fusion_replay
 from helpers.course.widgets.sampling import sampling_explorer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "candidates",
     "chat",
     "experiment_runner",
+    "fusion_replay",
     "memory_calculator",
     "next_tokens",
     "sampling_explorer",
