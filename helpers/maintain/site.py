@@ -106,10 +106,8 @@ def write_slides(name: str, nb: NotebookNode, folder: Path) -> Path:
         head = cell.cell_type == "markdown" and re.match("##? ", cell.source)
         kind = "slide" if head else "subslide" if cell.cell_type == "markdown" else "-"
         cell.metadata["slideshow"] = {"slide_type": kind}
-    exporter = SlidesExporter(
-        reveal_url_prefix="reveal.js", reveal_scroll=True, require_js_url="", jquery_url="", mathjax_url="",
-        mermaid_js_url="", font_awesome_url="",
-    )  # fmt: skip
+    exporter = SlidesExporter(reveal_url_prefix="reveal.js", reveal_theme="white", mathjax_url="")
+    exporter.raw_template = (FILES / "slides.html.j2").read_text(encoding="utf-8")
     page = folder / f"{name}.slides.html"
     _write(page, exporter.from_notebook_node(nb)[0])
     return page
