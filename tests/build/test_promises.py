@@ -17,9 +17,11 @@ from conftest import GREEDY, PROMPTS
 from test_store import RECIPE, FakeBackend, engines, leftovers  # noqa: F401  (engines is a fixture)
 
 from helpers import backends, build, cli, engine, load, store
+from helpers.bench import records, tables
 from helpers.engine import inspect
 from helpers.errors import CourseError
 from helpers.machine import hardware
+from helpers.maintain import notebooks
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs fork and signals")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) if os.name == "posix" else ()
@@ -216,31 +218,37 @@ def test_any_command_line_is_done_or_refused(engines, attempts, monkeypatch, cap
     attempts(one)
 
 
-@pytest.mark.promise("Generations take no memory that they do not give back", 200, 2000)
-def test_memory_stays_flat_while_generating(aot, attempts):
+def stays_flat(attempts, use):
+    """What a process holds does not grow: its most in the end, beside what it held after a quarter."""
     held = []
 
     def one(rng):
-        aot.generate(rng.choice(PROMPTS), GREEDY)
+        use(rng)
         held.append(psutil.Process().memory_info().rss)
 
     attempts(one)
     early, late = held[len(held) // 4], max(held[-10:])
     assert late < early * 1.02 + 2**22, f"{early / 1e6:.1f} MB, then {late / 1e6:.1f} MB"
+
+
+@pytest.mark.promise("Generations take no memory that they do not give back", 200, 2000)
+def test_memory_stays_flat_while_generating(aot, attempts):
+    stays_flat(attempts, lambda rng: aot.generate(rng.choice(PROMPTS), GREEDY))
 
 
 @pytest.mark.promise("Loading and closing engines takes no memory that is not given back", 10, 200)
 def test_memory_stays_flat_while_loading_and_closing(tiny_engine, attempts):
-    held = []
-
-    def one(rng):
+    def use(rng):
         with load(tiny_engine) as loaded:
             loaded.generate([1, 2, 3], GREEDY)
-        held.append(psutil.Process().memory_info().rss)
 
-    attempts(one)
-    early, late = held[len(held) // 4], max(held[-10:])
-    assert late < early * 1.02 + 2**22, f"{early / 1e6:.1f} MB, then {late / 1e6:.1f} MB"
+    stays_flat(attempts, use)
+
+
+def test_memory_that_grows_is_noticed():
+    kept = []
+    with pytest.raises(AssertionError, match="MB, then"):
+        stays_flat(lambda one: [one(None) for _ in range(40)], lambda rng: kept.append(b"x" * 10**6))
 
 
 @pytest.mark.promise("Four threads on one engine: nobody gets another one's text", 3, 100)
@@ -277,3 +285,39 @@ def test_any_prompt_is_answered_or_refused(tiny_engine, attempts):
                 assert error.what
 
         attempts(one)
+
+
+@pytest.mark.promise("Any record of a benchmark is refused in our words, or can be shown", 100, 10_000)
+def test_any_record_is_refused_or_shown(attempts, tmp_path):
+    whole = json.loads((records.REFERENCES / "cpu-stories.json").read_text(encoding="utf-8"))
+
+    def one(rng):
+        (tmp_path / "record.json").write_text(json.dumps(mutate(whole, rng)))
+        try:
+            record = records.read(tmp_path / "record.json")
+        except CourseError as error:
+            assert error.what and "\x1b" not in str(error)
+            return
+        for size in record.batch_sizes:
+            assert "\x1b" not in str(tables.table(record, size))
+
+    attempts(one)
+
+
+@pytest.mark.filterwarnings("ignore:Cell is missing an id")
+@pytest.mark.promise("Any notebook is refused in our words, or can be judged and written", 100, 10_000)
+def test_any_notebook_is_refused_or_judged(attempts, tmp_path):
+    whole = json.loads((notebooks.NOTEBOOKS / "00_start_here.ipynb").read_text(encoding="utf-8"))
+
+    def one(rng):
+        (tmp_path / "00_x.ipynb").write_text(json.dumps(mutate(whole, rng)))
+        try:
+            nb = notebooks.read(tmp_path / "00_x.ipynb")
+        except CourseError as error:
+            assert error.what and "\x1b" not in str(error)
+            return
+        notebooks.judge(nb, "00_x")
+        notebooks.tidy(nb)
+        notebooks.write(nb, tmp_path / "00_y.ipynb")
+
+    attempts(one)
