@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_models import PROMPT, Ours, assert_close, change_config, reference, tensors_of
 
-from helpers import BuildRecipe, SamplingParams, backends, digests, load
+from helpers import BuildRecipe, SamplingParams, backends, load
 from helpers.backends import pytorch
-from helpers.digests import file_digest
 from helpers.errors import EngineCorrupt, ModelError, OutOfMemory
 from helpers.model import checkpoint as checkpoints
 from helpers.model.checkpoint import find_checkpoint
@@ -648,60 +646,3 @@ def test_loading_a_model_leaves_the_random_numbers_of_the_user_alone(checkpoint,
     assert torch.equal(torch.rand(4), expected)
     other = pytorch.load_model(found, torch.float32, "cpu").state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-# ---- digests ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def large(tmp_path, monkeypatch):
-    """A file that is worth remembering, an hour old; and how often a file was read."""
-    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
-    monkeypatch.setattr(digests, "LARGE", 1000)
-    path = tmp_path / "weights"
-    path.write_bytes(b"a" * 2000)
-    os.utime(path, (time.time() - 3600,) * 2)
-    reads, read = [], digests._sha256
-    monkeypatch.setattr(digests, "_sha256", lambda path: reads.append(path) or read(path))
-    return path, reads
-
-
-def test_a_large_file_is_read_once(large):
-    path, reads = large
-    assert len({file_digest(path) for _ in range(3)}) == 1 and len(reads) == 1
-    assert file_digest(path, reread=True) and len(reads) == 2
-
-
-def test_a_file_of_the_same_size_and_modification_time_is_read_again(large):
-    path, reads = large
-    before, digest = path.stat(), file_digest(path)
-    path.write_bytes(b"b" * 2000)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert file_digest(path) != digest and len(reads) == 2
-
-
-def test_a_file_that_was_just_written_is_not_remembered(large):
-    """It could change again without its times changing, within one tick of the clock."""
-    path, reads = large
-    os.utime(path)
-    assert file_digest(path) == file_digest(path) and len(reads) == 2
-
-
-@pytest.mark.parametrize("memory", ["{", "[]", '{"PATH": 3}', '{"PATH": [[1], 5]}', '{"PATH": [[1]]}', "\xff"])
-def test_a_damaged_memory_means_reading_again(large, memory):
-    path, reads = large
-    digest = file_digest(path)
-    file = digests.engines_folder() / digests.MEMORY
-    file.write_text(memory.replace("PATH", str(path)), encoding="latin-1")
-    assert file_digest(path) == digest and len(reads) == 2
-    assert file_digest(path) == digest and len(reads) == 2  # it was written anew
-
-
-def test_what_is_gone_is_forgotten_and_nothing_else_lies_in_the_folder(large, tmp_path):
-    path, _ = large
-    other = path.rename(tmp_path / "other")
-    file_digest(other)
-    other.rename(path)
-    file_digest(path)
-    assert list(digests._memory()) == [str(path)]
-    assert [p.name for p in digests.engines_folder().iterdir()] == [digests.MEMORY]
