@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from helpers import inspect
 from helpers.backends.report import EngineReport, Kernel, Operation
 from helpers.course.lab import pictures, profile
 from helpers.course.lab.binary import vector_registers
 from helpers.course.lab.code import beside
+from helpers.course.recorded import recorded
 from helpers.errors import BackendUnavailable
 
 LINES = {"pow": "x.square()", "mean": "x.square().mean()", "mul": "x * root", "mm": "y @ w", "exp": "y.exp()"}
@@ -137,3 +139,12 @@ def test_machine_code_needs_a_disassembler(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(BackendUnavailable, match="objdump"):
         vector_registers(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "fp16-all-marked", "int8"])
+def test_recorded_engines_have_what_the_laboratory_asks_for(kind):
+    """Where TensorRT cannot build, notebook 07 reads the bytes of recorded ones."""
+    recording = inspect(recorded("block", kind, quiet=True))
+    total, must = profile.moved(recording)
+    weights = 2 * 256 + 256 * 1024 + 1024
+    assert total > must > weights * {"fp32": 4, "int8": 1}.get(kind, 2)
