@@ -71,7 +71,10 @@ class Workload:
                 fix="Raise the limits, or ask for fewer tokens.",
             )
         if outside := [size for size in self.decode_batch_sizes if not 1 <= size <= self.max_batch_size]:
-            raise InputError(f"Decode batch size {outside[0]} is not from 1 to max_batch_size={self.max_batch_size}.")
+            raise InputError(
+                f"Decode batch size {outside[0]} is not from 1 to max_batch_size={self.max_batch_size}.",
+                fix="Give sizes in that range, or raise the limit.",
+            )
         # 1 and the largest have a graph anyway, so naming them asks for nothing else.
         sizes = set(self.decode_batch_sizes) - {1, self.max_batch_size}
         object.__setattr__(self, "decode_batch_sizes", tuple(sorted(sizes)))

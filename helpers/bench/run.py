@@ -67,7 +67,7 @@ def run(
         if not 1 <= size <= workload.max_batch_size:
             raise InputError(
                 f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.",
-                fix="Ask for a smaller batch, or raise the limit.",
+                fix="Give sizes in that range, or raise the limit.",
             )
     record = empty_record(workload)
     runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]

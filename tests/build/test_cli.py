@@ -193,6 +193,7 @@ RECORD = str(REFERENCES / "cpu-stories.json")
         (["--compare", RECORD, RECORD, "--out", "x.json"], "--out was given"),
         (["--compare", RECORD, RECORD, "--repeats", "3"], "--repeats was given"),
         (["--batch", "1,4", "--max-batch", "2"], "max_batch_size=2"),
+        (["--decode-batch-sizes", "9"], "max_batch_size=4"),
         (["--input", "70", "--max-input", "64"], "max_input_len=64"),
         (["--output", "100", "--max-seq", "64"], "max_seq_len=64"),
     ],
