@@ -1,22 +1,17 @@
-"""The widgets in JupyterLab in a real browser: what a learner sees, moves and presses."""
+"""The widgets in JupyterLab and Notebook 7 in a real browser: what a learner sees, moves and presses."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.browser
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
+pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
 
-ROOT = Path(__file__).resolve().parents[2]
+from jupyter_pages import a_browser, picture, run_all, wait_for  # noqa: F401 (test_site_browser takes the first)
+
+pytest_plugins = ["jupyter_pages"]  # its fixtures
+
 CELL = """
 from helpers import BuildRecipe, load
 from helpers.course.widgets import sampling_explorer
@@ -41,85 +36,52 @@ chat(engine, sampling=SamplingParams(temperature=0, max_tokens=256, ignore_eos=T
 """
 
 
-def a_browser(playwright):
-    """Playwright's own chromium, or the system's."""
-    own = Path(playwright.chromium.executable_path)
-    chromium = str(own) if own.exists() else shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("there is no chromium: playwright install chromium")
-    return playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+MORE = [
+    "from helpers.course.widgets import batching_simulator, build_explorer, memory_calculator\nmemory_calculator()",
+    "batching_simulator()",
+    "build_explorer(max_batch_size=1, max_input_len=16, max_seq_len=48)",
+]
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """JupyterLab on a free port, on a folder with two notebooks of one cell; address(notebook)."""
-    folder = tmp_path_factory.mktemp("lab")
-    for name, cell in (("explorer", CELL), ("chat", CHAT)):
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip())])
-        nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else it asks
-        nbformat.write(nb, folder / f"{name}.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=test"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/api?token=test", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        else:
-            pytest.fail("JupyterLab did not start")
-        yield lambda name: f"{address}/lab/tree/{name}.ipynb?token=test&reset"
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = a_browser(playwright)
-        yield browser
-        browser.close()
-
-
-def opened(browser, address, button):
-    """The page of a notebook whose cell has run, once its widget is there."""
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(60_000)
-    page.goto(address)
-    page.locator(".jp-Cell .cm-content").first.click()
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
-    page.keyboard.press("Shift+Enter")
+def opened(visit, cells, app, name, button, **look):
+    """The page of a notebook whose cells have run, once its widget is there."""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
+    page = visit(nb, app, name, **look)
+    run_all(page)
     named(page, button).wait_for()
     return page
 
 
-@pytest.fixture(scope="module")
-def page(browser, lab):
-    return opened(browser, lab("explorer"), "Run")
+@pytest.fixture(scope="module", params=["lab", "notebook"])
+def page(visit, request):
+    return opened(visit, [CELL], request.param, f"explorer-{request.param}", "Run")
 
 
 @pytest.fixture(scope="module")
-def talk(browser, lab):
-    return opened(browser, lab("chat"), "Send")
+def talk(visit):
+    return opened(visit, [CHAT], "lab", "chat", "Send")
+
+
+@pytest.fixture(scope="module")
+def more(visit):
+    return opened(visit, MORE, "lab", "more", "Build")
+
+
+@pytest.fixture(autouse=True)
+def no_console_errors(request):
+    yield
+    for name in ("page", "talk", "more"):
+        if name in request.fixturenames:
+            assert request.getfixturevalue(name).problems == []
 
 
 def named(page, text):
     return page.locator("button.jupyter-button", has_text=text)
+
+
+def handle(part, label):
+    """What is dragged, of the slider with this label."""
+    return part.locator(f".widget-slider:has(label:text-is('{label}'))").locator(".noUi-handle").first
 
 
 def run_button(page):
@@ -130,22 +92,14 @@ def output(page) -> str:
     return page.locator(".jp-Cell .jp-OutputArea").first.inner_text()
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
 def test_the_widget_shows_its_distribution_not_its_picture(page):
-    assert "The token after the prompt" in output(page)
+    wait_for(lambda: "The token after the prompt" in output(page))
     assert page.locator(".jp-Cell .jp-OutputArea img").count() == 0
 
 
 def test_moving_the_temperature_moves_the_bars(page):
     before = output(page)
-    handle = page.locator(".noUi-handle").first
-    handle.focus()
+    handle(page, "temperature").focus()
     page.keyboard.press("Home")  # temperature 0
     wait_for(lambda: "100.0%" in output(page))
     assert output(page) != before
@@ -156,9 +110,35 @@ def test_run_writes_a_text_with_the_controls_off(page):
     run_button(page).click()
     wait_for(lambda: not run_button(page).is_enabled(), 10)
     wait_for(run_button(page).is_enabled)
-    assert "The last token was chosen from" in output(page)
-    words = page.locator(".jp-Cell .jp-OutputArea p b").inner_text()
+    assert "was chosen from" in output(page)
+    words = page.locator(".jp-Cell .jp-OutputArea p b").first.inner_text()
     assert len(words.split()) > 4
+
+
+def test_a_click_on_a_token_shows_what_else_it_could_have_been(page):
+    tokens = page.locator(".widget-toggle-buttons button")
+    tokens.nth(2).click()
+    wait_for(lambda: "Token 3 was chosen from" in output(page))
+    picture(page, page.name)
+
+
+def test_stop_ends_a_text_and_clicks_meanwhile_do_not_queue(page):
+    run_button(page).click()
+    wait_for(named(page, "Stop").is_enabled)
+    for _ in range(3):
+        run_button(page).click(force=True)
+    named(page, "Stop").click()
+    wait_for(run_button(page).is_enabled)
+    count = page.locator(".widget-toggle-buttons button").count()
+    time.sleep(1)
+    assert run_button(page).is_enabled() and page.locator(".widget-toggle-buttons button").count() == count < 12
+
+
+def test_two_settings_stand_side_by_side(page):
+    page.get_by_label("two settings side by side").check()
+    wait_for(lambda: output(page).count("The token after the prompt") == 2)
+    page.get_by_label("two settings side by side").uncheck()
+    wait_for(lambda: output(page).count("The token after the prompt") == 1)
 
 
 def test_an_error_is_visible_and_goes_away(page):
@@ -212,3 +192,58 @@ def test_send_goes_on_and_a_message_that_is_too_long_is_not_lost(talk):
     assert message(talk).input_value().startswith("word word") and output(talk).count("user:") == 2
     named(talk, "New conversation").click()
     wait_for(lambda: "not begun" in output(talk) and "LimitError" not in output(talk))
+
+
+def cell(page, number):
+    return page.locator(".jp-Cell").nth(number)
+
+
+def test_the_memory_calculator_follows_its_controls(more):
+    calculator = cell(more, 0)
+    wait_for(lambda: "H100 SXM" in calculator.inner_text())
+    calculator.get_by_label("precision").select_option("int4")
+    wait_for(lambda: "int4, 1 sequences" in calculator.inner_text())
+    handle(calculator, "sequences").focus()
+    for _ in range(30):  # faster than it is drawn
+        more.keyboard.press("ArrowRight")
+    wait_for(lambda: "31 sequences of 1024 tokens" in calculator.inner_text(), 5)
+
+
+def test_the_simulator_plays_stops_and_shows_the_moment_of_its_slider(more):
+    simulator = cell(more, 1)
+    image = simulator.locator("img")
+    wait_for(lambda: image.count() == 1)
+    whole = image.get_attribute("alt")
+    simulator.locator("button", has_text="Play").click()
+    wait_for(lambda: image.get_attribute("alt") != whole)
+    simulator.locator("button", has_text="Stop").click()
+    wait_for(simulator.locator("button", has_text="Play").is_enabled)
+    simulator.get_by_label("batching", exact=True).select_option("static")
+    wait_for(lambda: image.get_attribute("alt").startswith("static, paged"))
+    picture(more, "simulator")
+
+
+def test_a_build_is_started_and_cancelled(more):
+    explorer = cell(more, 2)
+    wait_for(lambda: "not built yet" in explorer.inner_text())
+    named(more, "Build").click()
+    wait_for(lambda: "Building stories" in explorer.inner_text())
+    assert not named(more, "Build").is_enabled()
+    explorer.locator("button", has_text="Stop").click()
+    wait_for(lambda: "Nothing is left of this build" in explorer.inner_text())
+    assert named(more, "Build").is_enabled() and "not built yet" in explorer.inner_text()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
+def test_what_a_phone_and_a_dark_page_show(visit, width, scheme):
+    """Pictures for people; and no control is wider than its place."""
+    page = opened(visit, [*MORE, CELL], "notebook", f"widgets-{width}-{scheme}", "Run", width=width, scheme=scheme)
+    for number in range(4):
+        wait_for(lambda n=number: cell(page, n).locator(".widget-vbox").count() > 0)
+        cell(page, number).scroll_into_view_if_needed()
+        time.sleep(0.3)
+        picture(page, f"{page.name}-{number}")
+        too_wide = """cell => [...cell.querySelectorAll('.widget-inline-hbox')].filter(
+            part => part.getBoundingClientRect().right > innerWidth + 1).length"""
+        assert cell(page, number).evaluate(too_wide) == 0
+    assert page.problems == []
