@@ -8,7 +8,8 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in
 
 from helpers.cli import main
 from helpers.course import learner
-from helpers.maintain import classroom
+from helpers.course.exercises import frame
+from helpers.maintain import classroom, notebooks
 
 CELLS = [
     "from helpers import BuildRecipe\nfrom helpers.course.exercises import check",
@@ -66,3 +67,17 @@ def test_the_commands_of_the_learner(tmp_path, monkeypatch, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if "03.5" in line)
     assert line.split()[-1] == "shown"
     assert main(["course", "solution", "03.99"]) == 1 and classroom.progress()
+
+
+@pytest.mark.parametrize("name", ["00_start_here", "03_generate"])
+def test_a_notebook_with_the_solutions_in_it_has_all_points(name, stories_fp32, tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    nb = notebooks.read(notebooks.NOTEBOOKS / f"{name}.ipynb")
+    for number, text in frame.read_solutions(name[:2]).items():
+        (cell,) = [cell for cell in nb.cells if f'check("{number}"' in cell.source]
+        before = cell.source.partition("answer_")[0].partition("def ")[0]  # what the cell gives to work with
+        cell.source = f'{before}{text.partition("```python")[2].partition("```")[0]}\ncheck("{number}", answer)'
+    notebooks.write(nb, tmp_path / f"{name}.ipynb")
+    grade = classroom.grade(str(tmp_path / f"{name}.ipynb"))
+    assert [(mark.number, mark.state) for mark in grade.marks if mark.state != "right"] == [] == grade.problems
+    assert grade.as_json()["points"] == grade.as_json()["of"]
