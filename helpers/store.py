@@ -151,6 +151,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(folder, Path):
         raise StoreError(f"An engine's folder is a Path, not {shown(folder)}.", fix="Such as what build returns.")
     try:
+        if not (folder / MANIFEST).is_file():  # reading a pipe would wait for ever
+            raise _gone(folder)
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         own_hash = manifest.pop("sha256", "") if isinstance(manifest, dict) else ""
         hash_now = _hash(manifest)

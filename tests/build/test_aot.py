@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 import torch
@@ -131,6 +132,25 @@ def test_there_is_an_error_that_names_the_space_where_no_folder_is_without(tmp_p
     with pytest.raises(BuildError, match="space") as refused, _scratch_folder(folder):
         pass
     assert "TMPDIR" in refused.value.fix
+
+
+def test_what_a_killed_build_left_in_the_temporary_folder_goes_with_the_next(tmp_path, monkeypatch):
+    from helpers.backends.aot.backend import _scratch_folder
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / "my engines" / ".building-x"
+    folder.mkdir(parents=True)
+    killed, new, running = (tmp_path / f".compile-{name}" for name in ("killed", "new", "running"))
+    for left in (killed, new, running):
+        left.mkdir()
+        (left / "kernel.so").touch()
+        (left / ".lock").touch()
+    with filelock.FileLock(running / ".lock"):
+        for left in (killed, running):
+            os.utime(left, (0, 0))
+        with _scratch_folder(folder) as scratch:
+            assert Path(scratch).parent == tmp_path
+            assert not killed.exists() and new.exists() and running.exists()
 
 
 @contextlib.contextmanager

@@ -118,6 +118,18 @@ def test_a_build_does_not_depend_on_what_it_prints(fake, monkeypatch, stream):
     assert build(RECIPE) == build(RECIPE, quiet=True) == folder and backend.builds == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name on this system")
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_manifests_place_is_not_waited_for(fake):
+    backend = fake()
+    folder = build(RECIPE, quiet=True)
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(EngineNotFound):
+        load(folder)
+    assert build(RECIPE, quiet=True) == folder and backend.builds == 2
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
 def test_a_sound_engine_that_cannot_be_read_now_is_neither_corrupt_nor_built_again(fake, monkeypatch, number):
     backend = fake()

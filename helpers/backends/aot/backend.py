@@ -13,11 +13,13 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from helpers.backends.aot.compile import is_one_word
@@ -213,7 +215,12 @@ def _scratch_folder(folder: Path) -> Iterator[str]:
     it must let programs run. The build's own folder comes first, since that is swept up even after a killed build."""
     for place in (str(folder), tempfile.gettempdir(), "/tmp", "/var/tmp"):
         if is_one_word(place) and os.access(place, os.W_OK) and lets_programs_run(Path(place)):
-            with tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch:
+            if place != str(folder):
+                _sweep(Path(place))
+            with (
+                tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch,
+                filelock.FileLock(f"{scratch}/.lock"),
+            ):
                 yield scratch
             return
     raise BuildError(
@@ -222,6 +229,15 @@ def _scratch_folder(folder: Path) -> Iterator[str]:
         cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
         fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
     )
+
+
+def _sweep(place: Path) -> None:
+    """Delete what killed builds have left there. One that goes on holds its lock, or is about to take it."""
+    for left in place.glob(".compile-*"):
+        with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
+            if time.time() - left.stat().st_mtime > 60:
+                with filelock.FileLock(left / ".lock", timeout=0):
+                    shutil.rmtree(left)
 
 
 class _Compilers:
