@@ -76,13 +76,14 @@ def compile_part(
     (part,) = (part for part in parts if part.file == file)
     what = file if into == folder else f"{file} for {threads}"
     yield f"export {what}"
-    with whole_stack_traces():
+    timed = asked.options.get("time_kernels", False)
+    # A timed library copies the traces of each kernel whenever it is launched: whole ones take milliseconds a step.
+    with contextlib.nullcontext() if timed else whole_stack_traces():
         program = part.export(_weights(folder, device))
     yield f"compile {what}"
     recorder = InductorRecorder(name)
     options = _inductor_options(asked, device, threads, module) | {"_post_fusion_custom_pass": recorder}
     Path(into).mkdir(exist_ok=True)
-    timed = asked.options.get("time_kernels", False)
     with kernels_apart() if timed else contextlib.nullcontext():
         options |= TIMED if timed else {}
         _compile(program, Path(into) / f"{file}.pt2", options, device, compile_threads)
