@@ -85,6 +85,9 @@ def convert(name: str, nb: NotebookNode) -> Page:
         del cell["id"]  # "cell-id=...": nothing links there
     for table in soup.select("table"):
         _let_scroll(soup, table)
+    for output in soup.select(".output pre"):
+        if not re.search(r"\S  |^ ", output.get_text(), re.MULTILINE):  # columns and code keep their lines
+            output["class"] = "sentences"
     title, lead = soup.find("h1"), soup.select_one("h1 ~ p")
     page = Page(f"{name}.html", title.get_text() if title else name, lead.get_text(" ") if lead else "", str(soup))
     page.sections = _sections(soup, page)

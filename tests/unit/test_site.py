@@ -49,6 +49,16 @@ def test_every_link_inside_the_site_leads_somewhere_on_it(course):
     assert lost_links(course[1]) == []
 
 
+def test_sentences_that_a_cell_prints_wrap_and_columns_do_not():
+    def printed(text):
+        cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", name="stdout", text=text)])
+        return page_of(cell)[1].select_one(".output pre").get("class", [])
+
+    assert "sentences" in printed("It is faster here. Each kernel reads what it needs once.\n")
+    assert "sentences" not in printed("backend  TPOT\naot      0.42\n")
+    assert "sentences" not in printed("for (i) {\n  x += 1;\n}\n")
+
+
 def test_a_link_that_leads_nowhere_is_seen():
     pages = {"a.html": tree('<a href="b.html">x</a><a href="#y">y</a><a href="a.html">a</a>')}
     assert lost_links(pages) == ["a.html: b.html", "a.html: #y"]
