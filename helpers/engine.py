@@ -177,7 +177,7 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
         return store.find(engine)
     _need_compiled(engine)
     depends_on = identity(engine, find_checkpoint(engine.model))
-    folder = store.lookup(store.name_of(engine.short_name, depends_on))
+    folder = store.serving(engine.short_name, depends_on)
     if folder is None:
         raise EngineNotFound(
             f"No engine has been built from this recipe ({engine.short_name}).",
@@ -282,7 +282,7 @@ def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
             say(line)
 
     def stored() -> Path | None:
-        folder = None if force else store.lookup(name)
+        folder = None if force else store.serving(job.short_name, job.identity)
         if folder is None:
             return None
         try:

@@ -243,6 +243,24 @@ def lookup(name: str) -> Path | None:
     return None
 
 
+def serving(short_name: str, identity: dict[str, Any]) -> Path | None:
+    """The folder of the engine of this identity. Where there is no compiler ("none"), nothing could be built: there an
+    engine serves that differs in nothing but the compiler that it was built with."""
+    folder = lookup(name_of(short_name, identity))
+    versions = identity.get("versions", {})
+    if folder or versions.get("compiler") != "none":
+        return folder
+    for folder in list_engines():
+        try:
+            stored = read_manifest(folder)["identity"]
+        except CourseError:
+            continue  # damaged, or removed meanwhile
+        compiler = stored.get("versions", {}).get("compiler")
+        if stored == {**identity, "versions": {**versions, "compiler": compiler}}:
+            return folder
+    return None
+
+
 def find(engine: Path | str) -> Path:
     """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
     try:
