@@ -129,7 +129,7 @@ def test_only_whole_folder_names_are_replaced():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/home/ann/tmp/x ~/tmp/y /tmp/z", "~/tmp/x ~/tmp/y <tmp>/z"),  # what was replaced is no temporary folder
+        ("/home/ann/scratch/x ~/scratch/y /scratch/z", "~/scratch/x ~/scratch/y <tmp>/z"),  # what was replaced is no temporary folder
         ("cd PROJECT && PROJECT/helpers, PROJECT-2", "cd . && helpers, PROJECT-2"),
         ("/usr/bin/g++ /usr/local/cuda", "/usr/bin/g++ /usr/local/cuda"),  # not Python's, though it lies there
         ("LINK/a DISK/b", "~/a ~/b"),
@@ -139,7 +139,7 @@ def test_a_folder_is_replaced_once_and_where_it_is_meant(tmp_path, monkeypatch, 
     (disk := tmp_path / "disk").mkdir()
     (link := tmp_path / "link").symlink_to(disk)
     monkeypatch.setenv("HOME", str(link) if "LINK" in text else "/home/ann")
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", "/scratch")
     monkeypatch.setattr(sys, "prefix", "/usr")
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     for name, folder in {"PROJECT": PROJECT, "LINK": link, "DISK": disk}.items():

@@ -1,5 +1,6 @@
 """A room without a network: `helpers course prepare`, then `make` with OFFLINE, where no network can be reached."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def project(tmp_path):
 
 def make(project: Path, *words: str, alone=()) -> subprocess.CompletedProcess:
     command = [*alone, "make", f"PYTHON={sys.executable}", *words]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=300)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # not those of `make test`
+    return subprocess.run(command, cwd=project, env=own, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_set_up_from_a_prepared_folder_without_a_network(project, tmp_path):
