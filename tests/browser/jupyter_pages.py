@@ -99,7 +99,8 @@ def visit(jupyter, browser):
         page.set_default_timeout(60_000)
         path = "lab/tree" if app == "lab" else "notebooks"
         page.goto(f"{address}/{path}/{name}.ipynb?token={TOKEN}" + ("&reset" if app == "lab" else ""))
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        # Attached is enough: on a phone's page the toolbar has no room to show it.
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(state="attached")
         page.locator(".jp-Cell").first.click()
         page.problems.clear()  # Notebook 7.6 has some of its own while it starts
         return page

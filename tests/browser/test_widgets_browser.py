@@ -234,7 +234,7 @@ def test_a_build_is_started_and_cancelled(more):
     assert named(more, "Build").is_enabled() and "not built yet" in explorer.inner_text()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "dark")])
 def test_what_a_phone_and_a_dark_page_show(visit, width, scheme):
     """Pictures for people; and no control is wider than its place."""
     page = opened(visit, [*MORE, CELL], "notebook", f"widgets-{width}-{scheme}", "Run", width=width, scheme=scheme)
