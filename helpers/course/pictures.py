@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import textwrap
 import zipfile
 from collections import Counter
@@ -67,8 +68,12 @@ def generated_loops(folder: Path, graph: str) -> list[str]:
     """
     with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
         sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".kernel.cpp")]
-    loops = sources[0].split("\n    {\n")[1:] if sources else []
-    return [textwrap.dedent(loop.rsplit("\n    }", 1)[0]) for loop in loops]
+    if not sources:
+        return []
+    # Kernels that several threads share stand one level deeper, in a parallel region.
+    region = re.compile(r"\n    #pragma omp parallel.*?\n    \{\n        int tid.*?(\n.*?)\n    \}(?=\n)", re.DOTALL)
+    source = region.sub(lambda match: match[1].replace("\n    ", "\n"), sources[0])
+    return [textwrap.dedent(block.split("\n    }", 1)[0]) for block in source.split("\n    {\n")[1:]]
 
 
 def part_sizes(report: EngineReport) -> dict[str, int]:

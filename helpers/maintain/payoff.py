@@ -40,13 +40,13 @@ def draw(axes: Axes, record: Record, model: str) -> None:
     axes.set_yticks(range(len(rows)), [f"{WORDS[row.backend]}, {row.precision}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, max(row.spread("tpot_s")[1] for row in rows) * 1.35e3)
-    place_and_remarks = textwrap.fill(f"{record.place}{record.remarks(1)}", 115)
-    axes.set_title(f"{place_and_remarks}\n{model}", loc="left", fontsize="small")
+    place_and_remarks = textwrap.fill(f"{record.place}{record.remarks(1)}", 95)
+    axes.set_title(f"{model[0].upper()}{model[1:]}\n{place_and_remarks}", loc="left", fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
-    figure, first = new_figure(width=8.0, height=5.0)
+    figure, first = new_figure(width=8.0, height=5.4)
     first.remove()
     for axes, (name, model) in zip(figure.subplots(len(RECORDS), 1), RECORDS.items(), strict=True):
         draw(axes, read(REFERENCES / name), model)

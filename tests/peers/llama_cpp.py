@@ -75,8 +75,9 @@ def load(folder, threads):
     model = lib.llama_model_load_from_file(str(Path(folder, "model.gguf")).encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()
     params.n_ctx = 256
-    if Path(folder).name.endswith("fp32"):  # else keys and values are kept in fp16, and logits are off by 8e-4
+    if Path(folder).name.endswith("fp32"):  # else attention rounds to fp16, and logits are off by 8e-4
         params.type_k = params.type_v = lib.GGML_TYPE_F32
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if threads:
         params.n_threads = params.n_threads_batch = threads
     state["context"] = lib.llama_init_from_model(model, params)

@@ -45,7 +45,7 @@ def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
     waiting = [known[name] for name in kernel.fused if name in known]
     rows, last = [], 0
     for line in _loop(code or kernel.details["code"]):
-        computed = line if re.search(r"\btmp\w* = ", line) and "loadu(" not in line and "tl.load(" not in line else ""
+        computed = line if re.search(r"\btmp\w* = (?!\w+_ptr\d+\[)(?!.*(loadu|tl\.load)\()", line) else ""
         after = [at for at, o in enumerate(waiting) if computed and re.search(_sign(o.op), computed)]
         last = next((at for at in after if at >= last), after[0] if after else last)
         match = waiting.pop(last) if after else None
