@@ -15,7 +15,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -25,7 +25,6 @@ from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
 
 SCHEMA = 2
-LATER: dict[str, Any] = {"later": True}  # marks fields that earlier records of this schema lack
 # Largest error of the logits against fp32, as a share of the largest logit: rounding of the type, with some room.
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 6e-2, "int8": 6e-2, "fp8": 0.15, "int4": 0.25}
 HAVE_DECODE_GRAPHS = ("aot", "tensorrt")  # one for each of a recipe's decode_batch_sizes
@@ -120,13 +119,13 @@ class Row:
     tokens_equal: int | None = None  # how many of the reference's tokens came out the same, from the first on
     logit_error: float | None = None  # largest difference over largest logit; None: not compared
     versions: dict[str, str] = field(default_factory=dict)
-    # What it really used, as its process says. None: not recorded.
-    device: str | None = field(default=None, metadata=LATER)
-    threads: int | None = field(default=None, metadata=LATER)
-    decode_graph: int | None = field(default=None, metadata=LATER)  # sequences in the decode graph that it ran
+    # What it really used, as its process says; None where it does not.
+    device: str | None = None
+    threads: int | None = None
+    decode_graph: int | None = None  # sequences in the decode graph that it ran
     # Of one decode step, as machine/gpu_time.py reads it. None: no GPU, or not seen.
-    gpu_busy_s: float | None = field(default=None, metadata=LATER)
-    gpu_handover_s: float | None = field(default=None, metadata=LATER)
+    gpu_busy_s: float | None = None
+    gpu_handover_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -185,6 +184,7 @@ class Record:
     workload: Workload
     rows: list[Row]
     hardware: dict[str, Any]
+    host: Host
     versions: dict[str, str]
     threads: int
     bandwidth: float  # bytes per second that reading memory reached, in the same run
@@ -192,7 +192,6 @@ class Record:
     commit: str = ""
     command: str = ""
     schema: int = SCHEMA
-    host: Host | None = field(default=None, metadata=LATER)  # None: not recorded
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -234,8 +233,7 @@ class Record:
     def place(self) -> str:
         """Where and when it was measured, for a caption."""
         threads = f", threads: {self.threads}" if self.hardware["device"] == "cpu" else ""
-        processor = f"host: {self.host.processor}" if self.host else "host not recorded"
-        host = f", {processor}" if self.hardware["device"] == "cuda" else ""
+        host = f", host: {self.host.processor}" if self.hardware["device"] == "cuda" else ""
         return f"{self.hardware['name']} ({self.hardware['device']}{threads}{host}), {self.date[:10]}"
 
     def remarks(self, *batch_sizes: int) -> str:
@@ -273,7 +271,7 @@ class Record:
         than STEADY, or a contender that used something else than was asked."""
         rows = [row for row in self.at(batch_size) if row.status == "ok"]
         remarks = []
-        if self.host and self.host.other_work > BUSY * self.host.cores:
+        if self.host.other_work > BUSY * self.host.cores:
             kept, cores = self.host.other_work, self.host.cores
             remarks.append(f"other work kept {kept:.1f} cores busy beside the {cores} that were used here")
         spreads = {row.name: row.spread("tpot_s")[1] / row.spread("tpot_s")[0] for row in rows}
@@ -365,9 +363,8 @@ def _from_json(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if is_dataclass(kind) and type(value) is dict:
-        later = {f.name for f in fields(kind) if f.metadata == LATER}
         kinds = get_type_hints(kind)
-        for problem, names in (("lacks", kinds.keys() - later - value.keys()), ("has unknown", value.keys() - kinds)):
+        for problem, names in (("lacks", kinds.keys() - value.keys()), ("has unknown", value.keys() - kinds)):
             if names:
                 raise ValueError(f"{where} {problem} {', '.join(sorted(names))}")
         parts = {name: _from_json(kinds[name], item, f"{where}.{name}") for name, item in value.items()}
@@ -448,8 +445,7 @@ def merge(*records: Record) -> Record:
         for row in record.rows:
             if row.status == "ok" or (row.name, row.batch_size) not in rows:
                 rows[row.name, row.batch_size] = row
-    hosts = [record.host for record in records if record.host]
-    busiest = max(hosts, key=lambda host: host.other_work, default=None)
+    busiest = max((record.host for record in records), key=lambda host: host.other_work)
     return replace(first, rows=list(rows.values()), date=max(record.date for record in records), host=busiest)
 
 

@@ -148,8 +148,7 @@ def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], pr
                         getattr(row, metric).append(answer[metric])
                     row.itl_s += answer["itl_s"]
                     row.limit_s = min(row.limit_s, _limit(row, record))
-    if record.host:
-        record.host = replace(record.host, other_work=max(record.host.other_work, other_work.cores()))
+    record.host = replace(record.host, other_work=max(record.host.other_work, other_work.cores()))
     for row, _ in turns:
         if row.status == "ok" and row.backend == "torch_compile":
             row.build_s = max(0.0, row.warmup_e2e_s[0] - row.median("e2e_s"))
@@ -308,13 +307,13 @@ def empty_record(workload: Workload) -> Record:
         workload,
         [],
         json.loads(json.dumps(asdict(machine))),  # as it will be read back
+        Host(cpu.name, cpu.cores, 0.0),
         versions,
         threads,
         hardware.measure_bandwidth(workload.device, threads),
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit(),
         _command(),
-        host=Host(cpu.name, cpu.cores, 0.0),
     )
 
 

@@ -32,9 +32,7 @@ def _mb(size: int) -> str:
 
 
 def _used(row: Row) -> str:
-    return (
-        "not recorded" if row.device is None else f"cpu, threads: {row.threads}" if row.device == "cpu" else row.device
-    )
+    return f"cpu, threads: {row.threads}" if row.device == "cpu" else row.device or "-"
 
 
 def _median_and_least(row: Row) -> str:

@@ -8,8 +8,8 @@ import torch
 from conftest import limits
 from safetensors.torch import load_file, save_file
 
-from helpers import BuildRecipe, SamplingParams, load
-from helpers.engine import locate, recipe_of
+from helpers import BuildRecipe, SamplingParams, load, store
+from helpers.engine import locate
 from helpers.model.checkpoint import TOKENIZER_FILES, find_checkpoint
 
 pytestmark = pytest.mark.real_model
@@ -47,7 +47,7 @@ def test_an_engine_of_the_real_model_gives_transformers_greedy_tokens(cut, built
     recipe = BuildRecipe(model="smollm2", optimization_level=0, **limits(max_batch_size=1, max_seq_len=128))
     folder = built(recipe)
     assert folder.name.startswith("smollm2-aot-fp32-b1-") and locate(recipe) == folder
-    assert recipe_of(folder).model == "smollm2"
+    assert store.read_manifest(folder)["recipe"]["model"] == "smollm2"
     with load(folder) as engine:
         for prompt in PROMPTS:
             ids = torch.tensor([tokenizer(prompt)["input_ids"]])

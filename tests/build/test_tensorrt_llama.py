@@ -19,7 +19,7 @@ pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this pl
 from helpers import BuildRecipe, SamplingParams, inspect, load, store
 from helpers import build as build_engine
 from helpers.backends.tensorrt import backend, llama_onnx
-from helpers.engine import build_module, recipe_of
+from helpers.engine import build_module
 from helpers.errors import BackendUnavailable, EngineMismatch, LimitError, RecipeError
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.model.config import save_config
@@ -271,9 +271,8 @@ def test_what_a_language_model_fixes_itself_is_refused(changes):
 
 def test_a_modules_engine_answers_no_prompts():
     folder = build_module(torch.nn.Linear(64, 64), (torch.randn(1, 64),), quiet=True)
-    for call in (load, recipe_of):
-        with pytest.raises(EngineMismatch, match="holds a module"):
-            call(folder)
+    with pytest.raises(EngineMismatch, match="holds a module"):
+        load(folder)
 
 
 @pytest.mark.slow

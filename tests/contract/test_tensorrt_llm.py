@@ -18,7 +18,6 @@ from conftest import trtllm_recipe as recipe
 from helpers import SamplingParams, build, inspect, load, store
 from helpers import recipe as recipes
 from helpers.cli import main
-from helpers.engine import recipe_of
 from helpers.errors import (
     BackendUnavailable,
     BuildError,
@@ -349,11 +348,11 @@ def test_the_older_interface_answers_the_same(folder, cpp):
     from helpers.backends.tensorrt_llm.backend import model_runner
 
     answers = model_runner(
-        recipe_of(folder), folder, [[10, 11, 12], [2046]], SamplingParams(temperature=0, max_tokens=5), cpp=cpp
+        recipe(), folder, [[10, 11, 12], [2046]], SamplingParams(temperature=0, max_tokens=5), cpp=cpp
     )
     assert answers == [[13, 14, 15, 16, 17], [2047, 0, 1]]
     with pytest.raises(LimitError, match="Input batch size"):
-        model_runner(recipe_of(folder), folder, [[1]] * 5, GREEDY, cpp=cpp)
+        model_runner(recipe(), folder, [[1]] * 5, GREEDY, cpp=cpp)
 
 
 def test_the_c_runners_traps_are_in_the_stand_in():

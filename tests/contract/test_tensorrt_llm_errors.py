@@ -11,7 +11,6 @@ import pytest
 from helpers import BuildRecipe, SamplingParams, build, load, store
 from helpers.backends.tensorrt_llm import backend as tensorrt_llm
 from helpers.backends.tensorrt_llm.errors import KNOWN, explain
-from helpers.engine import recipe_of
 from helpers.errors import (
     BackendUnavailable,
     BuildError,
@@ -142,7 +141,7 @@ def provoke(at):
         return build(recipe(), quiet=True)
     folder = store.list_engines()[0]
     if at == "walk":
-        return tensorrt_llm.model_runner(recipe_of(folder), folder, [[5]])
+        return tensorrt_llm.model_runner(recipe(), folder, [[5]])
     with load(folder) as engine:
         return engine.generate([5], SamplingParams(temperature=0, max_tokens=2))
 
