@@ -20,5 +20,7 @@ ARG PIP_EXTRA_INDEX_URL=
 WORKDIR /home/learner/course
 COPY --chown=learner . .
 RUN make setup && .venv/bin/helpers doctor
+# For Binder and JupyterHub, which start their own command.
+ENV PATH=/home/learner/course/.venv/bin:$PATH
 EXPOSE 8888
-CMD [".venv/bin/jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "--notebook-dir=."]
+CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "--notebook-dir=."]

@@ -1,5 +1,4 @@
-"""The course from a terminal: helpers build, list, inspect, verify, generate, chat, remove, model, bench, run, doctor,
-explain, env, course, gpu-check."""
+"""The course from a terminal: helpers --help lists the commands."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,17 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], dict[str,
     return command
 
 
+def _add_options(command: argparse.ArgumentParser, kind: type, *names: str) -> None:
+    """Options that are named as the fields are which they set; those not given are None."""
+    for name in names:
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind)
+
+
+def _group(commands: Any, name: str, words: str) -> Any:
+    """A command that has commands of its own."""
+    return commands.add_parser(name, help=words).add_subparsers(required=True, metavar="ACTION")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="helpers", description="The TensorRT-LLM course from a terminal.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -55,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "build", _build, "build an engine from a recipe file or from options")
     command.add_argument("recipe", nargs="?", help="a TOML file, such as engines/recipes/stories-fp32.toml")
     command.add_argument("--force", action="store_true", help="build even if an equal engine is there")
-    for name, kind in _RECIPE_OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    _add_options(command, str, "model", "backend", "precision", "device")
+    _add_options(command, int, "max_batch_size", "max_input_len", "max_seq_len", "optimization_level", "num_threads")
 
     command = _add(commands, "list", _list, "the engines in all stores, and where each lies")
 
@@ -80,8 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "remove", _remove, "delete an engine")
     command.add_argument("engine", nargs="+")
 
-    command = commands.add_parser("model", help="the models on this machine")
-    actions = command.add_subparsers(required=True, metavar="ACTION")
+    actions = _group(commands, "model", "the models on this machine")
     action = _add(actions, "get", _model_get, "download a model; nothing else in the course does")
     action.add_argument("name", help="smollm2, or the id of a model on the Hugging Face Hub: owner/name")
     action = _add(actions, "list", _model_list, "which are there, how large, from where")
@@ -90,12 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--backends", default="pytorch,aot", help="such as pytorch,torch_compile,aot,aot:int8")
     command.add_argument("--batch", default="1", help="batch sizes, such as 1,4")
     command.add_argument("--model", default="stories")
-    command.add_argument("--input", type=int, default=16, help="tokens in")
-    command.add_argument("--output", type=int, default=64, help="tokens out")
+    command.add_argument("--input", dest="input_len", type=int, default=16, help="tokens in")
+    command.add_argument("--output", dest="output_len", type=int, default=64, help="tokens out")
     command.add_argument("--repeats", type=int, default=5)
-    command.add_argument("--max-batch", type=int, help="with the next two: the limits that engines get,")
-    command.add_argument("--max-input", type=int, help="4, 64 and 256 or what the work needs")
-    command.add_argument("--max-seq", type=int)
+    command.add_argument(
+        "--max-batch", dest="max_batch_size", type=int, help="with the next two: the limits that engines get,"
+    )
+    command.add_argument("--max-input", dest="max_input_len", type=int, help="4, 64 and 256 or what the work needs")
+    command.add_argument("--max-seq", dest="max_seq_len", type=int)
     command.add_argument("--decode-batch-sizes", default="1", help="those that get a decode graph, and the largest")
     command.add_argument(
         "--start-together",
@@ -122,15 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "explain", _explain, "what an error means and what ends it; knows some hundred by heart")
     command.add_argument("message", nargs="*", help="the message, or the file of a log; default: standard input")
 
-    command = commands.add_parser("env", help="the environments of TensorRT-LLM, vLLM and TensorRT Edge-LLM")
-    actions = command.add_subparsers(required=True, metavar="ACTION")
+    actions = _group(commands, "env", "the environments of TensorRT-LLM, vLLM and TensorRT Edge-LLM")
     action = _add(actions, "create", _env_create, "check this machine, then install from the lock in constraints/")
     action.add_argument("name", choices=["trtllm", "vllm", "edgellm"])
     action.add_argument("--python", default="", help="the Python to make it with")
     action = _add(actions, "list", _env_list, "which are there, and where")
 
-    command = commands.add_parser("course", help="the learner's copies of the notebooks, exercises and points")
-    actions = command.add_subparsers(required=True, metavar="ACTION")
+    actions = _group(commands, "course", "the learner's copies of the notebooks, exercises and points")
     _add(actions, "copy", _course_copy, "make or renew work/: copies without outputs, to work in (make lab does it)")
     action = _add(actions, "reset", _course_reset, "take a fresh copy of a notebook; yours is kept under a dated name")
     action.add_argument("notebook", help="its number, such as 03")
@@ -142,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--gradescope", type=Path, metavar="FILE", help="write results.json as Otter-Grader does")
     action = _add(actions, "timings", _course_timings, "run notebooks here, and tell how long each section takes")
     action.add_argument("notebooks", nargs="*", help="only these; default: all")
+    action.add_argument("--out", type=Path, metavar="FILE", help="write the table here too, as Markdown")
     action = _add(actions, "summary", _course_summary, "a line for each machine, from what doctor --room --json wrote")
     action.add_argument("files", nargs="+", type=Path)
     action = _add(actions, "prepare", _course_prepare, "all that a room without a network needs, in one folder")
@@ -162,36 +172,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sampling(command: argparse.ArgumentParser) -> None:
-    for name, kind in _SAMPLING_OPTIONS.items():
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    _add_options(command, float, "temperature", "top_p", "repetition_penalty")
+    _add_options(command, int, "top_k", "seed", "max_tokens")
     command.add_argument(
         "--stop", action="append", metavar="TEXT", help="end an answer before it; more than one may be"
     )
 
 
-_RECIPE_OPTIONS = {
-    "model": str,
-    "backend": str,
-    "precision": str,
-    "max_batch_size": int,
-    "max_input_len": int,
-    "max_seq_len": int,
-    "optimization_level": int,
-    "device": str,
-    "num_threads": int,
-}
-_SAMPLING_OPTIONS = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "seed": int,
-    "max_tokens": int,
-}
-
-
-def _given(settings: argparse.Namespace, names: dict) -> dict:
-    return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+def _given(settings: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """What the command line gives for the fields of this dataclass."""
+    values = {field.name: getattr(settings, field.name, None) for field in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _rows(table: Table, name: str) -> dict[str, Any]:
@@ -205,21 +196,17 @@ def _build(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.engine import build
 
     recipe = recipes.read(settings.recipe) if settings.recipe else recipes.BuildRecipe()
-    folder = build(recipe.replace(**_given(settings, _RECIPE_OPTIONS)), force=settings.force)
+    folder = build(recipe.replace(**_given(settings, recipes.BuildRecipe)), force=settings.force)
     print(folder.name)
     return {"engine": folder.name, "folder": str(folder)}
 
 
-def _list(settings: argparse.Namespace) -> dict[str, Any]:
+def _list(_: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
-    from helpers.paths import engines_folder, engines_folders
+    from helpers.paths import engines_folder
 
-    folders = store.list_engines()
-    if not folders:
-        print("No engines yet. Build one: helpers build")
-        return {"engines": []}
     rows = []
-    for folder in folders:
+    for folder in store.list_engines():
         try:
             manifest = store.read_manifest(folder)
             built = [f"{sum(manifest['seconds'].values()):.0f} s", manifest["built"][:16]]
@@ -229,10 +216,10 @@ def _list(settings: argparse.Namespace) -> dict[str, Any]:
         except CourseError:
             continue  # removed meanwhile, or another person's
         rows.append([folder.name, f"{store.size(folder) / 1e6:.1f}", *built, str(folder.parent)])
-    columns = ("engine", "MB", "built in", "built", "store")
-    several = len(engines_folders()) > 1
-    table = Table("", columns if several else columns[:-1], [row if several else row[:-1] for row in rows])
-    return _rows(table, "engines")
+    if not rows:
+        print("No engines yet. Build one: helpers build")
+        return {"engines": []}
+    return _rows(Table("", ("engine", "MB", "built in", "built", "store"), rows), "engines")
 
 
 def _inspect(settings: argparse.Namespace) -> dict[str, Any]:
@@ -269,7 +256,7 @@ def _generate(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.engine import load
     from helpers.model.sampling import SamplingParams
 
-    sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS), stop=settings.stop or ())
+    sampling = SamplingParams(**_given(settings, SamplingParams))
     with load(settings.engine) as engine:
         if settings.stream:
             texts = []
@@ -296,7 +283,7 @@ def _chat(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.engine import load
     from helpers.model.sampling import SamplingParams
 
-    sampling = SamplingParams(**_given(settings, _SAMPLING_OPTIONS), stop=settings.stop or ())
+    sampling = SamplingParams(**_given(settings, SamplingParams))
     with load(settings.engine) as engine:
         messages: list[dict[str, str]] = []
         while True:
@@ -344,43 +331,36 @@ def _bench(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.bench import tables as comparison
 
     if settings.compare:
-        plain = vars(_parser().parse_args(["bench"]))
-        if others := [
-            name for name, value in vars(settings).items() if name not in ("compare", "json") and value != plain[name]
-        ]:
-            raise InputError(f"--compare measures nothing; --{others[0]} was given too.", fix="Leave it out.")
+        plain = vars(_parser().parse_args(["bench", "--compare", *map(str, settings.compare)]))
+        if others := [name for name, value in vars(settings).items() if name != "json" and value != plain[name]]:
+            raise InputError(f"--compare measures nothing; {others[0]} was given too.", fix="Leave it out.")
         first, second = settings.compare
         table = comparison.compare(records.read(first), records.read(second), (first.stem, second.stem))
         return _rows(table, "rows")
     batches = benchmark.batch_sizes(settings.batch)
-    workload = records.Workload(
-        settings.model,
-        settings.input,
-        settings.output,
-        settings.repeats,
-        threads=settings.threads,
-        max_batch_size=_or_least(settings.max_batch, 4, *batches),
-        max_input_len=_or_least(settings.max_input, 64, settings.input),
-        max_seq_len=_or_least(settings.max_seq, 256, settings.input + settings.output),
-        decode_batch_sizes=tuple(benchmark.batch_sizes(settings.decode_batch_sizes)),
-        start_together=settings.start_together,
-    )
+    work = {
+        "max_batch_size": max(4, *batches),
+        "max_input_len": max(64, settings.input_len),
+        "max_seq_len": max(256, settings.input_len + settings.output_len),
+        **_given(settings, records.Workload),
+        "decode_batch_sizes": tuple(benchmark.batch_sizes(settings.decode_batch_sizes)),
+    }
     keep = records.keeper(settings.out) if settings.out else None
-    record = benchmark.run(workload, settings.backends.split(","), batches, keep=keep)
+    record = benchmark.run(records.Workload(**work), settings.backends.split(","), batches, keep=keep)
     for size in record.batch_sizes:
         print(f"\n{comparison.table(record, size)}")
     print(f"\n{comparison.formulas()}")
     return {"ok": all(row.status != "failed" for row in record.rows), "record": asdict(record)}
 
 
-def _or_least(given: int | None, *least: int) -> int:
-    return max(least) if given is None else given
-
-
 def _run(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain import notebooks
 
-    return {"ok": not notebooks.main(settings.notebooks, settings.out, update=settings.update)}
+    results = notebooks.run_all(settings.out, settings.notebooks, update=settings.update)
+    print(f"\nThe executed notebooks are in {settings.out}; to read them: {settings.out / 'site/index.html'}\n")
+    print("".join(f"{result.name}: {problem}\n\n" for result in results for problem in result.problems), end="")
+    print(notebooks.table(results))
+    return {"ok": notebooks.all_ok(results), "notebooks": list(map(asdict, results))}
 
 
 def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
@@ -470,7 +450,7 @@ def _course_grade(settings: argparse.Namespace) -> dict[str, Any]:
     grade = classroom.grade(settings.notebook)
     print("\n".join([*(f"{grade.notebook}: {problem}" for problem in grade.problems), str(grade.table())]))
     if settings.gradescope:
-        classroom.write_gradescope(grade, settings.gradescope)
+        settings.gradescope.write_text(json.dumps(grade.as_gradescope(), indent=1) + "\n", encoding="utf-8")
     return grade.as_json()
 
 
@@ -478,7 +458,10 @@ def _course_timings(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain import room
 
     answer = room.timings(settings.notebooks)
-    print("\n".join([*answer["problems"], str(room.timings_table(answer))]))
+    table = room.timings_table(answer)
+    print("\n".join([*answer["problems"], str(table)]))
+    if settings.out:
+        settings.out.write_text(table.markdown() + "\n", encoding="utf-8")
     return answer
 
 

@@ -6,114 +6,109 @@ one that somebody has worked in is kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.course import learner
 from helpers.course.exercises import frame
 from helpers.display import Table
-from helpers.errors import CourseError, InputError, StoreError
+from helpers.errors import InputError, StoreError
 from helpers.maintain import notebooks
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-MADE = ".copies.json"  # in work/: by notebook, the text that its copy was made from, as a hash
+ORIGIN = "course_sha256"  # in a copy's metadata: what the course's notebook said when the copy was made
 
 
 def update(folder: Path = notebooks.NOTEBOOKS) -> list[str]:
     """Make copies that are missing, renew those that nobody has worked in, and say which are kept instead."""
-    work, remarks = learner.work_folder(), []
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        made = _made(work)
-        for source in notebooks.select(folder, None):
-            nb = notebooks.read(source)
-            copy = work / source.name
-            before, now = made.get(source.stem), _text(nb)
-            if not copy.exists() or (before != now and not _worked_in(copy, (before, now))):
-                _write_copy(nb, copy, made)
-            elif before != now:
+    remarks = []
+    with _work_folder() as work:
+        for source in notebooks.select(folder):
+            nb, copy = notebooks.read(source), work / source.name
+            if not copy.exists():
+                _write_copy(nb, copy)
+                continue
+            versions, worked_in = _state(copy)
+            if _text(nb) in versions:
+                continue
+            if worked_in:
                 remarks.append(
                     f"{copy.name}: the course has a newer one. Yours is kept, because you have worked in it; "
                     f"helpers course reset {source.stem[:2]} takes the new one and keeps yours beside it."
                 )
-    except OSError as error:
-        raise _unwritable(work, error) from error
+            else:
+                _write_copy(nb, copy)
     return remarks
 
 
 def reset(name: str, folder: Path = notebooks.NOTEBOOKS) -> Path | None:
     """A fresh copy of one notebook ("03"). Returns where the learner's own now is; None if there was none."""
-    (source,) = _one(name, folder)
-    work = learner.work_folder()
-    copy, kept = work / source.name, None
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        nb, made = notebooks.read(source), _made(work)
+    source = _one(name, folder)
+    nb, kept = notebooks.read(source), None
+    with _work_folder() as work:
+        copy = work / source.name
         if copy.exists():
-            stem, number = f"{source.stem}.{datetime.now():%Y-%m-%d}", 1
-            kept = work / f"{stem}.ipynb"
-            while kept.exists():
-                number += 1
-                kept = work / f"{stem}-{number}.ipynb"
+            dated = f"{source.stem}.{datetime.now():%Y-%m-%d}"
+            kept = next(path for n in count(1) if not (path := work / f"{dated}-{n}.ipynb").exists())
             copy.rename(kept)
-        _write_copy(nb, copy, made)
-    except OSError as error:
-        raise _unwritable(work, error) from error
+        _write_copy(nb, copy)
     return kept
 
 
-def _write_copy(nb: NotebookNode, copy: Path, made: dict[str, str]) -> None:
-    made[copy.stem] = _text(nb)
+def _write_copy(nb: NotebookNode, copy: Path) -> None:
+    nb.metadata[ORIGIN] = _text(nb)
     notebooks.clear(nb)
     notebooks.write(nb, copy)
-    part = copy.with_name(f"{MADE}.part")
-    part.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    part.replace(copy.with_name(MADE))
 
 
-def _made(work: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((work / MADE).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-
-
-def _worked_in(copy: Path, as_it_came: Sequence[str | None]) -> bool:
-    """Whether somebody wrote or ran something. JupyterLab changes metadata as soon as a notebook is opened."""
+def _state(copy: Path) -> tuple[set[str | None], bool]:
+    """What a copy was made from and what it says now, and whether somebody wrote or ran something in it. A file that is
+    no notebook any more counts as worked in."""
     try:
         nb = notebooks.read(copy)
     except InputError:
-        return True
-    return _text(nb) not in as_it_came or any(cell.get("outputs") or cell.get("execution_count") for cell in nb.cells)
+        return set(), True
+    ran = any(cell.get("outputs") or cell.get("execution_count") for cell in nb.cells)
+    versions = {nb.metadata.get(ORIGIN), _text(nb)}
+    return versions, ran or len(versions) > 1
 
 
 def _text(nb: NotebookNode) -> str:
-    """What the cells say, as a hash."""
+    """What the cells say, as a hash. JupyterLab changes metadata as soon as a notebook is opened."""
     text = json.dumps([(cell.cell_type, cell.source) for cell in nb.cells])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _one(name: str, folder: Path) -> list[Path]:
+def _one(name: str, folder: Path) -> Path:
     sources = notebooks.select(folder, [name])
     if len(sources) > 1:
         raise InputError(f"{name!r} names {len(sources)} notebooks.", fix="Give a number, such as 03.")
-    return sources
+    return sources[0]
 
 
-def _unwritable(work: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"The copies of the notebooks cannot be written to {work}: {error.strerror or error}.",
-        fix="Set COURSE_WORK to a folder that you can write.",
-    )
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """The folder of the copies, made if it is missing. StoreError if it cannot be written."""
+    work = learner.work_folder()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+    except OSError as error:
+        raise StoreError(
+            f"The copies of the notebooks cannot be written to {work}: {error.strerror or error}.",
+            fix="Set COURSE_WORK to a folder that you can write.",
+        ) from error
 
 
 # ---- what was answered -----------------------------------------------------------------------------------------
@@ -190,7 +185,7 @@ def grade(notebook: str) -> Grade:
     """
     path = Path(notebook)
     if not path.is_file():
-        path = learner.work_folder() / _one(notebook, notebooks.NOTEBOOKS)[0].name
+        path = learner.work_folder() / _one(notebook, notebooks.NOTEBOOKS).name
         if not path.exists():
             raise InputError(f"There is no copy of {path.stem} in {path.parent}.", fix="Give the file of a notebook.")
     tasks = frame.exercises_of(path.name[:2])
@@ -212,12 +207,3 @@ def grade(notebook: str) -> Grade:
         state = "right" if entry["state"] == "right" else "wrong" if entry["wrong"] else "open"
         marks.append(Mark(task.number, task.title, task.points if state == "right" else 0, task.points, state))
     return Grade(path.stem, marks, result.problems)
-
-
-def write_gradescope(result: Grade, path: Path) -> None:
-    try:
-        path.write_text(json.dumps(result.as_gradescope(), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CourseError(
-            f"{path} cannot be written: {error.strerror}.", fix="Name a file in a folder of yours."
-        ) from error

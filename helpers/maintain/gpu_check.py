@@ -250,7 +250,7 @@ def main(
             or ("this PyTorch is a CPU build" if not facts.get("cuda") else "no usable GPU"),
             fix="Run it where nvidia-smi lists a GPU. Without one: make test, and helpers doctor says what is missing.",
         )
-    prepare(out, folder)
+    _prepare(out, folder)
     about = conditions(facts, f"helpers gpu-check --only {','.join(step.name for step in steps)} --jobs {jobs}")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, Progress("GPU check") as progress:
@@ -268,13 +268,13 @@ def main(
     return 0 if all(step.status == "passed" for step in steps) else 1
 
 
-def prepare(out: Path, folder: Path) -> None:
+def _prepare(out: Path, folder: Path) -> None:
     """A folder for the results, and copies of the notebooks in it without outputs: nothing old may pass for new."""
     shutil.rmtree(out / "notebooks", ignore_errors=True)
     (out / "notebooks").mkdir(parents=True)
     for name in ("tests.xml", "notebooks.xml", "bench.json", "report.json", "report.md"):
         (out / name).unlink(missing_ok=True)
-    for source in notebooks.select(folder, None):
+    for source in notebooks.select(folder):
         copy = Path(shutil.copy(source, out / "notebooks"))
         with contextlib.suppress(InputError):  # what is no notebook fails when its turn comes
             nb = notebooks.read(copy)
@@ -319,12 +319,9 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 def summary(steps: list[Step]) -> Table:
     """A row for each step."""
-    rows = [(step.name, step.status, f"{step.seconds:.0f}", _in_words(step.counts)) for step in steps]
+    counts = [", ".join(f"{number} {word}" for word, number in step.counts.items()) for step in steps]
+    rows = [(s.name, s.status, f"{s.seconds:.0f}", words) for s, words in zip(steps, counts, strict=True)]
     return Table("Steps", ("step", "status", "seconds", "counts"), rows)
-
-
-def _in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {word}" for word, number in counts.items())
 
 
 def write(steps: list[Step], about: dict[str, Any], out: Path) -> None:

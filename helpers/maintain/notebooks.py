@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -309,7 +309,7 @@ class _Progress:
         print(f"{self.seconds[self.cell]:7.1f} s", flush=True)
 
 
-def select(folder: Path, only: list[str] | None) -> list[Path]:
+def select(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     """The notebooks in reading order; `only` names some of them, whole or by their beginning ("03")."""
     every = sorted(folder.glob("*.ipynb"))
     if not only:
@@ -323,7 +323,7 @@ def select(folder: Path, only: list[str] | None) -> list[Path]:
 
 def run_all(
     out: Path = BUILD,
-    only: list[str] | None = None,
+    only: Sequence[str] = (),
     *,
     folder: Path = NOTEBOOKS,
     update: bool = False,
@@ -346,7 +346,7 @@ def run_all(
             result = NotebookResult(source.stem, problems=[words])
         results.append(result)
     ran = {result.name for result in results}
-    for source in select(folder, None):
+    for source in select(folder):
         if source.stem not in ran:
             pages[source.stem] = site.convert(source.stem, read(source))
     site.write_site([pages[name] for name in sorted(pages)], out / "site")
@@ -358,21 +358,20 @@ def run_all(
 
 def table(results: list[NotebookResult]) -> Table:
     """A row for each notebook, and one for all."""
-    rows = [
-        (r.name, f"{r.seconds / 60:.1f}", r.cells_run, len(r.skipped), _status([r]), "; ".join(grouped(r.skipped)))
-        for r in results
-    ]
-    minutes = f"{sum(r.seconds for r in results) / 60:.1f}"
-    rows.append(
-        ("all", minutes, sum(r.cells_run for r in results), sum(len(r.skipped) for r in results), _status(results), "")
-    )
-    return Table(
-        "Code cells of the notebooks", ("notebook", "minutes", "run", "skipped", "status", "why skipped"), rows
-    )
+
+    def row(name: str, some: list[NotebookResult], why: str) -> tuple[Any, ...]:
+        minutes = f"{sum(r.seconds for r in some) / 60:.1f}"
+        run, skipped = sum(r.cells_run for r in some), sum(len(r.skipped) for r in some)
+        return name, minutes, run, skipped, "ok" if all_ok(some) else "FAILED", why
+
+    rows = [row(r.name, [r], "; ".join(grouped(r.skipped))) for r in results]
+    columns = ("notebook", "minutes", "run", "skipped", "status", "why skipped")
+    return Table("Code cells of the notebooks", columns, [*rows, row("all", results, "")])
 
 
-def _status(results: list[NotebookResult]) -> str:
-    return "ok" if results and all(result.ok for result in results) else "FAILED"
+def all_ok(results: list[NotebookResult]) -> bool:
+    """Whether every cell ran or was listed as skipped, and there was one."""
+    return bool(results) and all(result.ok for result in results)
 
 
 def grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
@@ -380,16 +379,3 @@ def grouped(skipped: list[tuple[int, str]]) -> Iterator[str]:
     for reason in dict.fromkeys(reason for _, reason in skipped):
         cells = [str(cell) for cell, other in skipped if other == reason]
         yield f"{reason} (cell{'s' if len(cells) > 1 else ''} {', '.join(cells)})"
-
-
-def main(only: list[str] | None = None, out: Path = BUILD, *, update: bool = False) -> int:
-    """`helpers run`: the exit status is 0 if every cell ran or was listed as skipped."""
-    results = run_all(out, only, update=update)
-    print(
-        f"\nThe executed notebooks are in {os.path.relpath(out)}{os.sep}; to read them: {out / 'site' / 'index.html'}\n"
-    )
-    for result in results:
-        for problem in result.problems:
-            print(f"{result.name}: {problem}\n")
-    print(table(results))
-    return 0 if _status(results) == "ok" else 1

@@ -59,7 +59,7 @@ def timings(only: Sequence[str] = (), folder: Path = notebooks.NOTEBOOKS) -> dic
 
     rows: list[Section] = []
     peaks, problems = {}, []
-    for source in notebooks.select(folder, list(only)):
+    for source in notebooks.select(folder, only):
         print(source.stem, flush=True)
         with _PeakMemory() as memory:
             nb, result = notebooks.run_notebook(source)

@@ -7,12 +7,14 @@ it, and it also works from a folder, without a server.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from helpers.errors import InputError
 
@@ -60,13 +62,29 @@ def write_site(pages: Sequence[Page], out: Path) -> None:
     sections = [asdict(section) for page in pages for section in page.sections]
     # a script, not JSON: a page that was opened from a folder may not fetch files
     _write(partial / "search.js", f"const SECTIONS = {json.dumps(sections, ensure_ascii=False)};\n")
-    frame: dict[str, Any] = {"course": COURSE, "pages": pages}
+    repository = os.environ.get("GITHUB_REPOSITORY", "")  # a workflow of GitHub's sets it
+    frame: dict[str, Any] = {"course": COURSE, "pages": pages, "repository": repository}
     _write(partial / "index.html", template.render(frame, title=COURSE, body="", next=pages[0] if pages else None))
     for previous, page, following in zip([None, *pages], pages, [*pages[1:], None], strict=False):
-        text = template.render(frame, title=page.title, body=page.body, previous=previous, next=following)
-        _write(partial / page.file, text)
+        turn = {"previous": previous, "next": following, "launch": launch_links(repository, page.file)}
+        _write(partial / page.file, template.render(frame, title=page.title, body=page.body, **turn))
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
+
+
+def launch_links(repository: str, file: str) -> dict[str, str]:
+    """Where a page's notebook can be run: name and address, as Codespaces, Binder and Colab document them. None where
+    the repository has no name."""
+    if not repository:
+        return {}
+    branch = os.environ.get("GITHUB_REF_NAME") or "main"
+    notebook = f"notebooks/{file.removesuffix('.html')}.ipynb"
+    binder = f"{repository}/{quote(branch, safe='')}?labpath={quote(notebook, safe='')}"
+    return {
+        "Codespaces": f"https://codespaces.new/{repository}/tree/{branch}",
+        "Binder": f"https://mybinder.org/v2/gh/{binder}",
+        "Colab": f"https://colab.research.google.com/github/{repository}/blob/{branch}/{notebook}",
+    }
 
 
 def convert(name: str, nb: NotebookNode) -> Page:

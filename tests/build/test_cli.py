@@ -1,6 +1,5 @@
 """The command line and the two example scripts, on a small engine."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +25,12 @@ def engine(own_engines) -> str:
     return own_engines.name
 
 
-def run_module(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
-    )
+def run_in_shell(*command: str | bytes) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def run_module(*arguments: str | bytes) -> subprocess.CompletedProcess:
+    return run_in_shell(sys.executable, "-m", *arguments)
 
 
 def test_build_takes_a_recipe_file_or_options_and_prints_the_engines_name(engine, tiny_llama, tmp_path, capsys):
@@ -43,26 +44,21 @@ def test_build_takes_a_recipe_file_or_options_and_prints_the_engines_name(engine
 
 def test_options_overrule_the_recipe_file(tmp_path, capsys):
     path = recipes.write(BuildRecipe(**limits()), tmp_path / "r.toml")
-    assert main(["build", str(path), "--precision", "fp64"]) == 1
-    assert "precision is 'fp64'" in capsys.readouterr().err
+    assert main(["build", str(path), "--precision", "fp64"]) == 1 and "precision is 'fp64'" in capsys.readouterr().err
 
 
-def test_list_shows_each_engine_with_its_size(engine, capsys):
+def test_list_shows_each_engine_with_its_size_and_store_and_a_damaged_one_as_damaged(
+    engine, capsys, monkeypatch, tmp_path
+):
+    folder = locate(engine)
     assert main(["list"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(engine)]
-    assert f"{store.size(locate(engine)) / 1e6:.1f}" in line
-
-
-def test_list_shows_a_damaged_engine_as_damaged(engine, capsys):
-    (locate(engine) / "manifest.json").write_text("{")
-    assert main(["list"]) == 0
-    assert "damaged" in capsys.readouterr().out
-
-
-def test_list_of_nothing_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
-    assert main(["list"]) == 0
-    assert "helpers build" in capsys.readouterr().out
+    assert f"{store.size(folder) / 1e6:.1f}" in line and line.endswith(str(folder.parent))
+    (folder / "manifest.json").write_text("{")
+    assert main(["list"]) == 0 and f"damaged, or of another version; helpers remove {engine}" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "none"))
+    assert main(["list"]) == 0 and "helpers build" in capsys.readouterr().out
 
 
 def test_inspect_shows_every_graph_and_file(engine, capsys):
@@ -92,8 +88,7 @@ def test_generate_prints_prompt_and_answer_and_streams_the_same(engine, capsys):
 
 def test_remove_deletes_what_it_names(engine, capsys):
     assert main(["remove", engine]) == 0
-    assert capsys.readouterr().out == f"removed {engine}\n"
-    assert store.list_engines() == []
+    assert capsys.readouterr().out == f"removed {engine}\n" and store.list_engines() == []
 
 
 @pytest.mark.parametrize(
@@ -116,8 +111,8 @@ def test_remove_deletes_what_it_names(engine, capsys):
 )
 def test_an_error_is_told_in_our_words_with_a_fix_and_exit_status_1(engine, arguments, words, capsys):
     assert main(arguments) == 1
-    said = capsys.readouterr().err
-    assert words in said and "Fix:" in said and "Traceback" not in said
+    told = capsys.readouterr().err
+    assert words in told and "Fix:" in told and "Traceback" not in told
 
 
 def test_a_models_control_characters_do_not_reach_the_terminal(engine, capsys, monkeypatch):
@@ -131,9 +126,7 @@ def test_a_models_control_characters_do_not_reach_the_terminal(engine, capsys, m
 def test_a_reader_that_has_enough_ends_the_command_quietly(engine):
     code = f"import sys; from helpers.cli import main; sys.exit(main(['inspect', {engine!r}, '--kernels', '100000']))"
     command = f'"{sys.executable}" -c "{code}" | true'  # which ends at once, and has read nothing
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_in_shell("bash", "-o", "pipefail", "-c", command)
     assert done.returncode == 141 and done.stderr == ""
 
 
@@ -151,9 +144,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(engine):
     ],
 )
 def test_output_that_cannot_be_written_is_told_in_our_words(engine, command, status, words):
-    done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -m {command}'], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_in_shell("bash", "-c", f'"{sys.executable}" -m {command}')
     assert done.returncode == status and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
@@ -169,9 +160,7 @@ def test_a_terminal_that_lacks_characters_gets_them_spelled_out(engine, encoding
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["remove"], ["build"], ["build", "--model"]], ids=" ".join)
 def test_arguments_that_are_no_text_are_refused_in_our_words(engine, arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "helpers", *arguments, b"caf\xe9"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_module("helpers", *arguments, b"caf\xe9")
     assert done.returncode in (1, 2) and "caf" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -190,8 +179,8 @@ RECORD = str(REFERENCES / "cpu-stories.json")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--compare", RECORD, RECORD, "--out", "x.json"], "--out was given"),
-        (["--compare", RECORD, RECORD, "--repeats", "3"], "--repeats was given"),
+        (["--compare", RECORD, RECORD, "--out", "x.json"], "out was given"),
+        (["--compare", RECORD, RECORD, "--repeats", "3"], "repeats was given"),
         (["--batch", "1,4", "--max-batch", "2"], "max_batch_size=2"),
         (["--decode-batch-sizes", "9"], "max_batch_size=4"),
         (["--input", "70", "--max-input", "64"], "max_input_len=64"),
@@ -225,12 +214,6 @@ def test_bench_makes_room_for_the_work_where_no_limit_is_given(options, limits, 
     assert main(["bench", *options]) == 1 and seen == [limits]
 
 
-def test_an_unknown_command_is_refused_by_the_parser(capsys):
-    with pytest.raises(SystemExit) as refused:
-        main(["bake"])
-    assert refused.value.code == 2
-
-
 def test_interrupting_says_that_nothing_is_left(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
@@ -243,8 +226,7 @@ def test_interrupting_says_that_nothing_is_left(monkeypatch, capsys):
 def test_importing_helpers_loads_neither_torch_nor_a_compiler_nor_numpy():
     heavy = "torch transformers numpy tokenizers safetensors IPython matplotlib"
     code = f"import sys, helpers, helpers.cli; print([m for m in {heavy.split()} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_in_shell(sys.executable, "-c", code).stdout == "[]\n"
 
 
 def test_every_name_of_the_face_is_there():
@@ -270,12 +252,8 @@ def test_the_example_scripts_build_and_then_generate(engine, tiny_llama):
 
 def test_the_example_scripts_fail_in_our_words(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
-    for arguments, words in (
-        (["helpers.basic"], "no engine"),
-        (["helpers.build_engine", "--precision", "x"], "precision"),
-    ):
-        done = run_module(*arguments)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    done = run_module("helpers.basic")
+    assert done.returncode == 1 and "no engine" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_example_scripts_are_short_enough_to_read():

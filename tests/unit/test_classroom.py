@@ -13,7 +13,7 @@ from helpers.errors import InputError, StoreError
 from helpers.maintain import classroom, notebooks
 from helpers.maintain.classroom import Grade, Mark
 
-NOTEBOOKS = {path.stem: path for path in notebooks.select(notebooks.NOTEBOOKS, None)}
+NOTEBOOKS = {path.stem: path for path in notebooks.select(notebooks.NOTEBOOKS)}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def sources(path):
 
 def test_copies_have_no_outputs_and_a_second_call_changes_nothing(course, work):
     assert classroom.update(course) == []
-    assert sorted(path.name for path in work.iterdir()) == [".copies.json", "00_start.ipynb", "03_generate.ipynb"]
+    assert sorted(path.name for path in work.iterdir()) == ["00_start.ipynb", "03_generate.ipynb"]
     cell = nbformat.read(work / "00_start.ipynb", as_version=4).cells[0]
     assert (cell.source, cell.outputs, cell.execution_count) == ("print(1)", [], None)
     before = {path: path.stat().st_mtime_ns for path in work.iterdir()}
@@ -79,11 +79,10 @@ def test_a_copy_that_was_worked_in_is_kept_and_the_learner_told(course, work, to
     assert "helpers course reset 03" in remark and (work / "03_generate.ipynb").read_bytes() == theirs
 
 
-def test_a_damaged_copy_or_list_of_copies_loses_nothing(course, work):
-    classroom.update(course)
+def test_a_damaged_copy_and_one_of_unknown_origin_lose_nothing(course, work):
+    work.mkdir()
     (work / "00_start.ipynb").write_text("{")
-    (work / classroom.MADE).write_text("[1")
-    change(work / "03_generate.ipynb", "mine()")
+    publish(work / "03_generate.ipynb", "mine()")
     assert len(classroom.update(course)) == 2
     assert (work / "00_start.ipynb").read_text() == "{" and sources(work / "03_generate.ipynb") == ["mine()"]
 
@@ -96,12 +95,9 @@ def test_reset_brings_one_back_and_keeps_theirs_under_a_dated_name(course, work)
         assert kept.name.startswith("03_generate.20") and sources(kept) == [mine]
         assert sources(work / "03_generate.ipynb") == ["print(1)"]
     assert len(list(work.glob("03_generate.20*.ipynb"))) == 2
-    publish(course / "03_generate.ipynb", "print(2)")
-    assert classroom.update(course) == [] and sources(work / "03_generate.ipynb") == ["print(2)"]
-    with pytest.raises(InputError, match="no notebook"):
-        classroom.reset("09", course)
-    with pytest.raises(InputError, match="names 2"):
-        classroom.reset("0", course)
+    for name, words in (("09", "no notebook"), ("0", "names 2")):
+        with pytest.raises(InputError, match=words):
+            classroom.reset(name, course)
 
 
 def test_where_nothing_can_be_written_it_says_so(course, work):
@@ -129,22 +125,10 @@ def test_the_export_is_what_gradescope_reads():
     ]
     results = json.loads(json.dumps(Grade("00_start", marks, ["cell 3 failed"]).as_gradescope()))
     # https://github.com/gradescope/autograder_samples, docs/specs.md; the keys are those that Otter-Grader 6 writes
-    assert set(results) <= {
-        "score",
-        "execution_time",
-        "output",
-        "visibility",
-        "stdout_visibility",
-        "extra_data",
-        "tests",
-    }
-    assert [(t["score"], t["max_score"], t["status"]) for t in results["tests"]] == [
-        (1.0, 1.0, "passed"),
-        (0.0, 3.0, "failed"),
-        (0.0, 2.0, "failed"),
-    ]
-    visibilities = {"hidden", "after_due_date", "after_published", "visible"}
-    assert {t["visibility"] for t in results["tests"]} <= visibilities >= {results["stdout_visibility"]}
+    assert set(results) == {"output", "stdout_visibility", "tests"} and results["stdout_visibility"] == "hidden"
+    scores = [(1.0, 1.0, "passed"), (0.0, 3.0, "failed"), (0.0, 2.0, "failed")]
+    assert [(t["score"], t["max_score"], t["status"]) for t in results["tests"]] == scores
+    assert {t["visibility"] for t in results["tests"]} == {"visible"}
     assert all(isinstance(t["name"], str) and isinstance(t["output"], str) for t in results["tests"])
 
 
@@ -154,11 +138,9 @@ def test_the_export_is_what_gradescope_reads():
 def calls(stem, *names):
     """(name, arguments, keywords) of each call of these functions, in order."""
     for _, cell in notebooks.code_cells(nbformat.read(NOTEBOOKS[stem], as_version=4)):
-        found = [
-            n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-        ]
-        for call in sorted(found, key=lambda call: call.lineno):
-            if call.func.id in names:
+        every = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+        for call in sorted(every, key=lambda call: call.lineno):
+            if isinstance(call.func, ast.Name) and call.func.id in names:
                 values = [argument.value if isinstance(argument, ast.Constant) else None for argument in call.args]
                 yield call.func.id, values, {keyword.arg: keyword.value for keyword in call.keywords}
 
@@ -166,9 +148,7 @@ def calls(stem, *names):
 @pytest.mark.parametrize("stem", [stem for stem in NOTEBOOKS if frame.exercises_of(stem[:2])])
 def test_each_exercise_is_in_its_notebook_once_after_what_it_is_checked_against(stem):
     order = [(name, values[0], len(values)) for name, values, _ in calls(stem, "freeze", "check")]
-    if not order:
-        pytest.skip("its exercises have not moved yet")
-    numbers = list(frame.exercises_of(stem[:2]))
+    numbers = frame.exercises_of(stem[:2])
     assert order == [("freeze", stem[:2], 1), *(("check", number, 2) for number in numbers)]
 
 

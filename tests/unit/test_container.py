@@ -22,29 +22,21 @@ def steps() -> list[tuple[str, str]]:
     return [tuple(line.split(None, 1)) for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_the_image_has_a_supported_python_and_what_make_looks_for():
+def test_the_image_has_what_make_looks_for_and_runs_nothing_of_the_course_as_root():
+    names = [name for name, _ in steps()]
     base = next(words for name, words in steps() if name == "FROM")
     version = tuple(map(int, re.match(r"python:(\d+)\.(\d+)-", base).groups()))
     assert OLDEST_PYTHON <= version <= NEWEST_PYTHON
-    installed = " ".join(words for name, words in steps() if name == "RUN")
-    assert {"g++", "make"} <= set(installed.split())
-
-
-def test_nothing_of_the_course_runs_as_root():
-    names = [name for name, _ in steps()]
+    assert {"g++", "make"} <= set(" ".join(words for name, words in steps() if name == "RUN").split())
     assert [words for name, words in steps() if name == "USER"] == ["1000"]
     assert names.index("USER") < names.index("COPY")
-
-
-def test_what_git_ignores_stays_out_of_the_image():
     ignored = (PROJECT / ".dockerignore").read_text(encoding="utf-8").split()
     assert {".git", ".venv*", ".models", "build", "engines/*"} <= set(ignored)
 
 
 def test_the_dev_container_builds_a_stage_of_the_dockerfile():
     container = json.loads((PROJECT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
-    stages = {words.rpartition(" AS ")[2] for name, words in steps() if name == "FROM"}
-    assert container["build"]["target"] in stages
+    assert container["build"]["target"] in {words.rpartition(" AS ")[2] for name, words in steps() if name == "FROM"}
     assert (PROJECT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == DOCKERFILE
     assert container["remoteUser"] == "learner"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -109,7 +110,14 @@ def test_the_plans_of_a_day_add_up_and_leave_time_to_read():
         assert minutes >= 2 * words / room.WORDS_PER_MINUTE + 10, name
 
 
-def test_the_profile_for_a_hub_is_python():
+def test_the_profile_for_a_hub_sets_what_kubespawner_documents():
     text = (PROJECT / "docs/instructors.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    compile(block, "profile", "exec")
+    exec(compile(block, "profile", "exec"), {"c": SimpleNamespace(KubeSpawner=(spawner := SimpleNamespace()))})
+    # https://jupyterhub-kubespawner.readthedocs.io/en/latest/spawner.html
+    (profile,) = spawner.profile_list
+    assert profile.keys() <= {"display_name", "slug", "description", "default", "kubespawner_override"}
+    traits = {"image", "cpu_guarantee", "cpu_limit", "mem_guarantee", "mem_limit", "environment"}
+    # volumes would replace the hub's own, and with them the learner's home
+    assert profile["kubespawner_override"].keys() <= traits
+    assert all(isinstance(value, str) for value in profile["kubespawner_override"]["environment"].values())

@@ -11,14 +11,19 @@ bs4 = pytest.importorskip("bs4", reason="the notebook tools are not in this envi
 
 from helpers.display import Table
 from helpers.maintain import notebooks, site
+from helpers.paths import PROJECT
+
+SOURCES = notebooks.select(notebooks.NOTEBOOKS)
 
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
     """The folder of the site of the committed notebooks, and its pages as trees."""
     folder = tmp_path_factory.mktemp("build") / "site"
-    sources = notebooks.select(notebooks.NOTEBOOKS, None)
-    site.write_site([site.convert(path.stem, notebooks.read(path)) for path in sources], folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GITHUB_REPOSITORY", "some-body/a.course")  # as a workflow of GitHub's sets them
+        patch.setenv("GITHUB_REF_NAME", "more/pages")
+        site.write_site([site.convert(path.stem, notebooks.read(path)) for path in SOURCES], folder)
     return folder, {page.name: tree(page.read_text(encoding="utf-8")) for page in folder.glob("*.html")}
 
 
@@ -47,6 +52,37 @@ def lost_links(pages) -> list[str]:
 
 def test_every_link_inside_the_site_leads_somewhere_on_it(course):
     assert lost_links(course[1]) == []
+    pages = {"a.html": tree('<a href="b.html">x</a><a href="#y">y</a><a href="a.html">a</a>')}
+    assert lost_links(pages) == ["a.html: b.html", "a.html: #y"]
+
+
+# As Codespaces ("Facilitating quick creation and resumption of codespaces"), Binder ("Get started", labpath) and Colab
+# ("Using Google Colab with GitHub") document them; what is behind "path" has to be in the tree.
+LAUNCHES = {
+    "Codespaces": r"https://codespaces\.new/some-body/a\.course/tree/more/pages",
+    "Binder": r"https://mybinder\.org/v2/gh/some-body/a\.course/more%2Fpages\?labpath=(?P<path>notebooks%2F\w+\.ipynb)",
+    "Colab": r"https://colab\.research\.google\.com/github/some-body/a\.course/blob/more/pages/(?P<path>.+)",
+}
+
+
+def test_launch_links_have_the_documented_forms_and_lead_to_files_of_the_course(course):
+    for path in SOURCES:
+        page = course[1][f"{path.stem}.html"]
+        links = {link.get_text(): link["href"] for link in page.select(".launch a")}
+        assert links.keys() == LAUNCHES.keys()
+        for name, form in LAUNCHES.items():
+            match = re.fullmatch(form, links[name])
+            assert match and all(PROJECT / unquote(inside) == path for inside in match.groupdict().values())
+        assert "%pip install git+https://github.com/some-body/a.course" in page.select_one(".launch").get_text()
+    for needed in (".devcontainer/devcontainer.json", "Dockerfile"):  # of Codespaces; of Binder, in this order
+        assert (PROJECT / needed).is_file()
+
+
+def test_without_a_repository_there_are_no_launch_links(tmp_path, monkeypatch):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    page, _ = page_of(nbformat.v4.new_markdown_cell("# New"))
+    site.write_site([page], tmp_path / "site")
+    assert "launch" not in (tmp_path / "site/00_made.html").read_text()
 
 
 def test_sentences_that_a_cell_prints_wrap_and_columns_do_not():
@@ -59,11 +95,6 @@ def test_sentences_that_a_cell_prints_wrap_and_columns_do_not():
     assert "sentences" not in printed("for (i) {\n  x += 1;\n}\n")
 
 
-def test_a_link_that_leads_nowhere_is_seen():
-    pages = {"a.html": tree('<a href="b.html">x</a><a href="#y">y</a><a href="a.html">a</a>')}
-    assert lost_links(pages) == ["a.html: b.html", "a.html: #y"]
-
-
 def test_the_pages_follow_the_reading_order(course):
     folder, pages = course
     name, visited = "index.html", []
@@ -72,7 +103,7 @@ def test_the_pages_follow_the_reading_order(course):
         back = pages[name].select_one("a[rel=prev]")
         assert (back["href"] if back else "index.html") == before
         visited.append(name)
-    assert visited == [f"{path.stem}.html" for path in notebooks.select(notebooks.NOTEBOOKS, None)]
+    assert visited == [f"{path.stem}.html" for path in SOURCES]
     assert [link["href"] for link in pages["index.html"].select(".notebooks h3 a")] == visited
 
 
@@ -89,9 +120,8 @@ def test_nothing_on_a_page_is_fetched_from_elsewhere(course):
         fetched = [
             tag.get("src") or tag.get("href") for tag in page.select("script[src], link[href], img[src], iframe")
         ]
-        assert {text.split(",")[0] for text in fetched} <= {"style.css", "site.js", "data:", "data:image/png;base64"}, (
-            name
-        )
+        known = {"style.css", "site.js", "data:", "data:image/png;base64"}
+        assert {text.split(",")[0] for text in fetched} <= known, name
 
 
 def test_the_search_index_has_each_section_with_its_text(course):
