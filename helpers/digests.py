@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import engines_folder, user_id
+from helpers.paths import engines_folder, read_text, user_id
+from helpers.progress import Progress
 
 # In the learner's own store: path -> [what the file was like, its digest]. Each user's own, and readable by no other:
 # in a shared store, one user could not replace another's, and should not believe it.
 MEMORY = f".digests-{user_id()}.json"
 LARGE = 1 << 24  # bytes; a smaller file is read faster than remembered
+SILENT_S = 2.0  # a file that takes longer to read is shown
 SETTLED_S = 2.0  # a file that was written later than this may change again within one tick of the clock
 
 
@@ -45,17 +47,21 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
+    total, start = hashlib.sha256(), time.monotonic()
+    with path.open("rb") as file, contextlib.ExitStack() as shown:
         while block := file.read(1 << 22):
             total.update(block)
+            if time.monotonic() - start > SILENT_S:
+                start = float("inf")
+                title = f"Reading {path.name} for its sha256, {path.stat().st_size / 1e9:.1f} GB"
+                shown.enter_context(shown.enter_context(Progress(title)).phase("read"))
     return total.hexdigest()
 
 
 def _memory() -> dict[str, Any]:
     """All that is remembered; nothing where the memory is missing or damaged, for then files are read again."""
     try:
-        entries = json.loads((engines_folder() / MEMORY).read_text(encoding="utf-8"))
+        entries = json.loads(read_text(engines_folder() / MEMORY))
     except (OSError, ValueError):
         return {}
     return {path: entry for path, entry in entries.items() if _valid(entry)} if isinstance(entries, dict) else {}

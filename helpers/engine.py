@@ -36,7 +36,7 @@ from helpers.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoin
 from helpers.model.config import save_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.paths import engines_folder
-from helpers.progress import Progress, say
+from helpers.progress import Progress, hushed, say
 from helpers.recipe import COMPILED, BuildRecipe, from_dict
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
     if not isinstance(recipe, BuildRecipe):
         raise RecipeError(f"An engine is built from a recipe, not from {shown(recipe)}.", fix="Give a BuildRecipe.")
     _need_compiled(recipe)
+    with hushed(quiet):
+        return _run(_job(recipe), force)
+
+
+def _job(recipe: BuildRecipe) -> BuildJob:
+    """What `build` builds."""
     checkpoint = find_checkpoint(recipe.model)
     backend = backends.module(recipe.backend)
 
@@ -77,7 +83,7 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
         return backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
 
     given = {**recipe.to_dict(), "model": checkpoint.full_name}
-    return _run(BuildJob(recipe.short_name, depends_on, given, compile_into, estimate), force, quiet)
+    return BuildJob(recipe.short_name, depends_on, given, compile_into, estimate)
 
 
 def build_module(
@@ -98,8 +104,9 @@ def build_module(
     """
     from helpers.backends.tensorrt import modules
 
-    job = modules.from_module(module, example_inputs, precision, name=name, time_limit=time_limit, options=options)
-    return _run(job, force, quiet)
+    with hushed(quiet):
+        job = modules.from_module(module, example_inputs, precision, name=name, time_limit=time_limit, options=options)
+        return _run(job, force)
 
 
 def build_onnx(
@@ -115,8 +122,9 @@ def build_onnx(
     """A TensorRT engine from an ONNX file. precision: "" takes the graph's own types, else they are rewritten."""
     from helpers.backends.tensorrt import modules
 
-    job = modules.from_onnx(file, precision, name=name, time_limit=time_limit, options=options)
-    return _run(job, force, quiet)
+    with hushed(quiet):
+        job = modules.from_onnx(file, precision, name=name, time_limit=time_limit, options=options)
+        return _run(job, force)
 
 
 def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = None) -> Engine:
@@ -272,14 +280,10 @@ def _read_language_model(folder: Path) -> store.Manifest:
     return manifest
 
 
-def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
+def _run(job: BuildJob, force: bool) -> Path:
     """Publish what the job compiles, unless it is there already. A damaged engine is built again."""
     start = time.perf_counter()
     name = store.name_of(job.short_name, job.identity)
-
-    def tell(line: str) -> None:
-        if not quiet:
-            say(line)
 
     def stored() -> Path | None:
         folder = None if force else store.serving(job.short_name, job.identity)
@@ -291,27 +295,27 @@ def _run(job: BuildJob, force: bool, quiet: bool) -> Path:
                 manifest = store.read_manifest(folder)
                 store.verify(folder, manifest)
         except (EngineCorrupt, EngineNotFound) as error:
-            tell(f"{error.what} So it is built again.")
+            say(f"{error.what} So it is built again.")
             return None
         except StoreError as error:  # not yours to read, or not to be trusted
             if folder.parent == engines_folder():
                 raise
-            tell(f"{error}\nSo it is built again, in your own store.")
+            say(f"{error}\nSo it is built again, in your own store.")
             return None
         here, then = time.perf_counter() - start, sum(manifest["seconds"].values())
-        tell(f"Cache hit: {name} is built already{origin(folder)} ({here:.2f} s; building it took {then:.0f} s).")
+        say(f"Cache hit: {name} is built already{origin(folder)} ({here:.2f} s; building it took {then:.0f} s).")
         return folder
 
     if folder := stored():
         return folder
-    tell(store.explain_miss(job.identity))
+    say(store.explain_miss(job.identity))
     seconds, size = job.estimate()
     _check_disk(size)
-    with store.building(name, quiet=quiet) as work:
+    with store.building(name) as work:
         if folder := stored():  # another process built it while this one waited
             return folder
         title = f"Building {name}: about {_duration(seconds)} and {size / 1e6:.0f} MB"
-        with Progress(title, quiet=quiet) as progress:
+        with Progress(title) as progress:
             details = job.compile_into(work, progress)
             machine = details.pop("hardware", None) or asdict(hardware.describe(job.identity["recipe"]["device"]))
             with progress.phase("publish"):

@@ -8,10 +8,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import filelock
+
+
+_hushed: ContextVar[bool] = ContextVar("_hushed", default=False)
+
+
+@contextmanager
+def hushed(quiet: bool) -> Iterator[None]:
+    """With quiet, nothing is shown or said while the block runs."""
+    token = _hushed.set(quiet or _hushed.get())
+    try:
+        yield
+    finally:
+        _hushed.reset(token)
 
 
 class Progress:
@@ -21,11 +35,11 @@ class Progress:
     """
 
     def __init__(self, title: str, *, quiet: bool = False):
-        self.title, self.quiet = title, quiet
+        self.title, self.quiet = title, quiet or _hushed.get()
         self.seconds: dict[str, float] = {}
         self._running: tuple[str, float] | None = None
         self._parts: list[str] = []
-        self._handle = None if quiet else _notebook_display()
+        self._handle = None if self.quiet else _notebook_display()
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._say(title)
@@ -92,7 +106,7 @@ class Progress:
 
 
 @contextmanager
-def held(lock: filelock.BaseFileLock, what: str, *, quiet: bool = False) -> Iterator[None]:
+def held(lock: filelock.BaseFileLock, what: str) -> Iterator[None]:
     """Hold a lock for the block. Where another process has it, say what that one does, and wait.
 
     what: such as "builds NAME".
@@ -103,7 +117,7 @@ def held(lock: filelock.BaseFileLock, what: str, *, quiet: bool = False) -> Iter
         lock.acquire(timeout=1)
     except filelock.Timeout:
         title = f"Another process {what}. This one waits for it; interrupt it if you do not want to."
-        with Progress(title, quiet=quiet) as progress, progress.phase("wait"):
+        with Progress(title) as progress, progress.phase("wait"):
             lock.acquire(poll_interval=0.2)
     try:
         yield
@@ -113,7 +127,8 @@ def held(lock: filelock.BaseFileLock, what: str, *, quiet: bool = False) -> Iter
 
 def say(line: str) -> None:
     """One line to whoever is watching: a cell's output in a notebook, standard error in a terminal."""
-    _write(line, sys.stdout if in_notebook() else sys.stderr)
+    if not _hushed.get():
+        _write(line, sys.stdout if in_notebook() else sys.stderr)
 
 
 def _write(line: str, stream: TextIO | None, end: str = "\n") -> None:

@@ -76,7 +76,7 @@ def explain_miss(identity: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def building(name: str, *, quiet: bool = False) -> Iterator[Path]:
+def building(name: str) -> Iterator[Path]:
     """A private folder to build into. It becomes engines/NAME when the block ends well, and vanishes otherwise;
     an engine or a torn folder of that name gives way.
 
@@ -88,7 +88,7 @@ def building(name: str, *, quiet: bool = False) -> Iterator[Path]:
     with _refusals_explained():
         if entry.is_dir() and not entry.is_symlink() and not os.access(entry, os.W_OK):  # told now, not after the build
             raise PermissionError(errno.EACCES, "you may not replace the engine of that name", str(entry))
-        with held(_lock(name), f"builds {name}", quiet=quiet):
+        with held(_lock(name), f"builds {name}"):
             _delete(work)
             _sweep(root)
             work.mkdir(mode=0o700)

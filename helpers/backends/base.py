@@ -128,7 +128,8 @@ class Engine(ABC):
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
         self._check_usable()
         with self._lock:
-            logits = self.prefill([self.tokenize(prompt)])[0].float().cpu().clone()  # the caller's own, to change
+            logits = self.prefill([self.tokenize(prompt)])[0]
+            logits = self._guarded(lambda: logits.float().cpu().clone())  # the caller's own, to change
             self._by_hand = []  # so that a `decode` of somebody who called `prefill` before is refused
         return logits
 
@@ -166,8 +167,8 @@ class Engine(ABC):
             if (longest := max(self._by_hand)) == self.recipe.max_seq_len:
                 raise _limit("sequence has", longest + 1, "tokens", "max_seq_len", longest)
             self._by_hand = [length + 1 for length in self._by_hand]
-            logits = self._guarded(self._decode, torch.tensor(ids, device="cpu"))
-            return logits.clone()  # a GPU's next step writes into the same memory
+            # Cloned, because a GPU's next step writes into the same memory.
+            return self._guarded(lambda: self._decode(torch.tensor(ids, device="cpu")).clone())
 
     def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt. Without add_special_tokens, the tokenizer puts no BOS token before a text."""
@@ -248,7 +249,7 @@ class Engine(ABC):
             if observe:
                 observe(logits)
                 self._check_not_overtaken(request)  # it may have used the engine
-            tokens = sampler(logits)  # [B]
+            tokens = self._guarded(sampler, logits)  # [B]
             ids, next_logits = self._guarded(self._take, tokens, logits, step + 1 == sampling.max_tokens)
             for sequence, token in zip(sequences, ids, strict=True):
                 if not sequence.finish_reason:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.paths import PROJECT
 from helpers.progress import Progress
 
 
@@ -30,8 +32,10 @@ class BuildJob:
     estimate: Callable[[], tuple[float, int]]
 
 
-def source_digest(*paths: Path) -> str:
-    """A hash of the course's code that decides what a backend compiles: of these files, and the Python files of these
-    folders."""
+def source_digest(*names: str) -> str:
+    """A hash of the code that decides what a backend compiles: the Python files of these folders of helpers/, these
+    files, and the version of transformers, which reads a checkpoint's configuration."""
+    paths = [PROJECT / "helpers" / name for name in names]
     files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    reader = importlib.metadata.version("transformers").encode()
+    return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), reader])).hexdigest()

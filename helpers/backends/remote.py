@@ -67,7 +67,7 @@ class RemoteEngine(Engine):
             self._finish_request()
             scores = self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids)
         with self._checked(scores):
-            return torch.tensor(scores, dtype=torch.float32).reshape(self.vocab_size)
+            return self._guarded(lambda: torch.tensor(scores, dtype=torch.float32).reshape(self.vocab_size))
 
     def memory(self) -> dict[str, int]:
         """The most bytes that the worker has held so far, on the host and on the GPU."""

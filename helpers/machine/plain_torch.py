@@ -3,29 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+
+_lock = threading.Lock()
+_inside = 0  # blocks of any thread that go on now
+_settings = contextlib.ExitStack()  # of the process; the first block sets them, the last one puts them back
 
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """torch as it starts: no autocast, no inference mode, float32 and the CPU by default, float32 products in full
-    precision, and any kernel of attention. What a notebook sets for its own tensors must not change an engine's."""
+    """torch as it starts: no autocast, no inference mode, no fake tensors, float32 and the CPU by default, float32
+    products in full precision, and any kernel of attention. What a notebook sets for its own tensors must not change
+    an engine's."""
     import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with (
+        unset_fake_temporarily(),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        _plain_process(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_process() -> Iterator[None]:
+    """What all threads share: it stays plain until the last engine that needs it so is done."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    global _inside
     kernels = [backend for name, backend in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")]
+    with _lock:
+        if not _inside:
+            for setting in (_full_width(), sdpa_kernel(kernels), _full_precision()):
+                _settings.enter_context(setting)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _settings.close()
+
+
+@contextlib.contextmanager
+def _full_width() -> Iterator[None]:
+    import torch
+
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with (
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            sdpa_kernel(kernels),
-            _full_precision(),
-        ):
-            yield
+        yield
     finally:
         torch.set_default_dtype(dtype)
 
@@ -57,12 +90,15 @@ def _older_setting() -> str:
 
 
 def is_plain() -> bool:
-    """Whether the settings that can change from step to step are as torch starts. Takes two microseconds."""
+    """Whether the settings that can change from step to step are as torch starts, and not only as long as another
+    thread needs them so. Takes two microseconds."""
     import torch
 
     cuda = torch.backends.cuda
     return (
-        not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+        not _inside
+        and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
         and torch.get_default_dtype() == torch.float32
         and cuda.math_sdp_enabled()
         and cuda.flash_sdp_enabled()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers.digests import file_digest
 from helpers.errors import ModelError, shown
@@ -102,8 +103,9 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over all that decides what is computed and where texts end; dummy weights are the configuration's."""
         files = [self.folder / "config.json"]
-        if (end := self.folder / "generation_config.json").exists():  # it says which tokens end a text
-            files.append(end)
+        # Which tokens end a text, and what makes transformers compute with an adapter.
+        others = [self.folder / name for name in ("generation_config.json", "adapter_config.json")]
+        files += [path for path in others if path.exists()]
         return _digest(files + ([] if self.dummy else weight_files(self.folder)), "dummy" if self.dummy else "")
 
     def tokenizer_digest(self) -> str:
@@ -214,22 +216,36 @@ class Stored:
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint. One that two shards hold is the later one's, as in transformers."""
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, Stored] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (safe_open is not a dict)
-                    header = file.get_slice(name)
-                    tensors[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path.name} of {folder.name!r} cannot be read: {error}.",
-                cause="The file is incomplete.",
-                fix="Fetch it again.",
-            ) from error
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  (it is not a dict)
+                header = file.get_slice(name)
+                tensors[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
     return tensors
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file of tensors, open for reading. Raises ModelError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        path.open("rb").close()  # safetensors says only in words what the operating system refuses
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise ModelError(
+            f"{path.name} of {path.parent.name!r} cannot be opened: {error.strerror}.",
+            cause="It is not yours to read, or this process has reached a limit (ulimit -a).",
+            fix="Change who may read it; or close what you no longer need, and start Python again.",
+        ) from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{path.name} of {path.parent.name!r} cannot be read: {error}.",
+            cause="The file is incomplete.",
+            fix="Fetch it again.",
+        ) from error
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
@@ -253,13 +269,11 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
 def has_own_head(folder: Path) -> bool:
     """The files hold an output head that is not the embedding, as where adapters were merged into it. transformers 5
     and vLLM compute with it whatever tie_word_embeddings says; transformers 4 and TensorRT-LLM would not."""
-    from safetensors import safe_open
-
     tensors = stored_tensors(folder)
     pair = [tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
     if pair[0] is None or pair[1] is None:
         return False
-    with safe_open(pair[0].file, framework="pt") as one, safe_open(pair[1].file, framework="pt") as other:
+    with opened(pair[0].file) as one, opened(pair[1].file) as other:
         embedding, head = one.get_tensor("model.embed_tokens.weight"), other.get_tensor("lm_head.weight")
     return embedding.shape != head.shape or not bool((embedding == head).all())
 
@@ -270,7 +284,6 @@ def read_tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[
     config: the checkpoint's, given because a worker process has it from the engine's folder, without transformers.
     """
     import torch
-    from safetensors import safe_open
 
     shapes = expected_shapes(config)
     if checkpoint.dummy:
@@ -282,7 +295,7 @@ def read_tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[
         return
     tensors = {name: stored for name, stored in stored_tensors(checkpoint.folder).items() if name in shapes}
     for path in sorted({stored.file for stored in tensors.values()}):
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             for name, stored in tensors.items():
                 if stored.file == path:
                     yield name, file.get_tensor(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,21 +85,26 @@ def _whole(name: str, value: int, low: int, high: int | None = None) -> None:
         raise InputError(f"SamplingParams.{name} is {shown(value)}.", fix=f"Give a whole number, {words}.")
 
 
-def filter_logits(logits: Tensor, params: SamplingParams, seen: list[list[int]]) -> Tensor:
+def tokens_seen(sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Which tokens each sequence holds, true or false as [B, V], beside logits [B, V]."""
+    import torch
+
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, ids in zip(seen, sequences, strict=True):
+        row[torch.tensor(ids, dtype=torch.long, device=row.device)] = True
+    return seen
+
+
+def filter_logits(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
     """logits [B, V] as sampling sees them: penalty, temperature, top_k, top_p in transformers' order.
 
-    seen[b] are the token ids of sequence b so far, prompt included. Removed tokens become -inf.
+    seen [B, V]: the tokens so far, prompt included (`tokens_seen`). Removed tokens become -inf.
     """
     import torch
 
     logits = logits.float()
-    if params.repetition_penalty != 1.0:
-        logits = logits.clone()
-        for row, ids in zip(logits, seen, strict=True):
-            index = torch.tensor(sorted(set(ids)), dtype=torch.long, device=row.device)
-            scores = row[index]
-            penalty = params.repetition_penalty
-            row[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+    if (penalty := params.repetition_penalty) != 1.0:
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if params.greedy:
         return logits
     logits = logits / max(float(params.temperature), COOLEST)  # torch takes no int of 64 bits and more
@@ -128,9 +132,8 @@ class Sampler:
         """argmax: logits [B, V] to the likeliest tokens [B], for who knows them already."""
         import torch
 
-        self.params, self.argmax = params, argmax
-        # What a sequence holds so far matters to the repetition penalty alone.
-        self.seen = [list(prompt) for prompt in prompts] if params.repetition_penalty != 1.0 else None
+        self.params, self.prompts, self.argmax = params, prompts, argmax
+        self.seen = torch.empty(0)  # [B, V], for the repetition penalty alone
         self.generators: list[torch.Generator] = []
         if not params.greedy:
             for _ in prompts:
@@ -139,18 +142,20 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits [B, V] to token ids [B], on the logits' device."""
+        if self.params.repetition_penalty == 1.0:
+            return self._choose(logits)
+        if not len(self.seen):
+            self.seen = tokens_seen(self.prompts, logits)
         tokens = self._choose(logits)
-        if self.seen is not None:
-            for ids, token in zip(self.seen, tokens.tolist(), strict=True):
-                ids.append(token)
+        self.seen.scatter_(1, tokens[:, None], True)
         return tokens
 
     def _choose(self, logits: Tensor) -> Tensor:
         import torch
 
-        if self.params.greedy and self.seen is None:
+        if self.params.greedy and self.params.repetition_penalty == 1.0:
             return self.argmax(logits)
-        filtered = filter_logits(logits, self.params, self.seen or [])
+        filtered = filter_logits(logits, self.params, self.seen)
         if self.params.greedy:
             return filtered.argmax(-1)
         # Type and device are named, because a notebook may have set others as torch's defaults.
@@ -169,7 +174,7 @@ def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[i
 
     if not bool(logits.isfinite().all()):
         raise not_finite(len(seen))
-    filtered = filter_logits(logits[None], checked(params), [seen])[0]
+    filtered = filter_logits(logits[None], checked(params), tokens_seen([seen], logits[None]))[0]
     if params.greedy:
         return torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)
     return filtered.softmax(-1)

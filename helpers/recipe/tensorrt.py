@@ -51,6 +51,23 @@ KINDS: dict[str, Any] = {
 }
 PRECISION_FLAGS = ("FP16", "BF16", "INT8", "FP8", "INT4")  # of TensorRT 10's BuilderFlag; 11 has none of them
 FOR_MODULES = ("profiles", "mark_outputs", "precision_flags")  # a language model settles these by itself
+RTX_LACKS = {  # what, likely cause, fix
+    "timing_cache": (
+        "keeps no timing cache: it measures no kernels while it builds.",
+        "TensorRT says: Timing cache operations are no-ops in TensorRT-RTX.",
+        "Leave the option out, or use provider='tensorrt' on a machine with a GPU.",
+    ),
+    "hardware_compatibility": (
+        "has no hardware compatibility level: its engines run on several GPUs anyway.",
+        "TensorRT says: setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX.",
+        "Name the targets instead: compute_capabilities=['8.6', '8.9'].",
+    ),
+    "precision_flags": (
+        "has no precision flags: its networks are strongly typed.",
+        "Each layer computes in the type that the graph gives it, as in TensorRT 11.",
+        "Set the type in the graph: precision='fp16'. Flags need provider='tensorrt' in version 10.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -87,28 +104,9 @@ class Options:
                 raise _wrong("profiles", profile, "tables of an input's name and its three shapes")
             for name, shapes in profile.items():
                 _check_profile(name, shapes)
-        if self.provider == "tensorrt_rtx":
-            self._refuse_what_rtx_lacks()
-
-    def _refuse_what_rtx_lacks(self) -> None:
-        if self.timing_cache:
-            raise BuildError(
-                "TensorRT for RTX keeps no timing cache: it measures no kernels while it builds.",
-                cause="TensorRT says: Timing cache operations are no-ops in TensorRT-RTX.",
-                fix="Leave the option out, or use provider='tensorrt' on a machine with a GPU.",
-            )
-        if self.hardware_compatibility:
-            raise BuildError(
-                "TensorRT for RTX has no hardware compatibility level: its engines run on several GPUs anyway.",
-                cause="TensorRT says: setHardwareCompatibilityLevel() is unsupported in TensorRT-RTX.",
-                fix="Name the targets instead: compute_capabilities=['8.6', '8.9'].",
-            )
-        if self.precision_flags:
-            raise BuildError(
-                "TensorRT for RTX has no precision flags: its networks are strongly typed.",
-                cause="Each layer computes in the type that the graph gives it, as in TensorRT 11.",
-                fix="Set the type in the graph: precision='fp16'. Flags need provider='tensorrt' in version 10.",
-            )
+        for name, (what, cause, fix) in RTX_LACKS.items():
+            if self.provider == "tensorrt_rtx" and getattr(self, name):
+                raise BuildError(f"TensorRT for RTX {what}", cause=cause, fix=fix)
 
 
 def make_options(options: Mapping[str, Any]) -> Options:

@@ -43,35 +43,25 @@ PLUGINS: dict[str, Any] = {
 }
 FP8_ONLY = [name for name in PLUGINS if name.startswith(("use_fp8", "gemm_swiglu", "low_latency", "fp8_"))]
 
-_GPUS = "it joins the work of several GPUs, and this course builds for one"
-_NVFP4 = "it needs the precision NVFP4, which Blackwell GPUs have and this course does not build"
-_QUANT = "TensorRT-LLM sets it by itself from the precision"
-_OTHER = "it is for another kind of model"
-REFUSED: dict[str, str] = {
-    "reduce_fusion": _GPUS,
-    "user_buffer": _GPUS,
-    "gemm_allreduce_plugin": _GPUS,
-    "nccl_plugin": _GPUS,
-    "pp_reduce_scatter": _GPUS,
-    "norm_quant_fusion": _NVFP4,
-    "fuse_fp4_quant": _NVFP4,
-    "weight_only_quant_matmul_plugin": _QUANT,
-    "weight_only_groupwise_quant_matmul_plugin": _QUANT,
-    "smooth_quant_gemm_plugin": _QUANT,
-    "smooth_quant_plugins": _QUANT,
-    "layernorm_quantization_plugin": _QUANT,
-    "rmsnorm_quantization_plugin": _QUANT,
-    "qserve_gemm_plugin": _QUANT,
-    "dtype": _QUANT,
-    "bert_attention_plugin": _OTHER,
-    "bert_context_fmha_fp32_acc": _OTHER,
-    "moe_plugin": _OTHER,
-    "mamba_conv1d_plugin": _OTHER,
-    "paged_state": _OTHER,
-    "lora_plugin": "the course uses no adapters",
-    "dora_plugin": "the course uses no adapters",
-    "identity_plugin": "it is for debugging TensorRT-LLM",
+# Fields that are refused, by the reason.
+REASONS = {
+    "it joins the work of several GPUs, and this course builds for one": (
+        "reduce_fusion user_buffer gemm_allreduce_plugin nccl_plugin pp_reduce_scatter"
+    ),
+    "it needs the precision NVFP4, which Blackwell GPUs have and this course does not build": (
+        "norm_quant_fusion fuse_fp4_quant"
+    ),
+    "TensorRT-LLM sets it by itself from the precision": (
+        "weight_only_quant_matmul_plugin weight_only_groupwise_quant_matmul_plugin smooth_quant_gemm_plugin dtype "
+        "smooth_quant_plugins layernorm_quantization_plugin rmsnorm_quantization_plugin qserve_gemm_plugin"
+    ),
+    "it is for another kind of model": (
+        "bert_attention_plugin bert_context_fmha_fp32_acc moe_plugin mamba_conv1d_plugin paged_state"
+    ),
+    "the course uses no adapters": "lora_plugin dora_plugin",
+    "it is for debugging TensorRT-LLM": "identity_plugin",
 }
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 
 # Options that are no plugins, and their defaults.
 SETTINGS: dict[str, Any] = {
@@ -100,22 +90,26 @@ OTHER_LAYOUTS = (CALIBRATION_NAME, "scienceqa", "science_qa", "pileval")
 def check(recipe: RecipeFields) -> None:
     """RecipeError for whatever this recipe asks of TensorRT-LLM and cannot get. Looks at no machine."""
     refuse_cpu(recipe, "TensorRT-LLM")
-    _check_common(recipe)
+    if not (recipe.fusion.kernels and recipe.fusion.qkv):
+        name = "kernels" if not recipe.fusion.kernels else "qkv"
+        raise RecipeError(
+            f"TensorRT-LLM has no switch for fusion.{name}.",
+            cause="TensorRT decides by itself what it merges, and TensorRT-LLM always joins query, key and value.",
+            fix="Leave it on. To see fusion's worth, switch options such as gemm_plugin, context_fmha, use_fused_mlp.",
+        )
     # 0, the default of max_num_tokens, is no number of tokens: settings() puts one in its place.
     given = {name: value for name, value in recipe.options.items() if (name, value) != ("max_num_tokens", 0)}
+    kinds = {name: type(default) for name, default in _known(recipe).items()}
     if recipe.backend == "tensorrt_llm":
-        settings_kinds = {name: type(default) for name, default in SETTINGS.items()}
-        check_options("TensorRT-LLM 1.2.1", given, {**PLUGINS, **settings_kinds}, REFUSED)
+        kinds |= PLUGINS
+    check_options("TensorRT-LLM 1.2.1", given, kinds, REFUSED)
+    if recipe.backend == "tensorrt_llm":
         _check_engine(recipe)
-    else:
-        kinds = {name: type(default) for name, default in PYTORCH_SETTINGS.items()}
-        check_options("TensorRT-LLM 1.2.1", given, kinds, REFUSED)
     fraction = recipe.options.get("free_gpu_memory_fraction", 0.5)
     if not 0 < fraction < 1:
         raise _wrong("free_gpu_memory_fraction", fraction, "a number between 0 and 1")
-    tokens = recipe.options.get("max_num_tokens", 0)
-    if tokens and tokens < max(recipe.max_input_len, recipe.max_batch_size):
-        least = max(recipe.max_input_len, recipe.max_batch_size)
+    tokens, least = recipe.options.get("max_num_tokens", 0), max(recipe.max_input_len, recipe.max_batch_size)
+    if tokens and tokens < least:
         raise _wrong(
             "max_num_tokens", tokens, f"{least} or more: a step must take the longest prompt and a whole batch"
         )
@@ -123,10 +117,14 @@ def check(recipe: RecipeFields) -> None:
 
 def settings(recipe: RecipeFields) -> dict[str, Any]:
     """The options that are no plugins, with their defaults filled in."""
-    known = SETTINGS if recipe.backend == "tensorrt_llm" else PYTORCH_SETTINGS
-    chosen = {name: recipe.options.get(name, default) for name, default in known.items()}
-    chosen["max_num_tokens"] = chosen["max_num_tokens"] or _num_tokens(recipe)
+    chosen = {name: recipe.options.get(name, default) for name, default in _known(recipe).items()}
+    batch = min(8192, recipe.max_batch_size * recipe.max_input_len)  # 8192 is TensorRT-LLM's default
+    chosen["max_num_tokens"] = chosen["max_num_tokens"] or max(batch, recipe.max_input_len, recipe.max_batch_size)
     return chosen
+
+
+def _known(recipe: RecipeFields) -> dict[str, Any]:
+    return SETTINGS if recipe.backend == "tensorrt_llm" else PYTORCH_SETTINGS
 
 
 def plugins(recipe: RecipeFields) -> dict[str, Any]:
@@ -135,21 +133,6 @@ def plugins(recipe: RecipeFields) -> dict[str, Any]:
     if not recipe.fusion.gate_up:
         chosen["use_fused_mlp"] = False
     return chosen
-
-
-def _num_tokens(recipe: RecipeFields) -> int:
-    batch = min(8192, recipe.max_batch_size * recipe.max_input_len)  # 8192 is TensorRT-LLM's default
-    return max(batch, recipe.max_input_len, recipe.max_batch_size)
-
-
-def _check_common(recipe: RecipeFields) -> None:
-    if not (recipe.fusion.kernels and recipe.fusion.qkv):
-        name = "kernels" if not recipe.fusion.kernels else "qkv"
-        raise RecipeError(
-            f"TensorRT-LLM has no switch for fusion.{name}.",
-            cause="TensorRT decides by itself what it merges, and TensorRT-LLM always joins query, key and value.",
-            fix="Leave it on. To see fusion's worth, switch options such as gemm_plugin, context_fmha, use_fused_mlp.",
-        )
 
 
 def _check_engine(recipe: RecipeFields) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import GREEDY, PROMPTS, STORIES, limits
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers import BuildRecipe, SamplingParams, build, inspect, load, store
@@ -158,7 +159,7 @@ def odd_settings():
     """What a notebook may have set for its own tensors."""
     torch.set_default_dtype(torch.float16)
     try:
-        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode(), FakeTensorMode():
             yield
     finally:
         torch.set_default_dtype(torch.float32)

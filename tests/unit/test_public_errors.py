@@ -70,7 +70,7 @@ def _no_builds(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "_run", lambda job, force, quiet: store.name_of(job.short_name, job.identity))
+    monkeypatch.setattr(engine, "_run", lambda job, force: store.name_of(job.short_name, job.identity))
 
 
 def refuses_in_our_words(call, *arguments, **named):
@@ -177,9 +177,9 @@ def fields_of(kind):
 def test_sampling_params(fields):
     params = refuses_in_our_words(SamplingParams, **fields)
     if params is not None:  # and then a sampler takes them
-        from helpers.model.sampling import filter_logits
+        from helpers.model.sampling import next_token_distribution
 
-        filter_logits(torch.randn(1, 8), params, [[1]])
+        next_token_distribution(torch.randn(8), params, [1])
 
 
 @pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)

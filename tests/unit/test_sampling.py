@@ -8,7 +8,7 @@ import torch
 
 from helpers import SamplingParams
 from helpers.errors import InputError, NumericsError
-from helpers.model.sampling import Sampler, filter_logits, next_token_distribution
+from helpers.model.sampling import Sampler, filter_logits, next_token_distribution, tokens_seen
 
 V = 50
 SEEN = [[1, 2, 3, 3], [7], list(range(V)), []]
@@ -60,7 +60,7 @@ def test_logits_are_filtered_as_transformers_filters_them(kind):
             continue  # which of equal tokens top_p keeps is an accident of sorting; the next test has the law
         before = logits.clone()
         torch.testing.assert_close(
-            filter_logits(logits, params, SEEN),
+            filter_logits(logits, params, tokens_seen(SEEN, logits)),
             transformers_way(logits, params, SEEN),
             msg=lambda m, p=params: f"{p}: {m}",
         )
@@ -71,7 +71,7 @@ def test_logits_are_filtered_as_transformers_filters_them(kind):
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9])
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(kind, top_p):
     logits = logits_of(kind)
-    kept = filter_logits(logits, SamplingParams(top_p=top_p), SEEN).isfinite()
+    kept = filter_logits(logits, SamplingParams(top_p=top_p), tokens_seen(SEEN, logits)).isfinite()
     for row, keep in zip(logits.softmax(-1), kept, strict=True):
         chosen = row[keep].sort().values
         assert chosen.sum() >= top_p - 1e-6
@@ -84,7 +84,7 @@ def draw(params: SamplingParams, logits: torch.Tensor, count: int) -> torch.Tens
     sampler, tokens = Sampler(params, [[1, 2]]), []
     for _ in range(count):
         tokens.append(sampler(logits[None]))
-        sampler.seen = sampler.seen and [[1, 2]]
+        sampler.seen = torch.empty(0)
     return torch.cat(tokens)
 
 
@@ -128,6 +128,22 @@ def test_a_sequence_draws_the_same_alone_and_in_a_batch():
     for _ in range(10):
         batch = together(logits).tolist()
         assert batch == [one(row[None]).item() for one, row in zip(alone, logits, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_step_is_penalized_as_if_prompt_and_answer_were_joined_and_they_are_not(temperature):
+    params = SamplingParams(temperature=temperature, seed=4, repetition_penalty=1.3)
+    sampler, texts = Sampler(params, SEEN), [list(ids) for ids in SEEN]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        logits = torch.randn(4, V, generator=generator)
+        filtered = transformers_way(logits, params, texts)
+        tokens = sampler(logits).tolist()
+        if not temperature:
+            assert tokens == filtered.argmax(-1).tolist()
+        for ids, token in zip(texts, tokens, strict=True):
+            ids.append(token)
+        assert torch.equal(sampler.seen, tokens_seen(texts, logits))
 
 
 def test_without_a_seed_equal_prompts_of_a_batch_get_different_draws_and_torchs_own_state_is_left_alone():

@@ -38,6 +38,7 @@ CONFIG = ModelConfig(
     qk_norm=True,
     eos_token_ids=(2,),
 )
+LONGEST = 1200
 PHASES = [(Prefill, "library"), (Decode, "library"), (Decode, "rows"), (Decode, "packed")]
 
 
@@ -52,7 +53,7 @@ def weights_of(precision):
     }
     recipe = BuildRecipe(precision=precision, device="cpu")
     weights = convert_weights(recipe, tensors.items(), CONFIG, "cpu")
-    return weights | rope_tables(CONFIG, 64, weights["norm"].dtype)
+    return weights | rope_tables(CONFIG, LONGEST, weights["norm"].dtype)
 
 
 def check(kind, product, precision="fp32", damage=None, batch=3, limit=32, swap=None):
@@ -69,7 +70,7 @@ def check(kind, product, precision="fp32", damage=None, batch=3, limit=32, swap=
     def run(*inputs):
         return module(damaged, *inputs)
 
-    recipe = BuildRecipe(precision=precision, device="cpu", max_input_len=32, max_seq_len=48)
+    recipe = BuildRecipe(precision=precision, device="cpu", max_input_len=32, max_seq_len=LONGEST)
     cache = empty_cache(recipe, CONFIG, "cpu", weights["norm"].dtype, batch)
     reference = (llama.Prefill if kind is Prefill else llama.Decode)(CONFIG)
     with torch.no_grad():
@@ -202,6 +203,20 @@ def forgets_what_lies_far_back(module, reach=20):
         return type(module).attention(module, q, k, v, keys, values, positions, hidden | far)
 
     return attention
+
+
+@pytest.mark.parametrize("reach", [200, 700])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decode_that_goes_wrong_only_far_into_a_text_is_refused(reach, batch):
+    """As where a long cache is read in pieces side by side, and the later ones are lost."""
+    with pytest.raises(BuildError, match="computes something else"):
+        check(
+            Decode,
+            "library",
+            batch=batch,
+            limit=LONGEST,
+            swap={"attention": lambda module: forgets_what_lies_far_back(module, reach)},
+        )
 
 
 def scaled_wrongly(module):

@@ -34,12 +34,14 @@ from helpers.machine import doctor, hardware
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint
 from helpers.model.config import ModelConfig
-from helpers.paths import PROJECT
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
-# A change in these files, or in this folder, changes what is compiled, so it makes earlier engines another engine's.
-MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "config", "llama", "weights")]
+# A change in these changes what is compiled, so it makes earlier engines another engine's.
+SOURCES = (
+    *("backends/aot", "recipe/fields.py"),
+    *("model/checkpoint.py", "model/config.py", "model/llama.py", "model/weights.py"),
+)
 COMPILER = "helpers.backends.aot.compile"
 # How the names of variables begin that would change what PyTorch and Triton compile, and are in no recipe. All of
 # "TRITON_" would be too many: some say where Triton finds its programs.
@@ -70,7 +72,7 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "device_name": machine.name if machine.device == "cuda" else "",
         "instructions": " ".join(machine.instructions),
         "versions": {**hardware.versions(), "compiler": hardware.compiler_version()},
-        "source": source_digest(Path(__file__).parent, *MODEL_SOURCES),
+        "source": source_digest(*SOURCES),
     }
 
 

@@ -20,14 +20,16 @@ from helpers.errors import BackendUnavailable
 from helpers.machine import hardware
 from helpers.model.checkpoint import Checkpoint
 from helpers.model.config import ModelConfig
-from helpers.paths import PROJECT
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 from helpers.recipe.tensorrt import from_recipe, make_options
 
 CALIBRATION = 32  # prompt tokens that fp8's scales are measured with
-# A change in these files, or in this folder, changes what is built.
-MODEL_SOURCES = [PROJECT / "helpers" / "model" / f"{name}.py" for name in ("checkpoint", "config", "weights")]
+# A change in these changes what is built.
+SOURCES = (
+    *("backends/tensorrt", "model/checkpoint.py", "model/config.py", "model/weights.py"),
+    *("recipe/fields.py", "recipe/tensorrt.py"),
+)
 
 
 def check_available() -> None:
@@ -43,7 +45,7 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
             "decode_batch_sizes": list(recipe.all_decode_batch_sizes),
         },
         **builder.machine_facts(from_recipe(recipe).provider),
-        "source": source_digest(Path(__file__).parent, *MODEL_SOURCES),
+        "source": source_digest(*SOURCES),
     }
 
 

@@ -159,7 +159,7 @@ def _job(
         "recipe": recipe,
         "checkpoint": content,
         **builder.machine_facts(settings.provider),
-        "source": source_digest(Path(__file__).parent),
+        "source": source_digest("backends/tensorrt", "recipe/tensorrt.py"),
     }
     return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, lambda: (2.0, 5_000_000))
 

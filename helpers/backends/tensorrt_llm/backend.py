@@ -37,6 +37,11 @@ from helpers.recipe.tensorrt_llm import (
     settings,
 )
 
+# A change in these changes what is built.
+SOURCES = (
+    *("backends/tensorrt_llm", "model/checkpoint.py", "model/config.py"),
+    *("recipe/fields.py", "recipe/tensorrt_llm.py"),
+)
 WORKER = "helpers.backends.tensorrt_llm.worker"
 FOLDER = "tensorrt_llm"  # TensorRT-LLM's own engine folder, inside ours: config.json and rank0.engine
 PLAN = f"{FOLDER}/rank0.engine"
@@ -86,7 +91,7 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": architecture(here),
         "device_name": here["gpu"],
         "versions": here["versions"],
-        "source": source_digest(Path(__file__).parent),
+        "source": source_digest(*SOURCES),
     }
 
 
