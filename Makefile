@@ -30,8 +30,8 @@ help: ## show this list
 
 setup: $(STAMP) ## install the course into .venv (the targets below do it when needed)
 
-run: $(STAMP) ## run every notebook from top to bottom; a web site in build/site
-	$(PY) -m helpers run
+run: $(STAMP) ## run every notebook (or ONLY='00 03') from top to bottom; a web site in build/site
+	$(PY) -m helpers run $(ONLY)
 
 # Tests run side by side, at most four at a time: each process may hold an engine and a compiler.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from helpers.errors import CourseError
+from helpers.maintain import notebooks
 from helpers.paths import PROJECT
 
 if sys.version_info >= (3, 11):
@@ -22,9 +23,12 @@ EXTRAS = ("test", "browser")  # those that the Makefile installs
 
 
 def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = True) -> None:
-    """Fill the folder `out`; what is there already is kept. python: of the version that learners have, this one if "".
-    platform: pip's tag of their machines, such as manylinux_2_28_x86_64; this machine's if "". engines: also those that
-    the notebooks build, by running them here once. They are for processors like this machine's."""
+    """Fill the folder `out`; what is there already is kept, so that a second call goes on where the first one ended.
+
+    python: of the version that learners have, this one if "".
+    platform: pip's tag of their machines, such as manylinux_2_28_x86_64; this machine's if "".
+    engines: also those that the notebooks build, by running them once. They are for processors like this machine's.
+    """
     from helpers.model.checkpoint import find_checkpoint
 
     out = out.resolve()
@@ -34,9 +38,16 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
     out.mkdir(parents=True, exist_ok=True)
     wheels(out / "wheels", PROJECT, python=python, platform=platform)
     shutil.copytree(model, out / "models/smollm2", dirs_exist_ok=True)
-    if engines and not platform:
-        command = [sys.executable, "-m", "helpers", "run", "--out", str(out / "build")]
-        _run(command, "Not every notebook ran.", COURSE_ENGINES=str(out / "engines"))
+    for source in notebooks.select(notebooks.NOTEBOOKS) if engines and not platform else ():
+        executed = out / "build" / source.name
+        if executed.exists() and executed.stat().st_mtime > source.stat().st_mtime:
+            continue
+        try:
+            command = [sys.executable, "-m", "helpers", "run", source.stem, "--out", str(executed.parent)]
+            _run(command, f"{source.stem} did not run.", COURSE_ENGINES=str(out / "engines"))
+        except CourseError:
+            executed.unlink(missing_ok=True)  # it is not done
+            raise
 
 
 def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "") -> None:

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.errors import CourseError
-from helpers.maintain import prepare
+from helpers.maintain import notebooks, prepare
+from helpers.model import checkpoint
 from helpers.paths import PROJECT
 
 ALONE = ["unshare", "--map-root-user", "--net"]  # a network namespace: not even the loopback interface is up
@@ -44,11 +46,8 @@ def test_set_up_from_a_prepared_folder_without_a_network(project, tmp_path):
         prepare.wheels(out / "wheels", project)
     except CourseError:
         pytest.skip("pip reaches no package index here")
-    assert {wheel.name.partition("-")[0] for wheel in (out / "wheels").iterdir()} >= {
-        "setuptools",
-        "tomli_w",
-        "iniconfig",
-    }
+    names = {wheel.name.partition("-")[0] for wheel in (out / "wheels").iterdir()}
+    assert names >= {"setuptools", "tomli_w", "iniconfig"}
     done = make(project, "setup", f"OFFLINE={out}", alone=ALONE)
     assert done.returncode == 0, done.stderr
     python = project / ".venv/bin/python"
@@ -95,3 +94,26 @@ def test_nothing_is_begun_without_the_model_or_in_a_path_with_spaces(tmp_path, m
     with pytest.raises(CourseError, match="helpers model get smollm2"):
         prepare.prepare(tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "a b").exists()
+
+
+def test_a_second_call_goes_on_with_the_notebook_that_did_not_run(tmp_path, monkeypatch):
+    names, ran = [path.stem for path in notebooks.select(notebooks.NOTEBOOKS)], []
+
+    def run(command, what, **_):
+        name, out = command[4], Path(command[-1])
+        ran.append(name)
+        out.mkdir(exist_ok=True)
+        (out / f"{name}.ipynb").touch()  # helpers run writes a notebook that failed, too
+        if ran == names[:3]:
+            raise CourseError(what)
+
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda name: SimpleNamespace(folder=tmp_path / "model"))
+    monkeypatch.setattr(prepare, "wheels", lambda *_, **__: None)
+    monkeypatch.setattr(prepare, "_run", run)
+    with pytest.raises(CourseError, match=names[2]):
+        prepare.prepare(tmp_path / "out")
+    prepare.prepare(tmp_path / "out")
+    assert ran == [*names[:3], *names[2:]]
+    prepare.prepare(tmp_path / "out")
+    assert len(ran) == len(names) + 1
