@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ class Engine(ABC):
         sampling = checked(sampling)
         ids = self.tokenize(prompt)
         self._check_limits([ids], sampling.max_tokens)
-        return self._stream(RunningSequence(ids, text=self._text(ids, sampling)), sampling, observe)
+        return TokenStream(self._stream(RunningSequence(ids, text=self._text(ids, sampling)), sampling, observe))
 
     def chat(self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None) -> Generation:
         """Answer a conversation: [{"role": "user", "content": "Hello!"}, ...], by the model's own chat template."""
@@ -260,7 +260,9 @@ class Engine(ABC):
             self._check_not_overtaken(request)
             logits = self._guarded(next_logits)
 
-    def _stream(self, sequence: RunningSequence, sampling: SamplingParams, observe: Observer | None) -> Iterator[Token]:
+    def _stream(
+        self, sequence: RunningSequence, sampling: SamplingParams, observe: Observer | None
+    ) -> Generator[Token, None, None]:
         steps = self._run([sequence], sampling, observe)
         given, text = 0, sequence.text
         while not sequence.finish_reason:
@@ -339,6 +341,22 @@ class Engine(ABC):
             if explained := out_of_memory(error):
                 raise explained from error
             raise
+
+
+class TokenStream(Iterator[Token]):
+    """The tokens of an answer. Threads that read it together take turns, and each gets other tokens."""
+
+    def __init__(self, tokens: Generator[Token, None, None]):
+        self._tokens, self._turn = tokens, threading.RLock()
+
+    def __next__(self) -> Token:
+        with self._turn:
+            if self._tokens.gi_running:
+                raise InputError("This stream is read inside of its own `observe`.", fix="Read it outside.")
+            return next(self._tokens)
+
+    def close(self) -> None:
+        self._tokens.close()
 
 
 def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:

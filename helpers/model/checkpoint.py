@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.digests import file_digest
 from helpers.errors import ModelError, shown
-from helpers.model.config import ModelConfig, expected_shapes, read_config, read_fields, read_json, unsupported
+from helpers.model.config import (
+    ModelConfig,
+    cannot_open,
+    expected_shapes,
+    read_config,
+    read_fields,
+    read_json,
+    unsupported,
+)
 from helpers.paths import models_folder
 
 if TYPE_CHECKING:
@@ -231,21 +239,18 @@ def opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        path.open("rb").close()  # safetensors says only in words what the operating system refuses
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except OSError as error:
-        raise ModelError(
-            f"{path.name} of {path.parent.name!r} cannot be opened: {error.strerror}.",
-            cause="It is not yours to read, or this process has reached a limit (ulimit -a).",
-            fix="Change who may read it; or close what you no longer need, and start Python again.",
-        ) from error
+        path.open("rb").close()  # for safetensors, what cannot be opened is not there
+        file = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ModelError(
             f"{path.name} of {path.parent.name!r} cannot be read: {error}.",
             cause="The file is incomplete.",
             fix="Fetch it again.",
         ) from error
+    except (OSError, RuntimeError) as error:  # torch, which opens it as well, says in words what the system refuses
+        raise cannot_open(path, error) from error
+    with file:
+        yield file
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
@@ -307,9 +312,5 @@ def _digest(files: list[Path], salt: str = "") -> str:
         try:
             total.update(f"{path.name} {file_digest(path)}\n".encode())
         except OSError as error:
-            raise ModelError(
-                f"{path.name} of {path.parent.name!r} cannot be read: {error}.",
-                cause="It is a broken link, or not yours to read.",
-                fix="Fetch the checkpoint again, or change who may read it.",
-            ) from error
+            raise cannot_open(path, error) from error
     return total.hexdigest()

@@ -231,12 +231,23 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not names with values")
         return values
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path.name} of {path.parent.name!r} is not valid JSON: {error}.",
             cause="The file was changed by hand, or a download was cut short.",
             fix="Mend the file, or fetch the checkpoint again.",
         ) from error
+
+
+def cannot_open(path: Path, error: Exception) -> ModelError:
+    """The error for a checkpoint's file that the operating system refuses."""
+    return ModelError(
+        f"{path.name} of {path.parent.name!r} cannot be opened: {(str(error).splitlines() or [''])[0]}.",
+        cause="It is a broken link, no file, not yours to read, or this process has reached a limit (ulimit -a).",
+        fix="Look at the file; or close what you no longer need, and start Python again.",
+    )
 
 
 def unsupported(what: str, fix: str) -> ModelError:

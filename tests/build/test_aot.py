@@ -544,12 +544,13 @@ def test_nothing_but_the_recipe_and_the_identity_decides_what_the_compiler_makes
     """Whatever variable torch's compiler reads its settings from is kept from the build's processes."""
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
+    import torch._inductor.cpu_vec_isa as vectors
 
     # No settings of generated code: Meta's own systems, and the compiler, which is in the identity.
     others = {"CXX", "MAST_HPC_JOB_NAME", "ROLE_RANK", "PT2_COMPILE_ID_PREFIX", "UNSAFE_SKIP_FSDP_MODULE_GUARDS"}
     others |= {"LOG_TLPARSE", "LOG_AUTOTUNE_RESULTS"}
     names = set()
-    for module in (dynamo, inductor):
+    for module in (dynamo, inductor, vectors):
         text = Path(module.__file__).read_text()
         names |= set(re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\(|env_name_\w+=)\s*["'](\w+)["']""", text))
     assert len(names) > 100

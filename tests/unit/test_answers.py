@@ -1,6 +1,7 @@
 """Stop strings: where an answer ends, whole or streamed, wherever its tokens end."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import Scripted
@@ -116,3 +117,20 @@ def test_the_older_interface_refuses_what_it_would_ignore(tmp_path):
     recipe = BuildRecipe(backend="tensorrt_llm", precision="bf16", max_input_len=8, max_seq_len=16)
     with pytest.raises(InputError, match="stop"):
         model_runner(recipe, tmp_path, [[1]], SamplingParams(stop="a"))
+
+
+# ---- who reads a stream -----------------------------------------------------------------------------------
+
+
+def test_threads_that_read_one_stream_take_turns():
+    stream, tokens = Scripted([5]).stream([1], SamplingParams(temperature=0, max_tokens=60)), []
+    with ThreadPoolExecutor(4) as pool:
+        for reader in [pool.submit(lambda: tokens.extend(stream)) for _ in range(4)]:
+            reader.result()
+    assert len(tokens) == 60
+
+
+def test_a_stream_that_reads_itself_is_refused():
+    stream = Scripted([5]).stream([1], SamplingParams(temperature=0, max_tokens=6), observe=lambda _: next(stream))
+    with pytest.raises(InputError, match="observe"):
+        list(stream)

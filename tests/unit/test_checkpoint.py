@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_models import PROMPT, Ours, assert_close, change_config, reference, tensors_of
 
@@ -19,7 +20,7 @@ from helpers import BuildRecipe, SamplingParams, backends, load
 from helpers.backends import pytorch
 from helpers.errors import EngineCorrupt, ModelError, OutOfMemory
 from helpers.model import checkpoint as checkpoints
-from helpers.model.checkpoint import find_checkpoint
+from helpers.model.checkpoint import check_weights, find_checkpoint, read_tensors
 from helpers.model.config import FIELDS, MODEL_FILE, SIZES, load_config, read_config, save_config
 from helpers.model.sampling import Sampler
 from helpers.model.weights import rope_tables
@@ -646,3 +647,36 @@ def test_loading_a_model_leaves_the_random_numbers_of_the_user_alone(checkpoint,
     assert torch.equal(torch.rand(4), expected)
     other = pytorch.load_model(found, torch.float32, "cpu").state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("room", range(4))
+def test_a_process_without_file_handles_is_told_so(tmp_path, room):
+    """Each file is opened by Python, by safetensors and by torch: any of them may be the one that gets no handle."""
+    resource = pytest.importorskip("resource")
+    folder = write_checkpoint(tmp_path / "model", "llama")
+    config = read_config(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY)]  # the lowest that is free, and so the highest number in use
+    told = []
+    for call in (
+        lambda: read_config(folder),
+        lambda: check_weights(folder, config),
+        lambda: dict(read_tensors(find_checkpoint(str(folder)), config)),
+    ):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + room, hard))
+        try:
+            call()
+        except ModelError as error:
+            told.append(error.what)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    os.close(taken[0])
+    assert len(told) == (3 if room == 0 else len(told)) and all("Too many open files" in what for what in told)
+
+
+def test_an_adapter_that_is_laid_into_a_checkpoints_folder_makes_it_another(tmp_path):
+    """A build would refuse it; an engine from before must not be found in its place."""
+    folder = write_checkpoint(tmp_path / "model", "llama")
+    before = find_checkpoint(str(folder)).digest()
+    (folder / "adapter_config.json").write_text("{}")
+    assert find_checkpoint(str(folder)).digest() != before

@@ -7,6 +7,7 @@ import pytest
 
 from helpers import digests
 from helpers.digests import file_digest
+from helpers.progress import hushed, say
 
 
 @pytest.fixture
@@ -26,6 +27,19 @@ def test_a_large_file_is_read_once(large):
     path, reads = large
     assert len({file_digest(path) for _ in range(3)}) == 1 and len(reads) == 1
     assert file_digest(path, reread=True) and len(reads) == 2
+
+
+def test_a_file_that_takes_long_to_read_is_shown_unless_all_is_quiet(large, monkeypatch, capsys):
+    path, _ = large
+    file_digest(path)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(digests, "SILENT_S", -1.0)
+    with hushed(True):
+        file_digest(path, reread=True)
+        say("nothing")
+    assert not capsys.readouterr().err
+    assert file_digest(path, reread=True) == file_digest(path)
+    assert "Reading weights" in capsys.readouterr().err
 
 
 def test_a_file_of_the_same_size_and_modification_time_is_read_again(large):

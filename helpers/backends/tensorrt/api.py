@@ -7,7 +7,6 @@ environment's Python can serve as the worker.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes.util
 import importlib
 import os
@@ -304,13 +303,10 @@ def crash() -> None:
 
 
 def memory() -> float:
-    """The most memory that this process has held so far, in bytes; 0.0 where the system does not tell."""
-    with contextlib.suppress(ImportError):
-        import resource
+    """The most memory that this process has held so far, in bytes."""
+    from helpers.machine.hardware import peak_host_bytes
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return float(peak if sys.platform == "darwin" else peak * 1024)
-    return 0.0
+    return float(peak_host_bytes())
 
 
 warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT's own notes to its maintainers
