@@ -24,7 +24,6 @@ from helpers.errors import (
     EngineCorrupt,
     EngineMismatch,
     EngineNotFound,
-    ModelError,
     RecipeError,
     StoreError,
     out_of_memory,
@@ -67,7 +66,9 @@ def _job(recipe: BuildRecipe) -> BuildJob:
             if (checkpoint.folder / name).exists():
                 shutil.copy(checkpoint.folder / name, folder / name)
         details = backend.build(recipe, checkpoint, folder, progress)
-        if not _is_of(find_checkpoint(recipe.model), depends_on):  # the engine would bear the name of other weights
+        now = find_checkpoint(recipe.model)
+        digests = now.digest(), now.tokenizer_digest()
+        if digests != (depends_on["checkpoint"], depends_on["tokenizer"]):  # it would bear the name of other weights
             raise BuildError(
                 f"The checkpoint {recipe.model!r} was changed while an engine was built from it.",
                 cause="Something wrote into its folder meanwhile, such as a training run that saves.",
@@ -204,20 +205,6 @@ def disk_needed(recipe: BuildRecipe) -> float:
     return _room(backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)[1])
 
 
-def recipe_of(engine: Path | str) -> BuildRecipe:
-    """The recipe that an engine was built from. Raises ModelError if its checkpoint is gone, or another by now."""
-    folder = store.find(engine)
-    manifest = _read_language_model(folder)
-    recipe = from_dict(manifest["recipe"])
-    if not _is_of(find_checkpoint(recipe.model), manifest["identity"]):
-        raise ModelError(
-            f"The checkpoint {recipe.model!r} is not the one that engine {folder.name!r} was built from.",
-            cause="Its weights, its configuration or its tokenizer were changed after the build.",
-            fix="Build a new engine from it, or bring the old files back.",
-        )
-    return recipe
-
-
 def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """All that an engine depends on. Two builds with equal identities are the same engine."""
     depends_on = backends.module(recipe.backend).identity(recipe, checkpoint)
@@ -229,12 +216,6 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": checkpoint.tokenizer_digest(),
         **depends_on,
     }
-
-
-def _is_of(checkpoint: Checkpoint, identity: dict[str, Any]) -> bool:
-    """Whether a checkpoint's files are those that an engine of this identity depends on."""
-    digests = checkpoint.digest(), checkpoint.tokenizer_digest()
-    return digests == (identity["checkpoint"], identity["tokenizer"])
 
 
 @contextlib.contextmanager

@@ -178,6 +178,14 @@ def status_of(command: Callable[[], int | None], *, as_json: bool = False) -> in
         what = "Interrupted; nothing half-built was left behind."
         tell(what, "KeyboardInterrupt", what)
         return 130
+    except Exception as error:
+        # How Python and the loader say it before anything of ours has begun.
+        starved = any(words in str(error) for words in ("failed to map segment", "can't start new thread"))
+        explained = out_of_memory(MemoryError(str(error)) if starved else error)
+        if explained is None:
+            raise
+        tell(f"OutOfMemory: {explained}", "OutOfMemory", explained.what, explained.cause, explained.fix)
+        return 1
 
 
 def _drop_output() -> None:

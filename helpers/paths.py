@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import stat
+import tempfile
 from pathlib import Path
 
 from helpers.errors import StoreError
 
 PROJECT = Path(__file__).resolve().parent.parent
+LARGEST_TEXT = 1 << 27  # bytes
 
 
 def engines_folder() -> Path:
@@ -57,6 +61,36 @@ def locks_folder() -> Path:
 def models_folder() -> Path:
     """.models/ of the course, or the folder that COURSE_MODELS names. It is made if it is missing."""
     return _made("models", os.environ.get("COURSE_MODELS", ""), PROJECT / ".models", "COURSE_MODELS")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a person or a build wrote. OSError for what is no file: a pipe or a device may never end.
+    ValueError for one that is larger than any such text, and that memory might not hold."""
+    size = path.stat().st_size
+    if not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "this is no file, but a pipe or a device", str(path))
+    if size > LARGEST_TEXT:
+        raise ValueError(f"it has {size / 1e6:.0f} MB")
+    return path.read_text(encoding="utf-8")
+
+
+def is_one_word(path: str) -> bool:
+    """Whether a command line can hold the path without quotes."""
+    return not re.search(r"""[\s'"\\]""", path)
+
+
+def lets_programs_run(folder: Path) -> bool:
+    """False for a folder that is mounted with noexec: no library can be loaded from there."""
+    return not (hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
+
+
+def compilers_folder(first: Path) -> Path | None:
+    """The first of some folders that a C++ compiler can work in: torch gives it paths in one line, where a space cuts
+    them, and what is compiled there is run there."""
+    for place in (first, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")):
+        if is_one_word(str(place)) and os.access(place, os.W_OK) and lets_programs_run(place):
+            return place
+    return None
 
 
 def user_id() -> str:

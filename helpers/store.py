@@ -24,9 +24,9 @@ from typing import Any
 import filelock
 
 from helpers.access import open_to_readers
-from helpers.digests import file_digest
+from helpers.digests import MEMORY, file_digest
 from helpers.errors import BuildError, CourseError, EngineCorrupt, EngineNotFound, OutOfMemory, StoreError, shown
-from helpers.paths import engines_folder, engines_folders, locks_folder, own_store_first
+from helpers.paths import engines_folder, engines_folders, locks_folder, own_store_first, read_text
 from helpers.progress import held
 
 MANIFEST = "manifest.json"
@@ -42,8 +42,6 @@ FIELDS: dict[str, type] = {  # of a manifest
     "files": dict,
 }
 SHOWN = 8  # engines that an error names
-# What courses before schema 3 have left. This one builds in .building-NAME and buries in .locks/.
-OLD_LEFTOVERS = re.compile(r"\.removed-\d+-\d+|\.onnx-[a-z0-9_]{8}")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Manifest = dict[str, Any]
@@ -59,11 +57,8 @@ def explain_miss(identity: dict[str, Any]) -> str:
     backend = identity["recipe"]["backend"]
     needed = _flat(identity)
     nearest: tuple[int, str, list[str]] | None = None
-    for folder in list_engines():
-        try:
-            stored = _flat(read_manifest(folder)["identity"])
-        except CourseError:
-            continue  # damaged, or removed meanwhile: that must not keep others from being built
+    for folder, built_as in _identities():
+        stored = _flat(built_as)
         if stored.get("recipe.backend") != backend or stored.get("kind") != identity.get("kind"):
             continue
         differing = [k for k in sorted(needed.keys() | stored.keys()) if needed.get(k) != stored.get(k)]
@@ -151,9 +146,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(folder, Path):
         raise StoreError(f"An engine's folder is a Path, not {shown(folder)}.", fix="Such as what build returns.")
     try:
-        if not (folder / MANIFEST).is_file():  # reading a pipe would wait for ever
+        if not (folder / MANIFEST).is_file():
             raise _gone(folder)
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(folder / MANIFEST))
         own_hash = manifest.pop("sha256", "") if isinstance(manifest, dict) else ""
         hash_now = _hash(manifest)
     except (FileNotFoundError, NotADirectoryError):
@@ -250,15 +245,19 @@ def serving(short_name: str, identity: dict[str, Any]) -> Path | None:
     versions = identity.get("versions", {})
     if folder or versions.get("compiler") != "none":
         return folder
-    for folder in list_engines():
-        try:
-            stored = read_manifest(folder)["identity"]
-        except CourseError:
-            continue  # damaged, or removed meanwhile
+    for folder, stored in _identities():
         compiler = stored.get("versions", {}).get("compiler")
         if stored == {**identity, "versions": {**versions, "compiler": compiler}}:
             return folder
     return None
+
+
+def _identities() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each engine with its identity, but those that are damaged or were removed meanwhile: they must not keep others
+    from being built."""
+    for folder in list_engines():
+        with contextlib.suppress(CourseError):
+            yield folder, read_manifest(folder)["identity"]
 
 
 def find(engine: Path | str) -> Path:
@@ -338,9 +337,9 @@ def _refusals_explained() -> Iterator[None]:
                 cause=f"{shutil.disk_usage(root).free / 1e6:.0f} MB were left when it failed: {error}.",
                 fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
             ) from error
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) and "can't start new thread" not in str(error):
             raise
-        if Path(str(error.filename or "")).is_relative_to(root):
+        if isinstance(error, OSError) and Path(str(error.filename or "")).is_relative_to(root):
             raise StoreError(
                 f"The folder of engines cannot be read or written: {error.strerror}.",
                 cause=f"It may belong to another user, or be read-only: {error.filename}.",
@@ -368,13 +367,12 @@ def _delete(path: Path) -> None:
 def _sweep(root: Path) -> None:
     """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays; what
     has no lock is not ours."""
-    for grave in locks_folder().glob("removed-*"):
-        _delete(grave)
-    for path in root.glob(".*-*"):
+    locks = locks_folder()
+    for left in (*locks.glob("removed-*"), *locks.glob("doctor-*"), *root.glob(f"{MEMORY}?*")):
+        _delete(left)  # who is at work on one does without it
+    for path in root.glob(".building-*"):
         lock = _lock(path.name.removeprefix(".building-"))
-        if OLD_LEFTOVERS.fullmatch(path.name):
-            _delete(path)
-        elif path.name.startswith(".building-") and Path(lock.lock_file).exists():
+        if Path(lock.lock_file).exists():
             with contextlib.suppress(filelock.Timeout, PermissionError), lock.acquire(timeout=0):
                 _delete(path)
 

@@ -13,15 +13,15 @@ import math
 import os
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helpers.errors import InputError, shown
+from helpers.machine.commands import run
 from helpers.machine.load import BUSY
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, read_text
 from helpers.recipe import BuildRecipe
 
 SCHEMA = 2
@@ -336,7 +336,7 @@ def read(path: str | Path) -> Record:
     wrong."""
     path = _path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path))
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             schema = raw.get("schema") if isinstance(raw, dict) else None
             raise ValueError(f"its schema is {schema!r}, this course reads {SCHEMA}")
@@ -417,12 +417,8 @@ def commit() -> str:
     """The course's commit, with "+" if files differ from it. COURSE_COMMIT names it for a copy without git; else ""."""
     if given := os.environ.get("COURSE_COMMIT"):
         return given
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    answer = run(["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=12", "--dirty=+"], 10)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 # Records together

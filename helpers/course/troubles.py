@@ -13,16 +13,12 @@ import statistics
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import psutil
 
-from helpers.machine import doctor, hardware
-from helpers.machine.check import Check
 from helpers.model.checkpoint import find_checkpoint
 
 
@@ -105,15 +101,6 @@ def broken_compiler() -> Path:
     path.write_text("#!/bin/sh\necho 'probe.cpp:1: fatal error: string: No such file or directory' >&2\nexit 1\n")
     path.chmod(0o755)
     return path
-
-
-def check_another_driver(driver: str, cuda: str) -> Check:
-    """What the doctor would say of an NVIDIA driver beside a PyTorch that is built for this CUDA."""
-    with (
-        mock.patch.object(hardware, "driver", lambda: driver),
-        mock.patch.object(doctor, "torch_facts", lambda: {"cuda": cuda}),
-    ):
-        return replace(doctor.check_driver(), name="NVIDIA driver")
 
 
 def kill_beyond(megabytes: int, pid: int) -> None:

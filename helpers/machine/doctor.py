@@ -7,16 +7,17 @@ The checks run side by side, and one that does not answer is a line too: the who
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import queue
-import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -31,7 +32,7 @@ from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import TOO_SLOW, complaint, run
 from helpers.machine.environments import shown
-from helpers.paths import engines_folder, engines_folders
+from helpers.paths import compilers_folder, engines_folder, engines_folders, lets_programs_run
 
 TIME_LIMIT = 14.0  # seconds for one command; all begin together, after the driver's 5
 LONGEST = 20.0  # seconds for all
@@ -64,7 +65,7 @@ def torch_facts(limit: float = TIME_LIMIT) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     answer = run([sys.executable, "-c", _ASK_TORCH], limit)
     for line in answer.stdout.splitlines():
-        if line.startswith("{"):
+        with contextlib.suppress(ValueError):  # somebody else's words
             facts.update(json.loads(line))
     if answer.returncode != 0:
         facts["error"] = _complaint(answer)
@@ -92,6 +93,13 @@ def check_notebook_tools() -> Check:
     missing = [n for n in ("ipykernel", "nbclient", "ipywidgets", "matplotlib") if not importlib.util.find_spec(n)]
     if missing:
         return warning(f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    kernel = KernelSpecManager().get_kernel_spec("python3")
+    python = Path(kernel.argv[0])  # a bare name stands for the Python that starts it
+    if python.is_absolute() and python.parent.resolve() != Path(sys.executable).parent.resolve():
+        fix = f"Remove {kernel.resource_dir}, which another environment has left; then start JupyterLab again."
+        return warning(f"notebooks start another Python: {python}", fix)
     return ok(f"ipykernel {importlib.metadata.version('ipykernel')}")
 
 
@@ -140,6 +148,11 @@ def check_compiler() -> Check:
         if answer.returncode != 0:
             fix = f"See the line of the temporary folder. If that is OK: {fix}"
             return failure(f"{name}: what it compiles does not load: {_complaint(answer)}", fix)
+    if (named := os.environ.get("CXX")) and named != compiler:
+        return warning(f"{name}: it works, but CXX names {named!r}, which is no program", "unset CXX")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        fix = "Install Python's headers, such as: apt install python3-dev"
+        return warning(f"{name}: it works, but there is no Python.h, which torch_compile's kernels include", fix)
     return ok(f"{name}: compiled, linked with PyTorch, loaded and called a function")
 
 
@@ -166,8 +179,11 @@ def check_torch() -> Check:
 
 
 def check_driver() -> Check:
-    """The driver against the CUDA that PyTorch was built for, and against that of TensorRT-LLM and vLLM."""
-    version, cuda = hardware.driver(), torch_facts().get("cuda")
+    return judge_driver(hardware.driver(), torch_facts().get("cuda"))
+
+
+def judge_driver(version: str, cuda: str | None) -> Check:
+    """A driver against the CUDA that PyTorch was built for, and against that of TensorRT-LLM and vLLM."""
     if not version:
         return ok("none: the engines of this machine run on the CPU")
     branch = int(version.split(".")[0])
@@ -201,8 +217,10 @@ def check_gpu() -> Check:
 
 
 def check_memory() -> Check:
-    free = hardware.free_memory()
-    line = f"{free / 2**30:.1f} GiB free{' under the limit of a control group' if free == limits.memory() else ''}"
+    free, left = hardware.free_memory(), limits.memory()
+    line = f"{free / 2**30:.1f} GiB free"
+    if left is not None and left < free + 2**24:  # both change from moment to moment
+        line += " under a limit (control group, or ulimit -v)"
     if "free" in (facts := torch_facts()):
         line += f"; on the GPU {facts['free'] / 2**30:.1f} of {facts['total'] / 2**30:.1f} GiB free"
         if facts["free"] < 2 * 2**30:
@@ -233,7 +251,7 @@ def check_temporary_folder() -> Check:
     if named and not Path(named).is_dir():
         return failure(f"TMPDIR names {named}, which is not a folder", fix)
     folder = Path(tempfile.gettempdir())
-    if _noexec(folder):
+    if not lets_programs_run(folder):
         return failure(f"{folder} lets no program run (noexec)", "export TMPDIR=FOLDER, one without noexec.")
     return _check_folder(folder, fix)
 
@@ -253,20 +271,14 @@ def _check_folder(folder: Path, fix: str, needed: float = 0) -> Check:
 
 
 def check_compiler_folder() -> Check:
-    """A build works in the first of these folders that suits: torch gives paths to the compiler in one line, where a
-    space cuts them, and what is compiled there is run there. (backends/aot/backend.py makes the same choice.)"""
-    for place in (str(engines_folder()), tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        if not re.search(r"""[\s'"\\]""", place) and os.access(place, os.W_OK) and not _noexec(Path(place)):
-            return ok(f"{shown(Path(place))}: no space in its path, can be written, lets programs run")
+    """The folder that a build of the aot backend works in."""
+    if place := compilers_folder(engines_folder()):
+        return ok(f"{shown(place)}: no space in its path, can be written, lets programs run")
     return failure(
         f"{engines_folder()} and {tempfile.gettempdir()} have a space or a quote in their path, cannot be written, "
         "or let no program run",
         "export TMPDIR=FOLDER, one without a space in its path and without noexec.",
     )
-
-
-def _noexec(folder: Path) -> bool:
-    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 def check_threads() -> Check:
@@ -378,8 +390,10 @@ def examine(needed: float = 0, only: Collection[str] = ()) -> Iterator[Check]:
     answers: dict[str, queue.Queue[Check]] = {name: queue.Queue() for name in checks}
 
     def ask_torch() -> None:
-        torch_facts()
-        torch_known.set()
+        try:
+            torch_facts()
+        finally:
+            torch_known.set()
 
     def answer(name: str) -> None:
         if name in NEED_TORCH:
@@ -387,9 +401,16 @@ def examine(needed: float = 0, only: Collection[str] = ()) -> Iterator[Check]:
         answers[name].put(replace(_guarded(checks[name]), name=name))
 
     # Not an executor: the end of this process would wait for its threads, and a folder on a dead network holds one.
-    threading.Thread(target=ask_torch, daemon=True).start()
+    try:
+        threading.Thread(target=ask_torch, daemon=True).start()
+    except RuntimeError:
+        torch_known.set()
     for name in checks:
-        threading.Thread(target=answer, args=(name,), daemon=True).start()
+        try:
+            threading.Thread(target=answer, args=(name,), daemon=True).start()
+        except RuntimeError as error:
+            fix = "Close other programs, or raise the limits of this process: ulimit -a shows them."
+            answers[name].put(failure(f"not looked at: {error}", fix, name))
     for name in checks:
         try:
             yield answers[name].get(timeout=max(0.0, deadline - time.monotonic()))
@@ -417,6 +438,8 @@ def _guarded(check: Callable[[], Check]) -> Check:
         return failure(f"{type(error).__name__}: {error}", "make setup installs the course's packages.")
     except OSError as error:
         return failure(str(error), "See the lines of the folders: can they be written, have they room?")
+    except Exception as error:  # the boundary of a check: what it met, nobody foresaw
+        return warning(f"the check itself failed ({type(error).__name__}: {error})", "Look at what it names.")
 
 
 def main(*, as_json: bool = False, needed: float = 0) -> dict[str, Any]:

@@ -166,18 +166,12 @@ def _ask(python: Path | str, code: str) -> str:
 # Checking
 
 
-@dataclass(frozen=True)
-class Problem:
-    what: str
-    fix: str
-
-
-def problems(name: str, python: str = "") -> Iterator[Problem]:
-    """What is known to break this environment and is so on this machine."""
+def problems(name: str, python: str = "") -> Iterator[tuple[str, str]]:
+    """What is known to break this environment and is so on this machine, each with what mends it."""
     environment = ENVIRONMENTS[name]
     if sys.platform != "linux" or platform.machine() not in environment.machines:
         machines = " and ".join(environment.machines)
-        yield Problem(
+        yield (
             f"This is {platform.system()} on {platform.machine()}; the wheels are for Linux on {machines}.",
             f"Use a Linux machine{' with an NVIDIA GPU' if environment.driver else ''}.",
         )
@@ -185,39 +179,39 @@ def problems(name: str, python: str = "") -> Iterator[Problem]:
         yield from _driver_problems(environment.driver)
     free = shutil.disk_usage(PROJECT).free
     if free < environment.disk:
-        yield Problem(
+        yield (
             f"{free / 1e9:.0f} GB of disk are free; {environment.disk / 1e9:.0f} GB are needed while it is installed.",
             "Free some space, or put the course on a larger disk.",
         )
     interpreter = find_python(name, python)
     if not interpreter:
         versions = " or ".join(environment.pythons)
-        yield Problem(
+        yield (
             f"{python} is no Python {versions}." if python else f"There is no Python {versions} with venv here.",
             f"Install Python {environment.pythons[0]} with its venv package, or name one: --python /path/to/python.",
         )
     elif name == "trtllm" and (library := _libpython_missing(interpreter)):
-        yield Problem(
+        yield (
             f"{interpreter} has no shared {library} that the loader finds; TensorRT-LLM's bindings need it.",
             "Use the system's Python (apt install python3.12 libpython3.12), or add its lib folder to LD_LIBRARY_PATH.",
         )
     for library in environment.libraries:
         if not _loads(library):
-            yield Problem(
+            yield (
                 f"{library} is not there, or not where the loader looks.",
                 "Install Open MPI: apt install libopenmpi-dev",
             )
 
 
-def _driver_problems(oldest: int) -> Iterator[Problem]:
+def _driver_problems(oldest: int) -> Iterator[tuple[str, str]]:
     driver = hardware.driver() if _loads("libcuda.so.1") else ""
     if not driver:
-        yield Problem(
+        yield (
             "There is no NVIDIA driver (libcuda.so.1 does not load, or nvidia-smi does not answer).",
             "Install the driver; in a container, start it with the GPU (docker run --gpus all).",
         )
     elif int(driver.split(".")[0]) < oldest:
-        yield Problem(
+        yield (
             f"The NVIDIA driver is {driver}; the wheels are built for CUDA 13.",
             f"Install driver {oldest} or newer.",
         )
@@ -272,7 +266,7 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
         )
     print(f"[1/4] Checking this machine for {environment.title} {environment.version}", flush=True)
     if listed := list(problems(name, python)):
-        lines = [f"\n  - {problem.what}\n    {problem.fix}" for problem in listed]
+        lines = [f"\n  - {what}\n    {fix}" for what, fix in listed]
         raise BackendUnavailable(
             f"{environment.title} {environment.version} cannot be installed here; nothing was made.{''.join(lines)}",
             fix=f"Mend these. {environment.instead.replace('Use', 'Or use', 1)}",

@@ -14,6 +14,8 @@ from pathlib import Path
 from helpers.errors import BackendUnavailable
 from helpers.machine import commands, limits
 
+ANSWER_LIMIT = 4.0  # seconds for a compiler to say what it is
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -189,7 +191,7 @@ def compiler_version() -> str:
 @cache
 def _first_line(*command: str) -> str:
     """The command's name instead, where it says nothing within some seconds."""
-    return next(iter(commands.run(list(command), 4).stdout.splitlines()), "") or command[0]
+    return next(iter(commands.run(list(command), ANSWER_LIMIT).stdout.splitlines()), "") or command[0]
 
 
 def versions() -> dict[str, str]:

@@ -12,9 +12,13 @@ PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def memory() -> int | None:
-    """Bytes that the tightest control group has left; None without a limit. What it keeps of files it would give back,
-    so that does not count as taken."""
+    """Bytes that the tightest control group has left, or the process's own limit (ulimit -v); None without a limit.
+    What a group keeps of files it would give back, so that does not count as taken."""
     left = []
+    if (most := _soft_limit("RLIMIT_AS")) is not None:
+        import psutil
+
+        left.append(most - psutil.Process().memory_info().vms)
     for group in _groups("memory"):
         for limit, used, cache in (
             ("memory.max", "memory.current", "inactive_file"),

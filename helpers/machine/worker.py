@@ -68,8 +68,8 @@ class Worker:
         self._forgotten = weakref.finalize(self, _forget, self._process, self._owner)  # alive until the worker ended
         self._lines: queue.Queue[bytes | None] = queue.Queue(AHEAD)  # None: its output has ended
         self._reader = threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True)
-        self._reader.start()
         try:
+            self._start_thread(self._reader)
             kind, answer = self._answer(time.monotonic() + start_limit, start_limit)
             if kind == "error":  # of importing the module
                 raise _as_error(answer)
@@ -99,11 +99,20 @@ class Worker:
                     fix="Let the variable name the Python of an environment that works, or unset it; "
                     "`helpers doctor` shows which Pythons are used.",
                 ) from error
-            raise WorkerError(
-                f"{self.name} could not be started: {error}.",
-                cause="The system has no room for another process, file or temporary file.",
-                fix="Close other programs; `helpers doctor` looks at memory, disk and the temporary folder.",
-            ) from error
+            raise self._no_room(error) from error
+
+    def _start_thread(self, thread: threading.Thread) -> None:
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise self._no_room(error) from error
+
+    def _no_room(self, error: Exception) -> WorkerError:
+        return WorkerError(
+            f"{self.name} could not be started, or asked: {error}.",
+            cause="The system has no room for another process, thread, file or temporary file.",
+            fix="Close other programs; `helpers doctor` looks at memory, disk, limits and the temporary folder.",
+        )
 
     @property
     def pid(self) -> int:
@@ -138,7 +147,7 @@ class Worker:
         assert self._process.stdin is not None
         # In a thread, since a worker that does not read blocks it. One that has ended is noticed by its output.
         pipe = os.dup(self._process.stdin.fileno())
-        threading.Thread(target=_write, args=(pipe, request.encode()), daemon=True).start()
+        self._start_thread(threading.Thread(target=_write, args=(pipe, request.encode()), daemon=True))
         deadline = time.monotonic() + time_limit
         complete, reason = False, "a call to it was given up"
         try:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.display import Table
 from helpers.errors import InputError
 from helpers.maintain import site
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, read_text
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -57,7 +57,7 @@ def read(path: Path) -> NotebookNode:
     import nbformat
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         content = json.loads(text)
         if content["nbformat"] != 4 or not isinstance(content["nbformat_minor"], int):
             raise ValueError(f"its format is {content['nbformat']}.{content['nbformat_minor']}, not 4")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import EngineCorrupt, ModelError
+from helpers.paths import read_text
 
 IMPORTING = threading.Lock()  # transformers loads its parts when first asked, which two threads at once break
 MODEL_FILE = "model.json"  # in an engine's folder
@@ -214,7 +215,7 @@ def load_config(folder: Path) -> ModelConfig:
         if stored.keys() != {field.name for field in fields(ModelConfig)}:
             raise ValueError("its fields are others")
         return ModelConfig(**{**stored, "eos_token_ids": tuple(stored["eos_token_ids"])})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
         raise EngineCorrupt(
             f"{MODEL_FILE} of engine {folder.name!r} cannot be read: {error}.",
             cause="Another version of this course built the engine, or the file was changed.",
@@ -225,9 +226,7 @@ def load_config(folder: Path) -> ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A checkpoint's JSON file; ModelError where it is not one."""
     try:
-        if path.stat().st_size > 1 << 26:
-            raise ValueError("it is larger than 64 MiB")
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        values = json.loads(read_text(path), parse_constant=_refuse_constant)
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not names with values")
         return values

@@ -62,4 +62,4 @@ def not_allowed(what: str, value: Any, allowed: str) -> RecipeError:
 def safe_name(name: str) -> str:
     """A name as part of a folder's name: no separators, no dots at its ends, and short, since systems allow 255 bytes
     for all of a file's name."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip(".")[:40] or "model"
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip(".-")[:40] or "model"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from helpers.errors import RecipeError, shown
+from helpers.paths import read_text
 from helpers.recipe import options, tensorrt, tensorrt_llm
 from helpers.recipe.fields import (
     BACKENDS,
@@ -120,7 +121,7 @@ def read(path: str | Path) -> BuildRecipe:
         raise RecipeError(f"A recipe is read from a file, not from {shown(path)}.", fix="Give the path of a TOML file.")
     path = Path(path)
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise RecipeError(
             f"There is no recipe file {path.name!r}.",

@@ -333,16 +333,6 @@ def test_an_observer_that_uses_the_engine_ends_the_stream():
 # ---- one engine, several threads and processes ------------------------------------------------------------
 
 
-def test_threads_that_share_an_engine_get_their_own_answers(aot):
-    alone = {prompt: aot.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS[:3]}
-
-    def ask(prompt):
-        return [aot.generate(prompt, GREEDY)[0].token_ids == alone[prompt] for _ in range(20)]
-
-    with ThreadPoolExecutor(3) as pool:
-        assert all(all(right) for right in pool.map(ask, alone))
-
-
 def test_what_one_thread_began_by_hand_another_does_not_go_on_with():
     engine = Scripted([7])
     engine.prefill([[3]])

@@ -133,7 +133,7 @@ def fit(monkeypatch, tmp_path):
 
 
 def found(name="trtllm", python=""):
-    return [f"{problem.what} {problem.fix}" for problem in environments.problems(name, python)]
+    return [" ".join(problem) for problem in environments.problems(name, python)]
 
 
 def test_nothing_stands_in_the_way_of_a_fit_machine(fit):
@@ -197,8 +197,9 @@ def test_the_loader_is_really_asked():
 
 
 def test_on_a_machine_that_cannot_it_fails_at_once_with_every_reason_and_the_container(project, monkeypatch):
-    problem = environments.Problem("There is no driver.", "Install it.")
-    monkeypatch.setattr(environments, "problems", lambda name, python="": iter([problem]))
+    monkeypatch.setattr(
+        environments, "problems", lambda name, python="": iter([("There is no driver.", "Install it.")])
+    )
     with pytest.raises(BackendUnavailable) as refused:
         environments.create("trtllm")
     assert "There is no driver." in refused.value.what and "Install it." in refused.value.what

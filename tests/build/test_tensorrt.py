@@ -191,13 +191,13 @@ def test_the_manifest_says_who_built_it_and_where_it_runs(build):
 
 def test_an_onnx_file_is_built_in_its_own_and_in_another_precision(block, tmp_path):
     file = tmp_path / "block.onnx"
-    onnx_export.export(block, (torch.randn(8, 256),), file)
+    onnx_export.save(onnx_export.export(block, (torch.randn(8, 256),)), file)
     sizes = [inspect(build_onnx(file, p, quiet=True)).sizes["module.plan"] for p in ("", "fp16", "int8")]
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_the_export_says_nothing(block, tmp_path, capfd, recwarn):
-    onnx_export.export(block, (torch.randn(8, 256),), tmp_path / "block.onnx")
+def test_the_export_says_nothing(block, capfd, recwarn):
+    onnx_export.export(block, (torch.randn(8, 256),))
     build_module(block, (torch.randn(8, 256),), quiet=True)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
@@ -207,13 +207,11 @@ def test_the_export_says_nothing(block, tmp_path, capfd, recwarn):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("int8", 0.02), ("int4", 0.15), ("fp8", 0.08)])
-def test_the_graph_computes_the_module(block, tmp_path, precision, tolerance):
+def test_the_graph_computes_the_module(block, precision, tolerance):
     from onnx.reference import ReferenceEvaluator
 
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
-    file = tmp_path / "block.onnx"
-    onnx_export.export(block, (x,), file)  # fp32, so that only the quantization differs
-    model = onnx_export.read(file)
+    model = onnx_export.export(block, (x,))  # fp32, so that only the quantization differs
     if precision != "fp32":
         largest = onnx_export.calibrate(model, {"x": x.numpy()})
         assert onnx_export.quantize(model, precision, largest) == ["linear.weight"]
@@ -222,9 +220,8 @@ def test_the_graph_computes_the_module(block, tmp_path, precision, tolerance):
     assert (torch.from_numpy(got) - expected).norm() / expected.norm() < tolerance
 
 
-def test_int8_rounds_to_the_nearest_of_255_values(block, tmp_path):
-    onnx_export.export(block, (torch.randn(8, 256),), tmp_path / "b.onnx")
-    model = onnx_export.read(tmp_path / "b.onnx")
+def test_int8_rounds_to_the_nearest_of_255_values(block):
+    model = onnx_export.export(block, (torch.randn(8, 256),))
     onnx_export.quantize(model, "int8")
     import onnx
 

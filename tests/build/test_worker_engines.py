@@ -63,11 +63,11 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-@pytest.fixture(params=["pytorch", "aot"])
+@pytest.fixture
 def recipe(request, tiny_llama):
     """The recipe of a small random Llama. conftest.py builds its aot engine once for all tests."""
     small = limits(max_batch_size=1, max_input_len=16, max_seq_len=48)
-    return BuildRecipe(model=str(tiny_llama), backend=request.param, **small)
+    return BuildRecipe(model=str(tiny_llama), backend=getattr(request, "param", "pytorch"), **small)
 
 
 @pytest.fixture
@@ -94,6 +94,7 @@ def remote(served, recipe, request):
         engine.close()
 
 
+@pytest.mark.parametrize("recipe", ["pytorch", "aot"], indirect=True)
 def test_an_engine_in_a_worker_answers_as_it_does_in_this_process(remote, recipe, request):
     engine = remote()
     with load(recipe) as local:

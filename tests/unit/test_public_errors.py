@@ -87,7 +87,6 @@ TAKE_ONE = {
     "load with tokenizer": lambda value: helpers.load("stories", tokenizer=value),
     "inspect": helpers.inspect,
     "locate": engine.locate,
-    "recipe_of": engine.recipe_of,
     "load_plan": engine.load_plan,
     "build_onnx": engine.build_onnx,
     "build_module": lambda value: engine.build_module(value, (torch.zeros(2, 2),)),
@@ -139,7 +138,7 @@ ENGINE_CALLS = {
     "detokenize after": lambda e, value: e.detokenize([1], value),
     "chat": lambda e, value: e.chat(value, SHORT),
     "stream_chat": lambda e, value: list(e.stream_chat(value, SHORT)),
-    "next_tokens": lambda e, value: widgets.next_tokens(e, [1], SHORT, value),
+    "stream_choices": lambda e, value: list(widgets.stream_choices(e, [1], SHORT, value)),
 }
 TENSORS = [
     torch.empty(2, dtype=torch.long, device="meta"), torch.eye(2, dtype=torch.long).to_sparse(), torch.long,
@@ -160,7 +159,7 @@ def test_what_only_looks_like_sampling_settings_is_refused(value):
         with pytest.raises(InputError, match="SamplingParams"):
             call([1], value)
     with pytest.raises(InputError, match="SamplingParams"):
-        widgets.next_tokens(Scripted([1]), [1], value)
+        next(widgets.stream_choices(Scripted([1]), [1], value))
 
 
 def fields_of(kind):

@@ -5,6 +5,7 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -92,6 +93,20 @@ def test_an_answer_is_an_object(capsys, monkeypatch):
     assert answer(capsys, "explain", "nothing known", status=1)[0] == {"ok": False, "troubles": []}
     assert {"model", "folder"} <= set(answer(capsys, "model", "list", status=0)[0]["models"][0])
     assert len(answer(capsys, "env", "list", status=0)[0]["environments"]) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can limit a process's memory this way")
+@pytest.mark.parametrize("words", ["build --json", "doctor --json"])
+def test_what_has_no_memory_to_begin_with_is_told(words):
+    import resource
+
+    command = [sys.executable, "-m", "helpers", *words.split()]
+    few = partial(resource.setrlimit, resource.RLIMIT_AS, (150 * 2**20,) * 2)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=few)
+    told = json.loads(done.stdout)
+    assert done.returncode == 1 and not told["ok"] and "Traceback" not in done.stderr
+    error = told.get("error") or next(check for check in told["checks"] if check["name"] == "memory")
+    assert error["fix"] and error.get("status", "failure") == "failure" and error.get("type") in (None, "OutOfMemory")
 
 
 def test_an_error_is_three_lines_in_a_terminal(capsys):

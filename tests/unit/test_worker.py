@@ -116,10 +116,7 @@ def test_an_error_keeps_its_type_cause_and_fix_and_the_worker_goes_on(worker):
         worker.call("refuse")
     assert (caught.value.what, caught.value.cause, caught.value.fix) == ("No.", "Because.", "Ask again.")
     assert worker.call("echo", a=1) == {"a": 1}
-
-
-def test_an_unforeseen_error_is_named(worker):
-    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):  # and one that nobody foresaw ends it
         worker.call("fail")
 
 
@@ -128,18 +125,6 @@ def test_memory_that_runs_out_in_a_library_is_told_as_that(worker):
     with pytest.raises(OutOfMemory, match="allocate"):
         worker.call("fill")
     assert worker.call("echo") == {}
-
-
-def test_a_real_segmentation_fault_is_reported(worker):
-    with pytest.raises(WorkerError, match="SIGSEGV"):
-        worker.call("segfault")
-    with pytest.raises(WorkerError, match="SIGSEGV"):  # and it stays reported, instead of hanging
-        worker.call("echo")
-
-
-def test_exit_is_reported(worker):
-    with pytest.raises(WorkerError, match="exit code 3"):
-        worker.call("exit")
 
 
 def gone(pid, seconds=10):
@@ -179,18 +164,22 @@ def test_what_a_reader_takes_between_two_events_is_not_the_workers_time(worker):
 
 @posix
 @pytest.mark.parametrize(
-    ("number", "name", "cause"),
+    ("call", "arguments", "name", "cause"),
     [
-        (signal.SIGKILL, "SIGKILL", "lack of memory is one cause"),
-        (signal.SIGTERM, "SIGTERM", "from outside"),
-        (signal.SIGABRT, "SIGABRT", "crash in native code"),
-        (signal.SIGBUS, "SIGBUS", "crash in native code"),
+        ("kill", {"number": 9}, "SIGKILL", "lack of memory is one cause"),
+        ("kill", {"number": 15}, "SIGTERM", "from outside"),
+        ("kill", {"number": int(signal.SIGBUS)}, "SIGBUS", "crash in native code"),
+        ("segfault", {}, "SIGSEGV", "crash in native code"),
+        ("exit", {}, "exit code 3", "ended the process"),
     ],
 )
-def test_a_signal_is_told_by_its_name_and_meaning(worker, number, name, cause):
+def test_an_end_is_told_by_its_name_and_meaning_and_leaves_no_process(worker, call, arguments, name, cause):
+    child = worker.call("child")
     with pytest.raises(WorkerError, match=name) as end:
-        worker.call("kill", number=int(number))
-    assert cause in end.value.cause
+        worker.call(call, **arguments)
+    assert cause in end.value.cause and gone(child)
+    with pytest.raises(WorkerError, match=name):  # and it stays reported, instead of hanging
+        worker.call("echo")
 
 
 @posix
@@ -201,14 +190,6 @@ def test_want_of_memory_is_said_where_the_system_counted_it(worker, monkeypatch)
     with pytest.raises(WorkerError) as end:
         worker.call("echo")
     assert "ran out of memory" in end.value.cause
-
-
-def test_a_closed_worker_says_that_it_was_closed(served):
-    worker = Worker(served)
-    worker.close()
-    worker.close()
-    with pytest.raises(WorkerError, match="gone: it was closed"):
-        worker.call("echo")
 
 
 def test_a_worker_killed_while_another_thread_waits_for_it_frees_that_thread(worker):
@@ -226,14 +207,6 @@ def test_a_worker_killed_while_another_thread_waits_for_it_frees_that_thread(wor
     worker.kill("the build was given up")
     waiting.join(10)
     assert not waiting.is_alive() and "the build was given up" in errors[0]
-
-
-@posix
-def test_a_worker_that_crashes_leaves_none_of_its_processes(worker):
-    pid = worker.call("child")
-    with pytest.raises(WorkerError, match="SIGSEGV"):
-        worker.call("segfault")
-    assert gone(pid)
 
 
 def test_a_worker_that_nobody_holds_any_more_ends(served):
@@ -332,7 +305,7 @@ def test_a_second_interrupt_leaves_no_process(served, delay):
         process.kill()
 
 
-# An environment without psutil
+# Its parent ends, or closes it; also in an environment without psutil
 
 
 @pytest.fixture
@@ -347,25 +320,30 @@ def bare_python(tmp_path, served):
 
 
 @posix
-def test_without_psutil_a_worker_closes_and_takes_its_processes_with_it(served, bare_python):
-    with Worker(served, python=str(bare_python)) as worker:
+@pytest.mark.parametrize("bare", [False, True])
+def test_closing_ends_all_its_processes_and_is_remembered(served, bare_python, bare):
+    with Worker(served, python=str(bare_python) if bare else "") as worker:
         child = worker.call("child")
-    assert gone(worker.pid) and gone(child)
+    worker.close()
+    assert not psutil.pid_exists(worker.pid) and gone(child)
+    with pytest.raises(WorkerError, match="gone: it was closed"):
+        worker.call("echo")
 
 
 @posix
-def test_without_psutil_a_worker_dies_with_its_parent(served, bare_python):
+@pytest.mark.parametrize("bare", [False, True])
+def test_dies_with_its_parent(served, bare_python, bare):
     code = f"""
     import os
     from helpers.machine.worker import Worker
-    worker = Worker("served", python={str(bare_python)!r})
+    worker = Worker("served", python={(str(bare_python) if bare else "")!r})
     print(worker.pid, worker.call("child"), flush=True)
-    os._exit(1)
+    os._exit(1)  # no clean-up of any kind
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert all(gone(int(pid)) for pid in done.stdout.split())
+    assert all(gone(int(pid)) for pid in done.stdout.split()) and done.stdout
 
 
 @posix
@@ -394,9 +372,22 @@ def test_a_python_that_cannot_be_started_is_named(served, tmp_path, text, mode, 
 
 
 @posix
-def test_a_program_that_is_no_python_is_named(served):
+def test_a_program_that_is_no_python_is_named_and_a_module_that_is_not_there(served):
     with pytest.raises(WorkerError, match="/bin/true.*exit code 0"):
         Worker(served, python="/bin/true")
+    with pytest.raises(WorkerError, match="no_such_module"):
+        Worker("no_such_module")
+
+
+def test_without_room_for_a_thread_no_process_is_left(served, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    before = psutil.Process().children()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(WorkerError, match="new thread") as refused:
+        Worker(served)
+    assert refused.value.fix and set(psutil.Process().children()) <= set(before)
 
 
 # A worker that does not keep to the protocol
@@ -511,31 +502,6 @@ def test_a_fork_lets_its_parents_worker_be(worker):
     assert os.waitpid(child, 0)[1] == 0
     assert list(events) == [1, 2]
     assert worker.call("echo") == {}
-
-
-def test_a_module_that_cannot_be_imported(served):
-    with pytest.raises(WorkerError, match="no_such_module"):
-        Worker("no_such_module")
-
-
-def test_closing_ends_the_process(served):
-    with Worker(served) as worker:
-        pid = worker.pid
-    assert not psutil.pid_exists(pid)
-
-
-def test_dies_with_its_parent(served):
-    code = """
-    import os, sys
-    from helpers.machine.worker import Worker
-    worker = Worker("served")
-    print(worker.pid, flush=True)
-    os._exit(1)  # no clean-up of any kind
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert gone(int(done.stdout))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

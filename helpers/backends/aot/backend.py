@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 import tempfile
 import threading
@@ -22,10 +21,8 @@ from typing import Any
 import filelock
 import torch
 
-from helpers.backends.aot.compile import is_one_word
 from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import compute_dtype, graph_names, layers_of_a_run
-from helpers.backends.aot.loader import lets_programs_run
 from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
@@ -34,6 +31,7 @@ from helpers.machine import doctor, hardware
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint
 from helpers.model.config import ModelConfig
+from helpers.paths import compilers_folder
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
@@ -215,22 +213,21 @@ def _jobs(graphs: int, weight_bytes: int, device: str) -> int:
 def _scratch_folder(folder: Path) -> Iterator[str]:
     """A folder for what the compilers write, gone after the block. Its path must hold no space (see compile.py), and
     it must let programs run. The build's own folder comes first, since that is swept up even after a killed build."""
-    for place in (str(folder), tempfile.gettempdir(), "/tmp", "/var/tmp"):
-        if is_one_word(place) and os.access(place, os.W_OK) and lets_programs_run(Path(place)):
-            if place != str(folder):
-                _sweep(Path(place))
-            with (
-                tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch,
-                filelock.FileLock(f"{scratch}/.lock"),
-            ):
-                yield scratch
-            return
-    raise BuildError(
-        f"The compiler has no folder to work in: {folder.parent} and {tempfile.gettempdir()} have a space or a quote "
-        "in their path, cannot be written, or let no program run.",
-        cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
-        fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
-    )
+    place = compilers_folder(folder)
+    if place is None:
+        raise BuildError(
+            f"The compiler has no folder to work in: {folder.parent} and {tempfile.gettempdir()} have a space or a "
+            "quote in their path, cannot be written, or let no program run.",
+            cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
+            fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
+        )
+    if place != folder:
+        _sweep(place)
+    with (
+        tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch,
+        filelock.FileLock(f"{scratch}/.lock"),
+    ):
+        yield scratch
 
 
 def _sweep(place: Path) -> None:

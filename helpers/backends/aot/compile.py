@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ from helpers.model import llama
 from helpers.model.checkpoint import find_checkpoint, read_tensors
 from helpers.model.config import load_config
 from helpers.model.weights import Weights
+from helpers.paths import is_one_word
 from helpers.recipe import BuildRecipe, from_dict
 
 TURNS = 7  # at most, of each number of threads
@@ -147,11 +147,6 @@ def verify_graph(name: str, entry: dict[str, Any], recipe: dict[str, Any], devic
 
 
 CALLS = {"weights": prepare_weights, "compile": compile_part, "time": time_threads, "verify": verify_graph}
-
-
-def is_one_word(path: str) -> bool:
-    """Whether a command line can hold the path without quotes."""
-    return not re.search(r"""[\s'"\\]""", path)
 
 
 def _parts_of(name: str, recipe: BuildRecipe, device: str, folder: str) -> tuple[list[Part], Prefill | Decode]:

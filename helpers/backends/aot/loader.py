@@ -12,7 +12,6 @@ takes it instead of loading another copy.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 import weakref
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from helpers.errors import BackendUnavailable, CourseError, EngineCorrupt, out_of_memory
+from helpers.paths import lets_programs_run
 
 _idle: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)  # loaded graphs without an engine, by their file
 
@@ -44,11 +44,6 @@ class Graph:
     def close(self) -> None:
         self.run = None
         self._give_back()  # only the first call does something
-
-
-def lets_programs_run(folder: Path) -> bool:
-    """False for a folder that is mounted with noexec: no library can be loaded from there."""
-    return not (hasattr(os, "statvfs") and os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0))
 
 
 def _load(path: Path, device: str) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.backends.report import Kernel, Operation
 from helpers.backends.tensorrt import layers
 from helpers.backends.tensorrt.api import explain
-from helpers.errors import BackendUnavailable, BuildError, EngineMismatch, RecipeError
+from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, RecipeError
 from helpers.machine.worker import Worker
 from helpers.paths import engines_folder
 from helpers.progress import Progress
@@ -165,9 +165,11 @@ def details(settings: Options) -> dict[str, Any]:
     return {"provider": settings.provider, "version": version, "runs_on": runs_on(settings)}
 
 
-def _refused(built: dict[str, Any], nodes: dict[str, str]) -> BuildError:
-    """The parser's message, with the module's line of the node that it names."""
+def _refused(built: dict[str, Any], nodes: dict[str, str]) -> CourseError:
+    """The parser's message: what it means, where that is known, else the module's line of the node that it names."""
     error = explain(built["refused"], "The graph is refused.")
+    if error.cause:
+        return error
     named = zip(built["nodes"], built["operators"], strict=False)
     places = [f"{node} ({op}), from {nodes.get(node) or 'an unknown line'}" for node, op in named]
     return BuildError(

@@ -80,10 +80,7 @@ def from_module(
     }
 
     def export() -> onnx.ModelProto:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "module.onnx"
-            onnx_export.export(module, example_inputs, file, precision=precision, varying=varying)
-            return onnx_export.read(file)
+        return onnx_export.export(module, example_inputs, precision=precision, varying=varying)
 
     label = name or type(module).__name__.lower()
     content = content_of(module, example_inputs, precision)

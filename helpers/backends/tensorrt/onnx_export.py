@@ -51,14 +51,11 @@ def compute_dtype(precision: str) -> torch.dtype:
 def export(
     module: nn.Module,
     example_inputs: Sequence[Any],
-    path: Path,
     *,
     precision: str = "fp32",
     varying: Mapping[str, Sequence[int]] | None = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-) -> None:
-    """Write the module as ONNX, its weights and inputs cast to the precision's type; the module is not changed.
+) -> onnx.ModelProto:
+    """The module as ONNX, its weights and inputs cast to the precision's type; the module is not changed.
 
     varying: for inputs (by the name of forward's parameter) the axes whose length is open.
     """
@@ -79,19 +76,11 @@ def export(
             fix="Use the names of forward's parameters.",
         )
     shapes = {name: dict.fromkeys((varying or {}).get(name, ()), torch.export.Dim.AUTO) or None for name in names}
-    write(cast, inputs, path, shapes if varying else None, input_names, output_names)
+    return _convert(cast, inputs, shapes if varying else None)
 
 
-def write(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    path: Path,
-    dynamic_shapes: Any = None,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-) -> None:
+def _convert(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> onnx.ModelProto:
     """torch.export, then torch.onnx, without the messages that concern neither the module nor its reader."""
-    size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     with _quiet(), torch.no_grad():
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -101,8 +90,6 @@ def write(
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=input_names,
-                output_names=output_names,
             )
         except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
             root: Exception = error
@@ -114,7 +101,7 @@ def write(
                 fix="Write that line with other torch operations; the full message is in this error's __cause__.",
             ) from error
         assert converted is not None
-        converted.save(path, external_data=size > LARGEST)
+        return converted.model_proto
 
 
 def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
