@@ -6,32 +6,16 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from helpers.display import Picture, Table, grouped_bars
-from helpers.engine import build, load
 from helpers.errors import CourseError, InputError, shown
-from helpers.model.sampling import SamplingParams
-from helpers.recipe import COMPILED, BuildRecipe
 
 Grid = Mapping[str, Sequence[Any]]
 Row = dict[str, Any]
-
-
-def measure_engine(prompt: str = "Once upon a time", **settings: Any) -> Row:
-    """Build and load an engine, answer a full batch twice, and tell of the second. settings: a recipe's and sampling's
-    fields."""
-    names = {field.name for field in fields(BuildRecipe)}
-    recipe = BuildRecipe(**{name: value for name, value in settings.items() if name in names})
-    sampling = SamplingParams(**{name: value for name, value in settings.items() if name not in names})
-    engine = build(recipe, quiet=True) if recipe.backend in COMPILED else recipe
-    with load(engine) as loaded:
-        for _ in range(2):
-            answer = loaded.generate([prompt] * recipe.max_batch_size, sampling)[0]
-    return {"ttft_ms": answer.metrics.ttft_s * 1e3, "tpot_ms": answer.metrics.tpot_s * 1e3, "text": answer.text}
+Measure = Callable[..., Row]  # takes the settings by name, and returns what it measured by name
 
 
 def read_rows(file: Path | str) -> list[Row]:
@@ -49,7 +33,7 @@ def read_rows(file: Path | str) -> list[Row]:
     return rows
 
 
-def run_grid(measure: Callable[..., Row], grid: Grid, file: Path | str) -> Iterator[list[Row]]:
+def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Row]]:
     """Call measure(**settings) for each combination that `file` has no row of. After each, all rows: JSON in the file,
     CSV beside it. A combination that an engine refuses has a row that says why.
     """

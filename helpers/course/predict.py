@@ -1,6 +1,6 @@
 """Guess first: a learner's number or choice before a cell, shown beside the result after it.
 
-    predict("engine against eager", times=None)     # the learner's guess in place of None
+    predict("engine against eager", times=None)     # the learner's guess in place of None, or in the control below
     reveal("engine against eager", times=6.4)       # in the cell after, with what was measured
     summary("01")                                   # at the end of the notebook
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from helpers.course import learner
 from helpers.course.values import choice, number
+from helpers.course.widgets.panel import Panel, control
 from helpers.display import Table
 from helpers.errors import CourseError, InputError, StoreError
 
@@ -34,28 +36,18 @@ class Prediction:
     late: bool = False  # changed after the result was shown
 
     @property
-    def near(self) -> bool:
-        return self.distance in ("as it is", "right") or 1 / NEAR <= self._ratio() <= NEAR
-
-    @property
-    def distance(self) -> str:
-        """How far the guess is from the result, in words."""
-        if self.unit == CHOICE:
-            return "right" if self.guess == self.result else "another"
-        ratio = self._ratio()
+    def distance(self) -> tuple[bool, str]:
+        """Whether the guess is near the result, and how far from it in words."""
+        guess, result = self.guess, self.result
+        if not isinstance(guess, float) or not isinstance(result, float):
+            return guess == result, "right" if guess == result else "another"
+        if guess != result and guess * result <= 0:
+            return False, "not of its kind: one is zero or below"
+        ratio = guess / result if guess != result else 1.0
         if 0.95 <= ratio <= 1.05:
-            return "as it is"
-        if ratio <= 0:
-            return "not of its kind: one is zero or below"
-        return f"{ratio:.3g} times too much" if ratio > 1 else f"{1 / ratio:.3g} times too little"
-
-    def _ratio(self) -> float:
-        """Guess over result; 0 where there is none to take."""
-        if not isinstance(self.guess, float) or not isinstance(self.result, float):
-            return 0.0
-        if self.guess == self.result:
-            return 1.0
-        return self.guess / self.result if self.guess * self.result > 0 else 0.0
+            return True, "as it is"
+        words = f"{ratio:.3g} times too much" if ratio > 1 else f"{1 / ratio:.3g} times too little"
+        return 1 / NEAR <= ratio <= NEAR, words
 
     def words(self, value: float | str | None) -> str:
         if not isinstance(value, float):
@@ -66,7 +58,7 @@ class Prediction:
     def __repr__(self) -> str:
         if self.result is None and self.guess is None:
             what = f"one of: {', '.join(self.options)}" if self.options else f"a number of {self.unit}"
-            return f"{self.name}: no guess yet. Put {what} in place of None, and run this cell before the next."
+            return f"{self.name}: no guess yet. Give {what}, in the field or in place of None, before the next cell."
         if self.result is None:
             return f"{self.name}: your guess is {self.words(self.guess)}. The next cell shows the result."
         if self.guess is None:
@@ -74,8 +66,39 @@ class Prediction:
         late = " It came after the result, so it does not count." if self.late else ""
         return (
             f"{self.name}: you guessed {self.words(self.guess)}, the result is {self.words(self.result)}: "
-            f"{self.distance}.{late}"
+            f"{self.distance[1]}.{late}"
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.guess is None and self.result is None and find_spec("ipywidgets"):
+            return GuessControl(self)._repr_mimebundle_()
+        return {"text/plain": repr(self)}, {}
+
+
+class GuessControl(Panel):
+    """A field for a number, or buttons for a choice."""
+
+    def __init__(self, prediction: Prediction):
+        import ipywidgets as w
+
+        super().__init__()
+        self.prediction = prediction
+        if prediction.options:
+            self.field = control("RadioButtons", "your guess", options=prediction.options, value=None)
+        else:
+            self.field = control("Text", "your guess", placeholder=prediction.unit, continuous_update=False)
+        self.controls = [self.field]
+        self.view = w.VBox([self.field, self.errors, self.output])
+        self.redraw_with(self.draw, self.field)
+
+    def draw(self) -> None:
+        if self.field.value:
+            unit = {self.prediction.unit: self.field.value}
+            self.prediction = predict(self.prediction.name, of=self.prediction.options, **unit)
+        super().draw()
+
+    def twin(self) -> str:
+        return repr(self.prediction)
 
 
 _here: dict[str, Prediction] = {}  # of this kernel, by name
@@ -87,9 +110,11 @@ def predict(name: str, *, of: Sequence[str] = (), **guess: Any) -> Prediction:
     if (unit == CHOICE) != bool(of):
         raise InputError(f"A choice needs its options: predict({name!r}, choice=None, of=[...]).")
     prediction = Prediction(name, unit, tuple(of))
+    before = _here.get(name)
     if value is not None:
         prediction.guess = choice(value, prediction.options) if of else number(value)
-    before = _here.get(name)
+    elif before:  # perhaps by the control
+        prediction.guess = before.guess
     if before and before.result is not None:
         prediction.result, prediction.late = before.result, before.late or prediction.guess != before.guess
     _here[name] = prediction
@@ -132,11 +157,11 @@ def summary(notebook: str) -> Table:
             item.name,
             "-" if item.guess is None else item.words(item.guess),
             item.words(item.result),
-            "" if item.guess is None else item.distance + (" (too late)" if item.late else ""),
+            "" if item.guess is None else item.distance[1] + (" (too late)" if item.late else ""),
         )
         for item in known
     ]
-    here = {item.name: item.near for item in counted}
+    here = {item.name: item.distance[0] for item in counted}
     every = {notebook: here} if here else {}
     try:
         if here:

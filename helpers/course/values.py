@@ -104,12 +104,17 @@ def span(formula: Callable[..., float], *figures: Range) -> Range:
 
 def within(answer: Any, allowed: Range, mistakes: Mapping[str, float] | None = None) -> float:
     """The answer as a number, if it lies in the range or rounds into it. mistakes: what to say to whom has which
-    number, for the usual ones."""
+    number, beside those that are usual everywhere."""
     value, (low, high) = number(answer), allowed
     slack = 0.005 * max(abs(low), abs(high))
     if low - slack <= value <= high + slack:
         return value
-    for words, usual in (mistakes or {}).items():
+    middle = (low + high) / 2
+    turned = "That is the other way round: what is divided by what?"
+    unit = "Look at the unit: that is {} times as much as it should be."
+    everywhere = [(turned, 1 / middle), (turned, 1e3 / middle)]
+    everywhere += [(unit.format(f"{factor:g}"), factor * middle) for factor in (0.001, 1000, 8)]
+    for words, usual in [*(mistakes or {}).items(), *everywhere]:
         if abs(value - usual) <= 0.01 * abs(usual):
             raise InputError(words)
     raise InputError(f"{shown(answer)} is too {'small' if value < low else 'large'}.")

@@ -96,7 +96,7 @@ def visit(jupyter, browser):
         page.problems, page.name = [], name
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("console", lambda line: page.problems.append(line.text) if line.type == "error" else None)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(150_000)  # a first cell imports PyTorch, on a busy machine in minutes
         path = "lab/tree" if app == "lab" else "notebooks"
         page.goto(f"{address}/{path}/{name}.ipynb?token={TOKEN}" + ("&reset" if app == "lab" else ""))
         # Attached is enough: on a phone's page the toolbar has no room to show it.

@@ -15,7 +15,7 @@ LIMITS = {"device": "cpu", "max_batch_size": 1, "max_input_len": 16, "max_seq_le
 
 def test_a_build_that_is_there_already_opens_in_the_inspector(tiny_engine, tiny_llama):
     explorer = build_explorer(model=str(tiny_llama), **LIMITS, optimization_level=3)
-    assert f"built already: {tiny_engine.name}" in explorer.table.value
+    assert f"built already: {tiny_engine.name}" in explorer.output.value
     explorer.button.click()
     assert "Cache hit" in explorer.log.value and explorer.errors.outputs == ()
     assert "decode_b1" in explorer.report.value and not explorer.button.disabled
@@ -24,7 +24,7 @@ def test_a_build_that_is_there_already_opens_in_the_inspector(tiny_engine, tiny_
 def test_a_build_that_is_stopped_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
     explorer = build_explorer(model=str(tiny_llama), **LIMITS)
-    assert "not built yet" in explorer.table.value
+    assert "not built yet" in explorer.output.value
 
     async def click():
         explorer.button.click()
@@ -36,7 +36,7 @@ def test_a_build_that_is_stopped_leaves_nothing(tiny_llama, tmp_path, monkeypatc
         await explorer.task
 
     asyncio.run(asyncio.wait_for(click(), 120))
-    assert "Cancelled" in explorer.log.value and "not built yet" in explorer.table.value
+    assert "Cancelled" in explorer.log.value and "not built yet" in explorer.output.value
     assert store.list_engines() == [] and list(engines_folder().glob(".building-*")) == []
     assert not explorer.button.disabled and explorer.errors.outputs == ()
 

@@ -73,10 +73,10 @@ def test_the_commands_of_the_learner(tmp_path, monkeypatch, capsys):
 def test_a_notebook_with_the_solutions_in_it_has_all_points(name, stories_fp32, tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     nb = notebooks.read(notebooks.NOTEBOOKS / f"{name}.ipynb")
-    for number, text in frame.read_solutions(name[:2]).items():
+    for number, task in frame.exercises_of(name[:2]).items():
         (cell,) = [cell for cell in nb.cells if f'check("{number}"' in cell.source]
         before = cell.source.partition("answer_")[0].partition("def ")[0]  # what the cell gives to work with
-        cell.source = f'{before}{text.partition("```python")[2].partition("```")[0]}\ncheck("{number}", answer)'
+        cell.source = f'{before}{task.solution.partition("```python")[2].partition("```")[0]}\ncheck("{number}", answer)'
     notebooks.write(nb, tmp_path / f"{name}.ipynb")
     grade = classroom.grade(str(tmp_path / f"{name}.ipynb"))
     assert [(mark.number, mark.state) for mark in grade.marks if mark.state != "right"] == [] == grade.problems

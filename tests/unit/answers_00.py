@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from helpers import BuildRecipe, SamplingParams
+from helpers.course.exercises.start import DeafEngine
 
 RECIPE = BuildRecipe(backend="pytorch", device="cpu", max_batch_size=4, max_input_len=64, max_seq_len=256)
 
 
 def names(engine):
     """What the notebook holds where its exercises begin."""
-    return {"engine": engine, "tokens": 64, "pytorch_s": 2.5583, "recipe": RECIPE}
+    return {"engine": engine, "tokens": 64, "pytorch_s": 2.5583, "recipe": RECIPE, "deaf": DeafEngine(engine)}
 
 
 def drafts(engine, prompt, seeds):
@@ -45,6 +46,7 @@ RIGHT = {
         lambda e, p, s: tuple(drafts(e, p, s)),
         lambda e, p, s: np.array(drafts(e, p, s)),
     ],
+    "00.7": ["seed", "SEED", " seed ", np.str_("seed"), ["seed"]],
 }
 WRONG = {
     "00.1": [
@@ -92,4 +94,5 @@ WRONG = {
         lambda e, p, s: None,
         drafts(None, "", []),
     ],
+    "00.7": ["temperature", "max_tokens", "top_p", "the engine", "", 7, {"seed", "temperature"}],
 }

@@ -12,11 +12,17 @@ from helpers.bench import records
 from helpers.course.exercises.compare import with_impostor
 
 RECORD = records.read(records.REFERENCES / "cpu-stories.json")
-# TPOT in ms: 2.18, 0.42 and 0.25
+# TPOT in ms
 EAGER, ENGINE, INT8 = (RECORD.row(name).median("tpot_s") * 1e3 for name in ("pytorch fp32", "aot fp32", "aot int8"))
-FIRST, BUILD = RECORD.row("aot fp32").median("ttft_s") * 1e3, RECORD.row("aot fp32").build_s  # 3.60 ms and 50 s
+FIRST, BUILD = RECORD.row("aot fp32").median("ttft_s") * 1e3, RECORD.row("aot fp32").build_s
+# As the table prints them: what a learner reads.
+eager, engine, int8, first = (round(ms, 2) for ms in (EAGER, ENGINE, INT8, FIRST))
 SHORT = 8e3 / (FIRST + 7 * ENGINE)
 PAID = BUILD * 1e3 / (EAGER - ENGINE)
+PROMISE = 2.5 * ENGINE / 1e3  # s
+KEPT = [row for row in RECORD.rows if row.status == "ok" and row.median("tpot_s") <= PROMISE]
+BEST = max(KEPT, key=RECORD.throughput)
+NAME, SIZE = BEST.name, BEST.batch_size
 FOR_TWO = BuildRecipe(decode_batch_sizes=(2,), max_batch_size=4)
 
 
@@ -25,7 +31,7 @@ def names(engine):
     return {
         "record": RECORD,
         "sweep": RECORD,
-        "promise_s": 2.5 * ENGINE / 1e3,
+        "promise_s": PROMISE,
         "workload": RECORD.workload,
         "with_impostor": with_impostor,
     }
@@ -36,24 +42,24 @@ FAKE = next(row.name for row in with_impostor(RECORD).measured(1) if not row.agr
 RIGHT = {
     "04.1": [
         ENGINE / INT8,
-        0.42 / 0.25,
-        1.7,
-        "1.67",
+        engine / int8,
+        round(ENGINE / INT8, 1),
+        f"{ENGINE / INT8:.2f}",
         np.float32(ENGINE / INT8),
-        Fraction(42, 25),
-        torch.tensor([1.67]),
+        Fraction(engine) / Fraction(int8),
+        torch.tensor([engine / int8]),
     ],
-    "04.2": [SHORT, 8 / (3.60e-3 + 7 * 0.42e-3), round(SHORT), f"{SHORT:,.0f}", np.float64(SHORT), torch.tensor(SHORT)],
+    "04.2": [SHORT, 8e3 / (first + 7 * engine), round(SHORT), f"{SHORT:,.0f}", np.float64(SHORT), torch.tensor(SHORT)],
     "04.4": [
         PAID,
         round(PAID),
         math.ceil(PAID),
-        50 / (2.18e-3 - 0.42e-3),
+        round(BUILD) * 1e3 / (eager - engine),
         f"{PAID:,.0f}",
         Decimal(round(PAID)),
         np.int64(PAID),
     ],
-    "04.5": [("aot int8", 4), ["aot:int8", 4.0], "aot int8, 4", ("AOT INT8", "4"), np.array(["aot int8", "4"])],
+    "04.5": [(NAME, SIZE), [NAME.replace(" ", ":"), float(SIZE)], f"{NAME}, {SIZE}", (NAME.upper(), str(SIZE))],
     "04.6": [
         FOR_TWO,
         FOR_TWO.replace(max_batch_size=8, decode_batch_sizes=[2, 4]),
@@ -64,7 +70,15 @@ RIGHT = {
 RIGHT["04.3"] = [min(RECORD.measured(1), key=lambda row: row.limit_s / row.median("tpot_s"))]
 RIGHT["04.3"] += [RIGHT["04.3"][0].name, RIGHT["04.3"][0].name.upper(), RIGHT["04.3"][0].name.replace(" ", ":")]
 WRONG = {
-    "04.1": [INT8 / ENGINE, ENGINE - INT8, INT8, EAGER / ENGINE, 2, 1.5, 167, math.nan, "faster"],
+    "04.1": [
+        INT8 / ENGINE,
+        ENGINE - INT8,
+        INT8,
+        EAGER / ENGINE,
+        *(factor * ENGINE / INT8 for factor in (0.8, 1.2, 100)),
+        math.nan,
+        "faster",
+    ],
     "04.2": [
         8e3 / (FIRST + 8 * ENGINE),  # both off by one
         7e3 / (FIRST + 7 * ENGINE),
@@ -78,12 +92,10 @@ WRONG = {
     "04.3": ["aot fp32", "nobody", "", 3, None.__class__],
     "04.4": [PAID / 1e3, BUILD * 1e3 / EAGER, BUILD * 1e3 / ENGINE, PAID / 64, "never", 0, math.inf, math.nan],
     "04.5": [
-        ("aot fp32", 4),
-        ("aot int8", 1),
-        ("aot int8", 2),
-        ("pytorch fp32", 4),
-        "aot int8",
-        ("aot int8",),
+        *((row.name, row.batch_size) for row in RECORD.rows if row is not BEST),
+        (NAME, 3),
+        NAME,
+        (NAME,),
         4,
         ("vllm", 4),
     ],

@@ -12,6 +12,7 @@ from helpers import BuildRecipe
 from helpers.bench import quality
 from helpers.bench.records import Workload
 from helpers.bench.run import bytes_per_step
+from helpers.course.exercises.own_model import FIRST_WRONG, suspect
 from helpers.model.checkpoint import find_checkpoint
 
 F = torch.nn.functional
@@ -21,8 +22,9 @@ RESULTS = [
     quality.Precision("aot int8", 50, 2e-3, 2.01, 0.01, 0.02, 0.97, 0.002),
     quality.Precision("aot int4", 30, 1e-3, 2.2, 0.2, 0.05, 0.8, 0.05),
 ]
-LOGITS = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
-TARGETS = torch.arange(20)
+LOGITS = 3 * torch.randn(110, 50, generator=torch.Generator().manual_seed(1))
+TARGETS = torch.arange(110) % 50
+LENGTHS = [60, 50]  # of two passages
 EXACT = quality.Scores(TARGETS, LOGITS.log_softmax(-1))
 ROUNDED = quality.Scores(TARGETS, LOGITS.bfloat16().float().log_softmax(-1))
 SIZE = 4 * 2 * 6 * 2 * 64  # bytes x (key and value) x layers x KV heads x head_dim
@@ -43,6 +45,8 @@ def names(engine):
         "load": contextlib.nullcontext,
         "quality": SimpleNamespace(score=lambda recipe, text: ROUNDED if recipe.precision == "bf16" else EXACT),
         "text": "",
+        "strange": suspect(EXACT, LENGTHS),
+        "lengths": LENGTHS,
     }
 
 
@@ -91,6 +95,7 @@ RIGHT = {
         lambda r, x: [kl(r, x)],
     ],
     "06.5": [shorten, shorten_by_suffix, shorten_in_place],
+    "06.7": [FIRST_WRONG, float(FIRST_WRONG), str(FIRST_WRONG), np.int64(FIRST_WRONG), torch.tensor([FIRST_WRONG])],
     "06.6": [ROUNDED, quality.Scores(TARGETS, LOGITS.half().float().log_softmax(-1))],
 }
 WRONG = {
@@ -128,4 +133,5 @@ WRONG = {
         quality.Scores(TARGETS[:5], LOGITS[:5]),
         EXACT.loss,
     ],
+    "06.7": [0, FIRST_WRONG - 1, FIRST_WRONG + 1, 60 + FIRST_WRONG, 2 * FIRST_WRONG, FIRST_WRONG + 0.5, math.nan, "x"],
 }

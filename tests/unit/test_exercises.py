@@ -90,27 +90,23 @@ def test_what_nobody_has_answered_is_open_and_leaves_no_file(engine, number, wor
 @pytest.mark.parametrize("notebook", ANSWERS)
 def test_the_solutions_are_right_and_no_hint_is_one(engine, notebook):
     names = ANSWERS[notebook].names(engine)
-    solutions = frame.read_solutions(notebook)
-    assert list(solutions) == list(frame.exercises_of(notebook))
-    for number, text in solutions.items():
-        code, after = re.fullmatch(r"```python\n(.*)```\n(.*)", text, re.DOTALL).groups()
+    for number, task in frame.exercises_of(notebook).items():
+        code, reason = re.fullmatch(r"```python\n(.*)```\n(.*)", task.solution, re.DOTALL).groups()
         exec(compile(code, f"solution {number}", "exec"), names)
         assert checked(number, names["answer"], **given_for(number, engine)), number
-        assert after.strip()
-        assert code.partition("answer = ")[2].strip() not in frame.find(number).hints
+        assert reason.split() == task.reason.split() != []
+        assert code.partition("answer = ")[2].strip() not in task.hints
 
 
 @pytest.mark.parametrize("notebook", list(frame.MODULES))
 def test_every_notebook_has_five_exercises_that_rise(notebook):
     tasks = list(frame.exercises_of(notebook).values())
-    if not tasks:
-        pytest.skip(f"notebook {notebook} has none yet")
     assert len(tasks) >= 5
     assert [task.number for task in tasks] == [f"{notebook}.{at}" for at in range(1, len(tasks) + 1)]
     points = [task.points for task in tasks]
     assert points[0] == 1 == min(points) < max(points[len(points) // 2 :])
     assert all(len(task.hints) >= 2 and task.title and task.expects for task in tasks)
-    assert set(frame.read_solutions(notebook)) == {task.number for task in tasks}
+    assert {number for number in frame._judges if number[:2] == notebook} == {task.number for task in tasks}
     assert set(ANSWERS[notebook].RIGHT) == set(ANSWERS[notebook].WRONG) == {task.number for task in tasks}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
 
-from helpers.course.experiments import measure_engine, read_rows, rows_picture, run_grid
+from helpers.course.experiments import read_rows, rows_picture, run_grid
 from helpers.course.widgets import experiment_runner
 from helpers.errors import InputError, RecipeError
 
@@ -78,12 +78,6 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path):
         list(run_grid(measured([]), GRID, tmp_path / "missing" / "r.json"))
 
 
-def test_an_engine_is_measured_by_its_recipe_and_its_sampling():
-    limits = {"backend": "pytorch", "max_batch_size": 2, "max_input_len": 16, "max_seq_len": 48}
-    row = measure_engine(temperature=0.0, max_tokens=4, **limits)
-    assert row["tpot_ms"] > 0 and row["ttft_ms"] > 0 and row["text"]
-
-
 def test_the_widget_runs_in_the_background_stops_and_goes_on(tmp_path):
     calls, threads = [], set()
 
@@ -93,7 +87,7 @@ def test_the_widget_runs_in_the_background_stops_and_goes_on(tmp_path):
         calls.append((a, b))
         return {"figure": float(a)}
 
-    runner = experiment_runner(GRID, tmp_path / "r.json", slow, "figure")
+    runner = experiment_runner(slow, GRID, tmp_path / "r.json", "figure")
 
     async def click():
         runner.button.click()
@@ -107,7 +101,7 @@ def test_the_widget_runs_in_the_background_stops_and_goes_on(tmp_path):
         return beats
 
     assert asyncio.run(click()) > 5 and 2 <= len(calls) <= 3 and threading.main_thread() not in threads
-    again = experiment_runner(GRID, tmp_path / "r.json", slow, "figure")
+    again = experiment_runner(slow, GRID, tmp_path / "r.json", "figure")
     assert again.bar.value == len(calls) == len(again.rows)
     again.button.click()
     assert len(calls) == 4 == again.bar.value and "Bars: figure" in again.picture.value
@@ -115,6 +109,6 @@ def test_the_widget_runs_in_the_background_stops_and_goes_on(tmp_path):
 
 
 def test_the_widget_shows_a_fault_of_the_measurement(tmp_path):
-    runner = experiment_runner({"a": [0]}, tmp_path / "r.json", lambda a: 1 / a)
+    runner = experiment_runner(lambda a: 1 / a, {"a": [0]}, tmp_path / "r.json", "figure")
     runner.button.click()
     assert "ZeroDivisionError" in runner.errors.outputs[0]["text"] and not runner.button.disabled

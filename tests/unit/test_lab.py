@@ -1,18 +1,24 @@
 """The laboratory's pictures and sentences, on reports that are made by hand."""
 
+import json
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 
+import nbformat
 import pytest
+import torch
 
 from helpers import inspect
 from helpers.backends.report import EngineReport, Kernel, Operation
+from helpers.backends.tensorrt import layers
 from helpers.course.lab import pictures, profile
-from helpers.course.lab.binary import vector_registers
+from helpers.course.lab.binary import compiled_for, vector_registers
 from helpers.course.lab.code import beside
 from helpers.course.recorded import recorded
-from helpers.errors import BackendUnavailable
+from helpers.errors import BackendUnavailable, CourseError, InputError
+from helpers.paths import PROJECT
 
 LINES = {"pow": "x.square()", "mean": "x.square().mean()", "mul": "x * root", "mm": "y @ w", "exp": "y.exp()"}
 
@@ -46,6 +52,32 @@ def test_a_report_keeps_its_edges_when_it_is_written():
 def test_bytes_from_outside_count_once_for_the_graph_and_in_each_kernel():
     assert [kernel.must for kernel in report().kernels] == [40, 900, 60]
     assert profile.moved(report()) == (1180, 40 + 900 + 20)
+
+
+def test_kernels_that_do_the_same_share_a_row_and_the_dearest_comes_first():
+    twice = timed()
+    twice = replace(twice, kernels=[*twice.kernels, *twice.kernels])
+    assert profile.costs(twice).rows == [
+        ("mm", "library", 2, "69.2%", "2,000", "900"),  # the same weight, read twice
+        ("mean mul pow", "generated", 2, "15.4%", "200", "40"),
+        ("exp mul", "generated", 2, "15.4%", "160", "60"),
+    ]
+    assert [row[3] for row in profile.costs(report()).rows] == ["", "", ""]
+
+
+def test_an_open_length_has_costs_and_no_bytes():
+    """The layers of a TensorRT-LLM engine, in the inspector's form: the batch is known only at run time."""
+    names = ("layers/0/attention/qkv/PLUGIN_V2_Gemm_0", "layers/0/mlp/ACTIVATION_SIGMOID_0 + layers/0/mlp/PROD_1")
+    tensor = {"Name": "out", "Dimensions": [-1, 256], "Format/Datatype": "Row major linear FP16 format"}
+    text = json.dumps({"Layers": [{"Name": name, "LayerType": "Myelin", "Outputs": [tensor]} for name in names]})
+    open_length = EngineReport("tensorrt_llm", *layers.by_name("engine", layers.parse_inspector(text)))
+    assert profile.costs(open_length).rows == [
+        ("plugin_v2_gemm", "Myelin", 1, "", "", ""),
+        ("activation_sigmoid prod", "Myelin", 1, "", "", ""),
+    ]
+    assert "3 operations in 2 kernels" in pictures.clusters(open_length).alt
+    with pytest.raises(InputError, match="not known"):
+        profile.moved(open_length)
 
 
 def test_seconds_go_to_the_kernels_in_order():
@@ -90,7 +122,7 @@ def test_the_replay_follows_its_slider():
     seen = []
     for step in range(panel.step.max + 1):
         panel.step.value = step
-        seen.append(re.search(r"5 operations in (\d) kernels", panel.picture.value)[1])
+        seen.append(re.search(r"5 operations in (\d) kernels", panel.output.value)[1])
     assert seen == ["5", "4", "3"]
     assert panel.twin().alt == pictures.replay(report()).alt
 
@@ -130,9 +162,81 @@ def test_what_another_kernel_has_computed_is_passed_over():
     assert [op for _, op, _ in beside(kernel, report(), code).rows] == ["", "mean", "mul"]
 
 
+# What Inductor of PyTorch 2.13 writes for the norm of a block, in Triton; and for its activation.
+TRITON = """
+@triton_heuristics.persistent_reduction(size_hints={'x': 64, 'r0_': 64}, filename=__file__)
+@triton.jit
+def triton_per_fused_add_mean_mul_pow_rsqrt_0(in_ptr0, in_ptr1, out_ptr1, xnumel, r0_numel, XBLOCK : tl.constexpr):
+    xindex = xoffset + tl.arange(0, XBLOCK)[:, None]
+    tmp0 = tl.load(in_ptr0 + (r0_1 + 64*x0), xmask, eviction_policy='evict_first', other=0.0)
+    tmp12 = tl.load(in_ptr1 + (r0_1), None, eviction_policy='evict_last')
+    tmp1 = tmp0 * tmp0
+    tmp2 = tl.broadcast_to(tmp1, [XBLOCK, R0_BLOCK])
+    tmp4 = tl.where(xmask, tmp2, 0)
+    tmp5 = tl.sum(tmp4, 1)[:, None].to(tl.float32)
+    tmp6 = tl.full([1, 1], 64.0, tl.float32)
+    tmp7 = (tmp5 / tmp6)
+    tmp8 = tl.full([1, 1], 1e-05, tl.float32)
+    tmp9 = tmp7 + tmp8
+    tmp10 = libdevice.rsqrt(tmp9)
+    tmp11 = tmp0 * tmp10
+    tmp13 = tmp11 * tmp12
+    tl.store(out_ptr1 + (r0_1 + 64*x0), tmp13, xmask)
+"""
+
+
+def test_triton_code_stands_beside_the_lines_too():
+    ops = ("pow", "mean", "add", "rsqrt", "mul", "mul")
+    operations = [Operation("g", f"{op}{at}", op, "float32", line=f"line {at}") for at, op in enumerate(ops)]
+    kernel = Kernel("g", "norm", "generated", tuple(o.name for o in operations), "float32", {"code": TRITON})
+    rows = beside(kernel, EngineReport("aot", operations, [kernel])).rows
+    assert [(text.split(" = ")[0].strip(), op) for text, op, _ in rows if op] == [
+        *(("tmp1", "pow"), ("tmp5", "mean"), ("tmp9", "add")),
+        *(("tmp10", "rsqrt"), ("tmp11", "mul"), ("tmp13", "mul")),
+    ]
+    assert rows[0][0].startswith("def triton_per_fused")
+
+
 def test_stages_say_what_came_and_went():
     lines = pictures.operations_by_stage({"first": ["mul", "mul", "sum"], "then": ["mul", "fma"]}).splitlines()
     assert lines[0].endswith("3 operations") and lines[1].endswith("2 operations  -1 mul, -1 sum, +1 fma")
+
+
+# The first bytes of GPU code that Triton 3.6 compiled with NVIDIA's assembler, up to the flags.
+CUBINS = {
+    "8.0": "7f454c460201013307000000000000000200be008000000000000000000000004010000000000000000c00000000000050055000",
+    "9.0": "7f454c460201013307000000000000000200be00800000000000000000000000f011000000000000b00d0000000000005a0d5a00",
+    "12.0": "7f454c460201014108000000000000000200be00010000000000000000000000881d00000000000088150000000000000a780009",
+}
+
+
+def test_the_compute_capability_is_read_from_the_header_of_each_kernel(tmp_path):
+    package = tmp_path / "decode_b1.pt2"
+    kernels = {"8.0": 1, "9.0": 2, "12.0": 1}
+    with zipfile.ZipFile(package, "w") as archive:
+        for capability, count in kernels.items():
+            for number in range(count):
+                archive.writestr(f"{capability}-{number}.cubin", bytes.fromhex(CUBINS[capability]) + bytes(99))
+    assert compiled_for(package) == kernels
+    package.write_bytes(package.read_bytes().replace(b"\xbe\x00", b"\x3e\x00"))  # the same files, of another machine
+    assert not compiled_for(package)
+    plan = tmp_path / "module.plan"
+    plan.write_bytes(b"  version_compatible=0\n  accelerators={sm86 sm120 }\n}")
+    assert compiled_for(plan) == {"8.6": 1, "12.0": 1}
+    plan.write_bytes(b"")
+    with pytest.raises(CourseError, match="empty"):
+        compiled_for(plan)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_pays_and_wrong_examples_cost(seed):
+    """The cells of notebook 07, with other numbers: rounded weights alone err least, wrong examples most."""
+    cells = {cell.id: cell.source for cell in nbformat.read(PROJECT / "notebooks" / "07_laboratory.ipynb", 4).cells}
+    generator = torch.Generator().manual_seed(seed)
+    names = {"torch": torch, "size": 256, "matrix": torch.randn(256, 256, generator=generator)}
+    exec(cells["lab-calibration-code"].replace("manual_seed(1)", f"manual_seed({seed})"), names)
+    exec(cells["lab-calibration-see"], names)
+    assert names["only"] < names["good"] < names["bad"] / 3
 
 
 def test_machine_code_needs_a_disassembler(monkeypatch, tmp_path):

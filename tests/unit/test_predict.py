@@ -31,7 +31,7 @@ def test_a_guess_stands_beside_the_result():
 @pytest.mark.parametrize("result", [6.1, np.float64(6.1), torch.tensor(6.1)])
 def test_numbers_of_any_library(guess, result):
     predict("speed", times=guess)
-    assert reveal("speed", times=result).near and "as it is" in repr(reveal("speed", times=result))
+    assert reveal("speed", times=result).distance[0] and "as it is" in repr(reveal("speed", times=result))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_numbers_of_any_library(guess, result):
 )
 def test_near_is_within_a_factor_of_one_and_a_half(guess, result, near):
     predict("bars", bars=guess)
-    assert reveal("bars", bars=result).near is near
+    assert reveal("bars", bars=result).distance[0] is near
 
 
 def test_choices():
     predict("who", choice="AOT", of=["pytorch", "aot"])
-    assert reveal("who", choice="aot").near and "right" in repr(reveal("who", choice="aot"))
+    assert reveal("who", choice="aot").distance[0] and "right" in repr(reveal("who", choice="aot"))
     predict("who is last", choice="aot", of=["pytorch", "aot"])
-    assert not reveal("who is last", choice="pytorch").near
+    assert not reveal("who is last", choice="pytorch").distance[0]
 
 
 @pytest.mark.parametrize("guess", ["many", True, float("nan"), [1, 2], b"3", 3j])
@@ -91,7 +91,7 @@ def test_what_could_not_be_measured_fails_nothing(result):
 
 def test_a_result_that_is_none_of_the_options_is_shown_as_it_is():
     predict("step", choice="compile", of=["compile", "verify"])
-    assert not reveal("step", choice="time 1 and 2 threads").near
+    assert not reveal("step", choice="time 1 and 2 threads").distance[0]
 
 
 def test_a_guess_after_the_result_does_not_count():

@@ -71,13 +71,16 @@ def test_stream_choices_refuses_what_the_engine_cannot_serve_before_any_work(eng
         next(widgets.stream_choices(engine, "word " * 80, SamplingParams()))
 
 
-def test_next_tokens_follow_the_settings(engine):
-    def first(**settings):
-        return widgets.next_tokens(engine, widgets.START, SamplingParams(**settings))
+def first(engine, **settings):
+    """What the first token is chosen from."""
+    return next(widgets.stream_choices(engine, widgets.START, SamplingParams(seed=7, **settings))).candidates
 
-    assert first(temperature=0)[0][1] == 1
-    assert first(temperature=0.3)[0][1] > first()[0][1] > first(temperature=2.0)[0][1]
-    assert [p > 0 for _, p in first(top_k=2)] == [True] * 2 + [False] * 6
+
+def test_candidates_follow_the_settings(engine):
+    assert first(engine, temperature=0)[0][1] == 1
+    likeliest = [first(engine, temperature=temperature)[0][1] for temperature in (0.3, 1.0, 2.0)]
+    assert likeliest[0] > likeliest[1] > likeliest[2]
+    assert [p > 0 for _, p in first(engine, top_k=2)] == [True] * 2 + [False] * 6
 
 
 def test_bars_escape_text_and_mark_the_chosen_token():
@@ -161,11 +164,8 @@ def test_there_is_a_picture_for_readers_without_a_kernel(explorer):
 
 def test_what_ends_a_text_is_one_row_and_other_tokens_without_text_are_told_by_their_id(engine):
     """At temperature 0 all but one have no chance: the ids 0 to 2 came next, three rows called "(end)"."""
-    for options in (
-        widgets.next_tokens(engine, widgets.START, SamplingParams(temperature=0)),
-        *(c.candidates for c in widgets.stream_choices(engine, widgets.START, SamplingParams(temperature=0))),
-    ):
-        names = [choices.visible(text) for text, _ in options]
+    for choice in widgets.stream_choices(engine, widgets.START, SamplingParams(temperature=0)):
+        names = [choices.visible(text) for text, _ in choice.candidates]
         assert len(set(names)) == len(names) and 8 <= len(names) <= 9 and names.count("(end)") <= 1
     uniform = torch.full((engine.vocab_size,), 1 / engine.vocab_size)
     rows = dict(widgets.candidates(engine, uniform, engine.vocab_size))
@@ -174,10 +174,8 @@ def test_what_ends_a_text_is_one_row_and_other_tokens_without_text_are_told_by_t
 
 
 def test_tokens_without_a_chance_stand_in_the_order_of_their_scores(engine):
-    def names(temperature):
-        return [t for t, _ in widgets.next_tokens(engine, widgets.START, SamplingParams(temperature=temperature))]
-
-    assert names(0) == names(1)  # so the bars stay where they are while the slider moves
+    names = [[text for text, _ in first(engine, temperature=temperature)] for temperature in (0, 0.5)]
+    assert names[0] == names[1]  # so the bars stay where they are while the slider moves
 
 
 def test_a_token_of_the_text_can_be_opened(explorer):
@@ -243,11 +241,12 @@ def test_a_fast_drag_is_drawn_once_where_it_stops(explorer, monkeypatch):
 
 def test_the_memory_calculator_shows_its_table_and_follows_its_controls():
     calculator = widgets.memory_calculator()
-    before = calculator.table.value
-    calculator.precision.value, calculator.batch.value, calculator.length.value = "int4", 64, 4096
-    assert calculator.table.value != before and "int4, 64 sequences of 4096 tokens" in calculator.table.value
-    assert calculator.recipe().replace(max_input_len=128) == BuildRecipe(
-        model="dummy:llama-3.2-1b", precision="int4", max_batch_size=64, max_seq_len=4096
+    before = calculator.output.value
+    for name, value in {"precision": "int4", "max_batch_size": 64, "max_seq_len": 4096}.items():
+        calculator.fields[name].value = value
+    assert calculator.output.value != before and "int4, 64 sequences of 4096 tokens" in calculator.output.value
+    assert calculator.recipe() == BuildRecipe(
+        model="dummy:llama-3.2-1b", precision="int4", max_batch_size=64, max_input_len=1, max_seq_len=4096
     )
     data, _ = calculator._repr_mimebundle_()
     assert "H100" in data["text/html"] and "H100" in data["text/plain"]
@@ -255,24 +254,24 @@ def test_the_memory_calculator_shows_its_table_and_follows_its_controls():
 
 def test_what_the_calculator_cannot_count_is_told_and_goes_away(tmp_path):
     calculator = widgets.memory_calculator()
-    calculator.model.options = [*calculator.model.options, str(tmp_path)]
-    calculator.model.value = str(tmp_path)
+    calculator.fields["model"].options = [*calculator.fields["model"].options, str(tmp_path)]
+    calculator.fields["model"].value = str(tmp_path)
     assert "ModelError" in calculator.errors.outputs[0]["text"] and "Fix:" in calculator.errors.outputs[0]["text"]
-    assert calculator.table.value == ""
-    calculator.model.value = "stories"
-    assert calculator.errors.outputs == () and "stories" in calculator.table.value
+    assert calculator.output.value == ""
+    calculator.fields["model"].value = "stories"
+    assert calculator.errors.outputs == () and "stories" in calculator.output.value
 
 
 def test_the_simulator_takes_this_machines_step_times_and_shows_any_moment():
     times = batching.StepTimes({1: 0.001, 2: 0.0015}, 1e-5, "my machine")
     simulator = widgets.batching_simulator(times)
     assert simulator.source.value == "yours: my machine" and simulator.batch.max == 2
-    assert "in-flight, paged" in simulator.picture.value and "static, contiguous" in simulator.table.value
-    before = simulator.picture.value
+    assert "in-flight, paged" in simulator.output.value and "static, contiguous" in simulator.table.value
+    before = simulator.output.value
     simulator.time.value = 20
-    assert simulator.picture.value != before
+    assert simulator.output.value != before
     simulator.batching.value = False
-    assert "static, paged, up to" in simulator.picture.value
+    assert "static, paged, up to" in simulator.output.value
     data, _ = simulator._repr_mimebundle_()
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and "tokens per second" in data["text/plain"]
 

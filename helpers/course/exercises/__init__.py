@@ -7,7 +7,8 @@
     hint("03.1")                     # a hint without a try
     solution("03.1")                 # one that is right, with the reason
 
-A module holds the exercises of one notebook, and solutions/ a page of solutions for each.
+pages/ has a page for each notebook with the words of its exercises: title, what is expected, hints, a right answer with
+the reason. A module has the judges of the answers.
 """
 
 from __future__ import annotations

@@ -1,24 +1,25 @@
-"""The frame of every exercise: what is checked against what, the learner's code at arm's length, hints, solutions."""
+"""The frame of every exercise: its page, what its answer is checked against, and the learner's code at arm's length."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from helpers.course import learner
+from helpers.course.values import plain
 from helpers.errors import CourseError, InputError, printable, shown
 
-# The module that holds the exercises of a notebook.
+# The module with the judges of a notebook's exercises.
 MODULES = {
     "00": "start",
     "01": "engine",
@@ -30,31 +31,69 @@ MODULES = {
     "07": "lab",
     "08": "diagnose",
 }
-SOLUTIONS = Path(__file__).parent / "solutions"
+PAGES = Path(__file__).parent / "pages"
 OPEN = "Put your answer in place of None and run the cell again."
+Judge = Callable[..., "str | None"]
+_judges: dict[str, Judge] = {}  # by number
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise. Its `judge` takes the answer and, by the names of its arguments, what the notebook froze. It
-    returns what there is to say about a right answer, and raises a CourseError that says what is wrong with another."""
+    """A section of a notebook's page, and the judge of its answers."""
 
     number: str  # "03.2": of notebook 03
     title: str
-    expects: str  # what is expected of an answer, in words that do not give it away
-    hints: tuple[str, ...]  # each deeper than the one before
     points: int
-    judge: Callable[..., str]
+    expects: str  # what is expected of an answer, in words that do not give it away
+    hints: list[str]  # each deeper than the one before
+    solution: str  # Markdown: a right answer as code, and the reason
+    judge: Judge
+
+    @property
+    def reason(self) -> str:
+        return self.solution.rpartition("```\n")[2].replace("\n", " ")
 
 
-def exercise(number: str, title: str, expects: str, *hints: str, points: int = 1) -> Callable[..., Exercise]:
-    """Decorates the judge of an exercise."""
-    return lambda judge: Exercise(number, title, expects, hints, points, judge)
+def judge(number: str) -> Callable[[Judge], Judge]:
+    """Decorates the judge of an exercise. It takes the answer and, by the names of its arguments, what the notebook
+    froze. It raises a CourseError that says what is wrong with an answer. Of a right one it may return what there is to
+    say about this run; else the page's reason is shown."""
+
+    def register(function: Judge) -> Judge:
+        _judges[number] = function
+        return function
+
+    return register
+
+
+@cache
+def exercises_of(notebook: str) -> dict[str, Exercise]:
+    """The exercises of a notebook ("03") by number, in order; none for what is no notebook."""
+    if notebook not in MODULES:
+        return {}
+    importlib.import_module(f"{__package__}.{MODULES[notebook]}")
+    tasks = {}
+    for section in (PAGES / f"{notebook}.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        head, expects, hints, solution = section.strip().split("\n\n", 3)
+        number, _, title = head.partition(" ")
+        title, _, points = title.partition(" (")
+        expects = expects.removeprefix("Expected: ").replace("\n", " ")
+        deeper = [" ".join(hint.split()) for hint in f"\n{hints}".split("\n- ")[1:]]
+        tasks[number] = Exercise(number, title, int(points[:1] or 1), expects, deeper, solution, _judges[number])
+    return tasks
+
+
+def find(number: str) -> Exercise:
+    known = exercises_of(number[:2]) if isinstance(number, str) else {}
+    if number not in known:
+        numbers = ", ".join(known) or "those of notebooks " + ", ".join(MODULES)
+        raise InputError(f"There is no exercise {shown(number)}.", fix=f"There are: {numbers}.")
+    return known[number]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found. `state` is "right", "wrong" or "open" (not answered yet)."""
+    """What a check tells. `state` is "right", "wrong" or "open" (not answered yet)."""
 
     state: str
     message: str
@@ -80,7 +119,7 @@ def check(number: str, answer: Any = None) -> Outcome:
         return Outcome("open", OPEN)
     with _frozen(task) as given:
         try:
-            outcome = Outcome("right", task.judge(answer, **given))
+            outcome = Outcome("right", task.judge(answer, **given) or task.reason)
         except _Open:
             return Outcome("open", "Put your code in place of `...` and run the cell again.")
         except CourseError as error:
@@ -106,52 +145,17 @@ def hint(number: str) -> None:
     print(f"Hint {given} of {len(task.hints)} for {number}: {task.hints[given - 1]}")
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A page's section, as Markdown."""
+class Solution(str):
+    """Markdown, which a notebook shows as such."""
 
-    text: str
-
-    def __repr__(self) -> str:
-        return self.text
-
-    _repr_markdown_ = __repr__
+    __repr__ = _repr_markdown_ = str.__str__
 
 
 def solution(number: str) -> Solution:
     """A right answer, with the reason. The learner's file notes that it was shown."""
     task = find(number)
-    text = read_solutions(number[:2])[number]
     learner.record_solution(number)
-    return Solution(f"**{number} {task.title}**\n\n{text}")
-
-
-def read_solutions(notebook: str) -> dict[str, str]:
-    """Every solution of a notebook: the Markdown under each heading "## 03.1" of its page."""
-    page = (SOLUTIONS / f"{notebook}.md").read_text(encoding="utf-8")
-    _, *parts = re.split(r"^## (\d\d\.\d+)[^\n]*\n", page, flags=re.MULTILINE)
-    return {number: text.strip() for number, text in zip(parts[::2], parts[1::2], strict=True)}
-
-
-# ---- the exercises ---------------------------------------------------------------------------------------------
-
-
-@cache
-def exercises_of(notebook: str) -> dict[str, Exercise]:
-    """The exercises of a notebook ("03") by number, in order; none for what is no notebook."""
-    name = f"{__package__}.{MODULES.get(notebook, '')}"
-    if notebook not in MODULES or importlib.util.find_spec(name) is None:
-        return {}
-    tasks = [value for value in vars(importlib.import_module(name)).values() if isinstance(value, Exercise)]
-    return {task.number: task for task in sorted(tasks, key=lambda task: int(task.number[3:]))}
-
-
-def find(number: str) -> Exercise:
-    known = exercises_of(number[:2]) if isinstance(number, str) else {}
-    if not isinstance(number, str) or number not in known:
-        numbers = ", ".join(known) or "those of notebooks " + ", ".join(filter(exercises_of, MODULES))
-        raise InputError(f"There is no exercise {shown(number)}.", fix=f"There are: {numbers}.")
-    return known[number]
+    return Solution(f"**{number} {task.title}**\n\n{task.solution}")
 
 
 # ---- what answers are checked against --------------------------------------------------------------------------
@@ -164,18 +168,19 @@ def freeze(notebook: str, **given: Any) -> None:
     copied, so that nothing moves it; and engines, which are opened again where they have been closed."""
     if not isinstance(notebook, str) or not exercises_of(notebook):
         raise InputError(f"There are no exercises of notebook {shown(notebook)}.", fix="Give its number, such as '03'.")
-    _given[notebook] = {name: _kept(value) for name, value in given.items()}
+    _given[notebook] = {name: _copied(value) for name, value in given.items()}
     print(f"The exercises of notebook {notebook} are checked against this run: {', '.join(given)}.")
 
 
-def _kept(value: Any) -> Any:
+def _copied(value: Any) -> Any:
+    """A copy that the learner's code may change; what nobody can change, and an engine, as it is."""
     from helpers.backends.base import Engine
 
     parameters = getattr(type(value), "__dataclass_params__", None)
     if isinstance(value, Engine) or (parameters and parameters.frozen):
         return value
     if isinstance(value, dict):
-        return {key: _kept(item) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     return copy.deepcopy(value)
 
 
@@ -210,7 +215,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     if not callable(function):
         raise InputError(f"A function is asked for, not {shown(function)}. Give its name, without parentheses.")
     try:
-        result = function(*arguments)
+        result = function(*map(_copied, arguments))
     except (Exception, SystemExit) as error:  # the learner's code, so any
         raise _in_their_words(function, error) from error
     if result is ...:
@@ -220,6 +225,26 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
             "Your function returns None. Is `return` missing in its last line? What it prints is not what it returns."
         )
     return result
+
+
+def same_as(
+    function: Callable[..., Any],
+    right: Callable[..., Any],
+    cases: Iterable[tuple[Any, ...]],
+    read: Callable[[Any], Any] = plain,
+    mistakes: Mapping[str, Callable[..., Any]] | None = None,
+) -> None:
+    """The learner's function is wrong unless it gives what the right one gives, in each case. read: makes a plain value
+    of what it returns. mistakes: what to say to whom has which function, for the usual ones."""
+    for case in cases:
+        result, expected = read(call(function, *case)), right(*case)
+        if result == expected:
+            continue
+        for words, usual in (mistakes or {}).items():
+            expect(result != usual(*case), words)
+        told = ", ".join(f"{part!r}" for part in case if isinstance(part, (str, int, float, list, tuple, dict)))
+        given = f"For {told:.200} it" if told else "It"
+        raise InputError(f"{given} gives {shown(result)}. Right is {shown(expected)}.")
 
 
 def _in_their_words(function: Callable[..., Any], error: BaseException) -> InputError:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from helpers.course.exercises.frame import call, exercise, expect
+from helpers.course.exercises.frame import call, expect, judge
 from helpers.course.values import choice, number, printed, span, whole, within
 
 if TYPE_CHECKING:
     from helpers.bench.quality import Precision, Scores
     from helpers.model.config import ModelConfig
 
+Messages = Sequence[Mapping[str, str]]
+FIRST_WRONG = 40  # of each passage's rows, counted from 0
 
-@exercise(
-    "06.1",
-    "What a token costs in the KV cache",
-    "a whole number of bytes: what one more token adds, in fp32",
-    "Section 2 has the formula. Which heads are kept: those that ask, or those with keys and values?",
-    "For each layer a key and a value of each KV head: head_dim numbers of 4 bytes.",
-)
+
+@judge("06.1")
 def cache_per_token(answer: Any, config: ModelConfig) -> str:
     size, heads = config.kv_cache_bytes(1, 1, 4), config.num_key_value_heads
     mistakes = {
@@ -36,32 +33,14 @@ def cache_per_token(answer: Any, config: ModelConfig) -> str:
     )
 
 
-@exercise(
-    "06.2",
-    "The least time on another machine",
-    "milliseconds: the least that a token takes in int8 where memory is read at 60 GB/s",
-    "The table of section 2 has the MB that are read for a token in int8.",
-    "Bytes divided by bytes per second are seconds; a second has 1000 ms.",
-)
+@judge("06.2")
 def least_time(answer: Any, int8_bytes: int) -> str:
-    least = int8_bytes / 60e9 * 1e3
-    mistakes = {
-        "That is in seconds.": least / 1e3,
-        "That is the other way round: tokens per second.": 1e3 / least,
-        "A GB is 10^9 bytes here, not 2^30.": int8_bytes / (60 * 2**30) * 1e3,
-        "A byte is read as one, not as 8 bits.": 8 * least,
-    }
+    mistakes = {"A GB is 10^9 bytes here, not 2^30.": int8_bytes / (60 * 2**30) * 1e3}
     within(answer, span(lambda mb: mb / 60, printed(int8_bytes / 1e6, 0)), mistakes)
-    return f"{least:.2f} ms: no engine with these weights gives a token sooner there."
+    return f"{int8_bytes / 60e9 * 1e3:.2f} ms: no engine with these weights gives a token sooner there."
 
 
-@exercise(
-    "06.3",
-    "The fastest that is good enough",
-    "the name of a contender of section 8: the least TPOT among those with a KL divergence of at most 0.01",
-    "First leave out what moves the distribution too far.",
-    "Of the rows with KL up to 0.01, the one with the least TPOT.",
-)
+@judge("06.3")
 def fastest_good_enough(answer: Any, results: Sequence[Precision]) -> str:
     by_name = {result.name: result for result in results}
     short = {name.removeprefix("aot "): name for name in by_name}
@@ -73,16 +52,8 @@ def fastest_good_enough(answer: Any, results: Sequence[Precision]) -> str:
     return f"{result.tpot_s * 1e3:.2f} ms a token, with a KL divergence of {max(0.0, result.kl):.5f}."
 
 
-@exercise(
-    "06.4",
-    "The KL divergence",
-    "a function of two tables of logits [tokens, vocabulary] that returns one number, in nats",
-    "It begins with log_softmax(-1) of each table.",
-    "At each token: the reference's probabilities times the difference of the logarithms, added up.",
-    "Reference less the other; the sum over the vocabulary; then the mean over the tokens.",
-    points=2,
-)
-def kl_divergence(answer: Any) -> str:
+@judge("06.4")
+def kl_divergence(answer: Any) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(6)
@@ -90,24 +61,13 @@ def kl_divergence(answer: Any) -> str:
         reference, logits = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
         theirs, mine = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
         right = (theirs.exp() * (theirs - mine)).sum(-1).mean().item()
-        value = number(call(answer, reference.clone(), logits.clone()))
+        value = number(call(answer, reference, logits))
         case = f"For {tokens} tokens and a vocabulary of {vocabulary}"
         expect(abs(value - right) <= 1e-3 * right, f"{case} it gives {value:.4f}; right is {right:.4f}.")
-    return "The mean over the tokens, in nats, and from the reference's side."
 
 
-Messages = Sequence[Mapping[str, str]]
-
-
-@exercise(
-    "06.5",
-    "A conversation that fits",
-    "a function that returns the messages that are kept: the first, and as many of the last as there is room for",
-    "The system message stays. Which is the oldest after it?",
-    "As long as count(messages) is more than room, one message goes; then count again.",
-    points=2,
-)
-def shorten(answer: Any) -> str:
+@judge("06.5")
+def shorten(answer: Any) -> None:
     roles = ["system", *["user", "assistant"] * 3, "user"]
     lengths = (3, 5, 9, 4, 8, 2, 6, 7)
     talk = [{"role": role, "content": "word " * length} for role, length in zip(roles, lengths, strict=True)]
@@ -119,7 +79,7 @@ def shorten(answer: Any) -> str:
         right = list(messages)
         while count(right) > room:
             del right[1]
-        result = call(answer, [dict(message) for message in messages], count, room)
+        result = call(answer, messages, count, room)
         expect(isinstance(result, (list, tuple)), "It gives no list of messages.")
         kept = [dict(message) for message in result]
         expect(
@@ -127,17 +87,9 @@ def shorten(answer: Any) -> str:
             f"Of {len(messages)} messages with room for {room} tokens it keeps {len(kept)}, {count(kept)} tokens. "
             f"Right are the first and the last {len(right) - 1}, {count(right)} tokens.",
         )
-    return "Right for short conversations and long ones."
 
 
-@exercise(
-    "06.6",
-    "Another precision",
-    "the scores of a precision that the table does not have yet, on the same text",
-    "Section 6 builds a precision, and section 8 scores it: the same calls, with another word.",
-    "quality.score(engine, text) gives the scores; `with load(build(...)) as own:` gives an engine, and closes it.",
-    points=3,
-)
+@judge("06.6")
 def another_precision(answer: Any, scores: Mapping[str, Scores]) -> str:
     from helpers.bench.quality import Scores
 
@@ -148,3 +100,23 @@ def another_precision(answer: Any, scores: Mapping[str, Scores]) -> str:
     expect(min(distances) < 1, "These scores are another model's.")
     change, margin = answer.change(reference)
     return f"Loss {change:+.4f} against fp32, chance {margin:.4f}; KL {answer.kl(reference):.5f}."
+
+
+def suspect(scores: Scores, lengths: Sequence[int]) -> Scores:
+    """The scores of an engine with a fault, to be diagnosed: from some row of each passage on, it has lost its place.
+    lengths: how many rows each passage has."""
+    import torch
+
+    from helpers.bench.quality import Scores
+
+    rounded = scores.log_probs.bfloat16().float().log_softmax(-1)
+    lost = 0.9 * rounded.exp() + 0.1 / rounded.shape[-1]  # the likeliest token stays the likeliest
+    row = torch.cat([torch.arange(length) for length in lengths])
+    return Scores(scores.targets, torch.where((row >= FIRST_WRONG)[:, None], lost.log(), rounded))
+
+
+@judge("06.7")
+def lost_place(answer: Any) -> None:
+    row = whole(answer)
+    expect(abs(row - FIRST_WRONG) != 1, "Near: the first row of a passage is row 0.")
+    expect(row == FIRST_WRONG, "The first wrong row is another.")

@@ -3,7 +3,7 @@
 from helpers.course.widgets.batching import batching_simulator
 from helpers.course.widgets.build import build_explorer
 from helpers.course.widgets.chat import chat
-from helpers.course.widgets.choices import START, Choice, bars, candidates, next_tokens, stream_choices
+from helpers.course.widgets.choices import START, Choice, bars, candidates, stream_choices
 from helpers.course.widgets.experiments import experiment_runner
 from helpers.course.widgets.memory import memory_calculator
 from helpers.course.widgets.replay import fusion_replay
@@ -20,7 +20,6 @@ __all__ = [
     "experiment_runner",
     "fusion_replay",
     "memory_calculator",
-    "next_tokens",
     "sampling_explorer",
     "stream_choices",
 ]

@@ -35,14 +35,14 @@ class BatchingSimulator(Panel):
         self.memory = slider("cache, sequences", 3, 1, 16, tooltip="how many of full length it has room for")
         self.time = slider("time, %", 100, 0, 100)
         self.play = button("Play", "Show the simulation as it goes on", lambda: self._start(self._play()))
-        self.picture, self.table = w.HTML(), w.HTML()
+        self.table = w.HTML()
+        self.shown = [self.output, self.table]
         settings = [self.source, self.batching, self.cache, self.load, self.count, self.answer, self.batch, self.memory]
         self.controls = [*settings, self.play]
         buttons = row(self.play, self.stop_button)
-        self.view = w.VBox([row(*settings), row(self.time, buttons), self.errors, self.picture, self.table])
+        self.view = w.VBox([row(*settings), row(self.time, buttons), self.errors, self.output, self.table])
         self.redraw_with(self.draw, *settings)
         self.redraw_with(self.show, self.time)
-        self.draw()
 
     def limits(self) -> dict[str, int]:
         return {"max_batch": self.batch.value, "cache_tokens": 320 * self.memory.value, "max_seq_len": 320}
@@ -72,17 +72,13 @@ class BatchingSimulator(Panel):
         """The picture at the slider's time."""
         end = max(self._timeline.finished)
         name = batching.NAMES[self.batching.value, self.cache.value]
-        self.picture.value = as_html(batching.batching_picture(self._timeline, name, end * self.time.value / 100))
+        self.output.value = as_html(batching.batching_picture(self._timeline, name, end * self.time.value / 100))
 
     def _play(self) -> Iterator[float]:
         for percent in self._until_stopped(iter(range(0, 101, 2))):
             self.time.value = percent
             self.show()
             yield FRAME
-
-    def _show_error(self, words: str) -> None:
-        self.picture.value = self.table.value = ""  # what is there belongs to other settings
-        super()._show_error(words)
 
     def twin(self) -> Picture:
         return batching.batching_picture(self.timeline(), batching.NAMES[self.batching.value, self.cache.value])

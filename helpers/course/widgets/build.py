@@ -15,15 +15,15 @@ from typing import Any
 
 from helpers import recipe as recipes
 from helpers.course.memory import expected_seconds, plan
-from helpers.course.widgets.memory import models
-from helpers.course.widgets.panel import Panel, as_html, button, control, row, slider
+from helpers.course.widgets.memory import RecipePanel
+from helpers.course.widgets.panel import as_html, button, control, row, slider
 from helpers.display import Table
 from helpers.engine import inspect
 from helpers.errors import BuildError
 from helpers.machine import commands
 from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
-from helpers.recipe.fields import OPTIMIZATION_LEVELS, PRECISIONS
+from helpers.recipe.fields import OPTIMIZATION_LEVELS
 
 PATIENCE = 15.0  # seconds that a cancelled build may take to clear away what it has written
 
@@ -33,41 +33,33 @@ def build_explorer(**fields: Any) -> BuildExplorer:
     return BuildExplorer(BuildRecipe(**{"max_batch_size": 4, "optimization_level": 0, **fields}))
 
 
-class BuildExplorer(Panel):
+class BuildExplorer(RecipePanel):
     def __init__(self, recipe: BuildRecipe):
         import ipywidgets as w
 
-        super().__init__()
-        self._recipe = recipe
-        self.fields = {
-            "model": control("Dropdown", "model", options=models(recipe.model), value=recipe.model),
-            "precision": control("Dropdown", "precision", options=PRECISIONS["aot"], value=recipe.precision),
-            "max_batch_size": slider("max_batch_size", recipe.max_batch_size, 1, 64),
-            "max_input_len": slider("max_input_len", recipe.max_input_len, 2, 2048),
-            "max_seq_len": slider("max_seq_len", recipe.max_seq_len, 3, 4096),
-            "optimization_level": control(
-                "Dropdown", "optimization_level", options=OPTIMIZATION_LEVELS, value=recipe.optimization_level
-            ),
-        }
+        level = recipe.optimization_level
+        super().__init__(
+            recipe,
+            max_batch_size=slider("max_batch_size", recipe.max_batch_size, 1, 64),
+            max_input_len=slider("max_input_len", recipe.max_input_len, 2, 2048),
+            max_seq_len=slider("max_seq_len", recipe.max_seq_len, 3, 4096),
+            optimization_level=control("Dropdown", "optimization_level", options=OPTIMIZATION_LEVELS, value=level),
+        )
         self.fuse = control("Checkbox", "fuse operations into kernels", value=recipe.fusion.kernels, indent=False)
         self.button = button("Build", "Compile this recipe", lambda: self._start(self._build()))
         self.button.button_style = "primary"
         self.stop_button.tooltip = "Cancel the build; nothing is left of it"
         self.bar = w.FloatProgress(0, min=0, max=1, description="build", layout=w.Layout(display="none"))
-        self.table, self.log, self.report = w.HTML(), w.HTML(), w.HTML()
-        settings = [*self.fields.values(), self.fuse]
+        self.log, self.report = w.HTML(), w.HTML()
+        self.shown = [self.output, self.log, self.report]
+        settings = [*self.controls, self.fuse]
         self.controls = [*settings, self.button]
         buttons = row(self.button, self.stop_button, self.bar)
-        self.view = w.VBox([row(*settings), self.errors, self.table, buttons, self.log, self.report])
+        self.view = w.VBox([row(*settings), self.errors, self.output, buttons, self.log, self.report])
         self.redraw_with(self.draw, *settings)
-        self._soon(self.draw)
 
     def recipe(self) -> BuildRecipe:
-        chosen = {name: field.value for name, field in self.fields.items()}
-        return self._recipe.replace(**chosen, fusion={**vars(self._recipe.fusion), "kernels": self.fuse.value})
-
-    def draw(self) -> None:
-        self.table.value = as_html(self.twin())
+        return super().recipe().replace(fusion={**vars(self._recipe.fusion), "kernels": self.fuse.value})
 
     def _build(self) -> Iterator[float]:
         """In a process of its own, as `helpers build` does it: so the kernel stays free, and it can be interrupted."""
@@ -115,10 +107,6 @@ class BuildExplorer(Panel):
     def _show_log(self, log: Path, now: str) -> None:
         words = log.read_text(encoding="utf-8", errors="replace")
         self.log.value = f"<pre>{html.escape(words)}{html.escape(now)}</pre>"
-
-    def _show_error(self, words: str) -> None:
-        self.table.value = self.log.value = self.report.value = ""  # what is there belongs to other settings
-        super()._show_error(words)
 
     def twin(self) -> Table:
         return plan(self.recipe())

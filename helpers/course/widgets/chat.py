@@ -46,7 +46,7 @@ class Chat(Panel):
         self.question.on_msg(lambda _, content, __: self.send() if content.get("event") == "submit" else None)
         self.button = button("Send", "Send the message", self.send, button_style="primary")
         self.anew = button("New conversation", "Forget what was said", self.begin_anew)
-        self.text = w.HTML()
+        self.text, self.shown = self.output, []  # an error leaves what was said
         self.controls = [self.temperature, self.max_tokens, self.button, self.anew]
         buttons, settings = row(self.button, self.stop_button, self.anew), row(self.temperature, self.max_tokens)
         self.view = w.VBox([self.text, self.errors, self.question, buttons, settings])
@@ -90,22 +90,9 @@ class Chat(Panel):
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.text.value = page_of(self.messages)
 
-    def twin(self) -> Conversation:
-        return Conversation(self.messages)
-
-
-class Conversation:
-    """A conversation for those who only read."""
-
-    def __init__(self, messages: Sequence[dict[str, str]]):
-        self.messages = messages
-
-    def __str__(self) -> str:
+    def twin(self) -> str:
         lines = (f"{message['role']}: {printable(message['content'])}" for message in self.messages)
         return "\n".join(lines) or "(A conversation that has not begun.)"
-
-    def _repr_html_(self) -> str:
-        return page_of(self.messages)
 
 
 def page_of(messages: Sequence[dict[str, str]], answer: str | None = None) -> str:

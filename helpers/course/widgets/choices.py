@@ -59,12 +59,6 @@ def _name(engine: Engine, token: int, after: Sequence[int]) -> str:
     return engine.detokenize([token], after) or f"(token {token})"
 
 
-def next_tokens(engine: Engine, prompt: str, sampling: SamplingParams, count: int = 8) -> list[tuple[str, float]]:
-    """What the token after the prompt would be drawn from, under these settings."""
-    ids, logits = engine.tokenize(prompt), engine.logits(prompt)
-    return candidates(engine, next_token_distribution(logits, sampling, ids), count, ids, logits)
-
-
 def stream_choices(engine: Engine, prompt: str, sampling: SamplingParams, count: int = 8) -> Iterator[Choice]:
     """`engine.stream`, showing for each token what it was chosen from."""
     seen: deque[Tensor] = deque()  # logits [V] of the tokens that were chosen and not handed out yet

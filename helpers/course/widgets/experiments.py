@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from helpers.course.experiments import Grid, Row, measure_engine, read_rows, rows_picture, rows_table, run_grid
+from helpers.course.experiments import Grid, Measure, read_rows, rows_picture, rows_table, run_grid
 from helpers.course.widgets.panel import Panel, as_html, button, row
 from helpers.display import Table
 
 
-def experiment_runner(
-    grid: Grid, file: Path | str, measure: Callable[..., Row] = measure_engine, metric: str = "tpot_ms"
-) -> ExperimentRunner:
+def experiment_runner(measure: Measure, grid: Grid, file: Path | str, metric: str) -> ExperimentRunner:
     """Run measures what `file` has no row of yet; Stop ends it after the running measurement. metric: what is drawn."""
-    return ExperimentRunner(grid, Path(file), measure, metric)
+    return ExperimentRunner(measure, grid, Path(file), metric)
 
 
 class ExperimentRunner(Panel):
-    def __init__(self, grid: Grid, file: Path, measure: Callable[..., Row], metric: str):
+    def __init__(self, measure: Measure, grid: Grid, file: Path, metric: str):
         import ipywidgets as w
 
         super().__init__()
@@ -30,14 +28,18 @@ class ExperimentRunner(Panel):
         self.button = button("Run", "Measure what is missing", lambda: self._start(self._run()))
         self.stop_button.tooltip = "End after the measurement that runs; what is measured is kept"
         self.bar = w.IntProgress(0, min=0, max=prod(map(len, grid.values())), description="measured")
-        self.table, self.picture = w.HTML(), w.HTML()
+        self.picture, self.shown = w.HTML(), []  # an error leaves what was measured
         self.controls = [self.button]
-        self.view = w.VBox([row(self.button, self.stop_button, self.bar), self.errors, self.table, self.picture])
+        self.view = w.VBox([row(self.button, self.stop_button, self.bar), self.errors, self.output, self.picture])
         self.draw()
 
+    def measured(self) -> int:
+        """How many of the grid's combinations have a row; the file may have others too."""
+        return sum(all(row.get(name) in values for name, values in self.grid.items()) for row in self.rows)
+
     def draw(self) -> None:
-        self.bar.value = len(self.rows)
-        self.table.value = as_html(self.twin())
+        super().draw()
+        self.bar.value = self.measured()
         picture = rows_picture(self.rows, self.grid, self.metric)
         self.picture.value = as_html(picture) if picture else ""
 
@@ -55,4 +57,4 @@ class ExperimentRunner(Panel):
                 self.draw()
 
     def twin(self) -> Table:
-        return rows_table(self.rows, f"{len(self.rows)} of {self.bar.max} settings, in {self.file.name}")
+        return rows_table(self.rows, f"{self.measured()} of {self.bar.max} settings, in {self.file.name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from helpers.course.memory import memory_table
-from helpers.course.widgets.panel import Panel, as_html, control, row, slider
+from helpers.course.widgets.panel import Panel, control, row, slider
 from helpers.display import Table
 from helpers.errors import CourseError
 from helpers.model.checkpoint import NAMED, SHAPES, find_checkpoint
@@ -17,6 +17,23 @@ def memory_calculator(model: str = "dummy:llama-3.2-1b", **fields: Any) -> Memor
     """Controls for model, precision, batch and length over `memory_table`. fields: where they stand at first, as a
     recipe's."""
     return MemoryCalculator(BuildRecipe(model=model, **{"precision": "bf16", "max_seq_len": 1024, **fields}))
+
+
+class RecipePanel(Panel):
+    """Controls for fields of a recipe, by their names."""
+
+    def __init__(self, recipe: BuildRecipe, **more: Any):
+        super().__init__()
+        self._recipe = recipe
+        self.fields = {
+            "model": control("Dropdown", "model", options=models(recipe.model), value=recipe.model),
+            "precision": control("Dropdown", "precision", options=PRECISIONS["aot"], value=recipe.precision),
+            **more,
+        }
+        self.controls = [*self.fields.values()]
+
+    def recipe(self) -> BuildRecipe:
+        return self._recipe.replace(**{name: field.value for name, field in self.fields.items()})
 
 
 def models(*more: str) -> list[str]:
@@ -33,43 +50,18 @@ def _is_here(name: str) -> bool:
     return True
 
 
-class MemoryCalculator(Panel):
+class MemoryCalculator(RecipePanel):
     def __init__(self, recipe: BuildRecipe):
         import ipywidgets as w
 
-        super().__init__()
-        self._recipe = recipe
-        self.model = control("Dropdown", "model", options=models(recipe.model), value=recipe.model)
-        self.precision = control("Dropdown", "precision", options=PRECISIONS["aot"], value=recipe.precision)
-        self.batch = slider("sequences", recipe.max_batch_size, 1, 1024)
-        lengths = [2**power for power in range(5, 18)]
-        self.length = control(
-            "SelectionSlider",
-            "tokens in each",
-            options=sorted({*lengths, recipe.max_seq_len}),
-            value=recipe.max_seq_len,
+        lengths = sorted({*(2**power for power in range(5, 18)), recipe.max_seq_len})
+        super().__init__(
+            recipe.replace(max_input_len=1),
+            max_batch_size=slider("sequences", recipe.max_batch_size, 1, 1024),
+            max_seq_len=control("SelectionSlider", "tokens in each", options=lengths, value=recipe.max_seq_len),
         )
-        self.controls = [self.model, self.precision, self.batch, self.length]
-        self.table = w.HTML()
-        self.view = w.VBox([row(*self.controls), self.errors, self.table])
+        self.view = w.VBox([row(*self.controls), self.errors, self.output])
         self.redraw_with(self.draw, *self.controls)
-        self._soon(self.draw)
-
-    def recipe(self) -> BuildRecipe:
-        return self._recipe.replace(
-            model=self.model.value,
-            precision=self.precision.value,
-            max_batch_size=self.batch.value,
-            max_seq_len=self.length.value,
-            max_input_len=min(self._recipe.max_input_len, self.length.value - 1),
-        )
-
-    def draw(self) -> None:
-        self.table.value = as_html(self.twin())
-
-    def _show_error(self, words: str) -> None:
-        self.table.value = ""  # what is there belongs to other settings
-        super()._show_error(words)
 
     def twin(self) -> Table:
         return memory_table(self.recipe())

@@ -8,8 +8,10 @@ import html
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from helpers.display import Table
 from helpers.errors import CourseError
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ def control(kind: str, label: str, **settings: Any) -> Any:
     layout = w.Layout(width="26em", max_width="98%")
     return getattr(w, kind)(
         description=label,
-        **{"style": {"description_width": "9em"}, "layout": layout} | settings,
+        **{"style": {"description_width": "10em"}, "layout": layout} | settings,
     )
 
 
@@ -53,18 +55,22 @@ def mime_bundle(thing: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if hasattr(thing, "_repr_mimebundle_"):
         return thing._repr_mimebundle_()
     text = str(thing)
-    page = thing._repr_html_() if hasattr(thing, "_repr_html_") else f"<pre>{html.escape(text)}</pre>"
+    lines = f"<pre style='white-space:pre-wrap'>{html.escape(text)}</pre>"
+    page = thing._repr_html_() if hasattr(thing, "_repr_html_") else lines
     return {"text/html": page, "text/plain": text}, {}
 
 
 def as_html(thing: Any) -> str:
     """The same as a part of a page."""
+    above = ""
+    if isinstance(thing, Table):  # on a phone the table scrolls, and its caption has to be read without that
+        above, thing = f"<p>{html.escape(thing.caption)}</p>", replace(thing, caption="")
     data, _ = mime_bundle(thing)
     if "image/png" in data:
         alt = html.escape(data["text/plain"], quote=True)
         return f"<img alt='{alt}' style='max-width:100%' src='data:image/png;base64,{data['image/png']}'>"
     style = "overflow-x:auto;line-height:1.4"
-    return f"<div class='jp-RenderedHTMLCommon' style='{style}'>{data['text/html']}</div>"
+    return f"{above}<div class='jp-RenderedHTMLCommon' style='{style}'>{data['text/html']}</div>"
 
 
 class Panel(ABC):
@@ -79,28 +85,35 @@ class Panel(ABC):
     def __init__(self) -> None:
         import ipywidgets as w
 
+        self.output = w.HTML()  # what `draw` shows
+        self.shown = [self.output]  # what belongs to the settings: an error empties it
         self.stop_button = button("Stop", "End what is running", self.stop, disabled=True)
         self.errors = w.Output()
         self.controls: list[Any] = []  # off while it runs
         self.task: asyncio.Task[None] | None = None  # of what runs; Python forgets one that nobody keeps
         self._running = self._stopping = False
-        self._redraw: asyncio.TimerHandle | None = None
+        self._due: set[Callable[[], None]] = set()  # what will be drawn in a moment
 
     @abstractmethod
     def twin(self) -> Any:
         """What readers without a kernel see: a table, a picture or a text."""
 
+    def draw(self) -> None:
+        self.output.value = as_html(self.twin())
+
     def stop(self) -> None:
         self._stopping = True
 
     def redraw_with(self, draw: Callable[[], None], *controls: Any) -> None:
-        """Draw whenever one of the controls moves. A fast drag is drawn as it is then: no move waits for its turn."""
+        """Draw now, and whenever one of the controls moves. A fast drag is drawn as it is then: no move waits for its
+        turn."""
         for one in controls:
             one.observe(lambda _: self._soon(draw), names="value")
+        self._soon(draw)
 
     def _soon(self, draw: Callable[[], None]) -> None:
         def now() -> None:
-            self._redraw = None
+            self._due.discard(draw)
             if not self._running:
                 with self._shown_errors():
                     draw()
@@ -110,8 +123,9 @@ class Panel(ABC):
         except RuntimeError:  # no notebook
             now()
         else:
-            if self._redraw is None:
-                self._redraw = loop.call_later(REDRAW, now)
+            if draw not in self._due:
+                self._due.add(draw)
+                loop.call_later(REDRAW, now)
 
     def _start(self, steps: Iterator[float]) -> None:
         """Take the steps of some work; each says how many seconds to wait after it. A notebook gets its cell back."""
@@ -157,6 +171,8 @@ class Panel(ABC):
             self._show_error(traceback.format_exc())
 
     def _show_error(self, words: str) -> None:
+        for part in self.shown:
+            part.value = ""
         self.errors.append_stderr(words)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,14 +20,12 @@ class FusionReplay(Panel):
         super().__init__()
         self._report = report
         self.step = slider("kernels merged", 0, 0, len(merges(report)))
-        self.picture = w.HTML()
         self.controls = [self.step]
-        self.view = w.VBox([self.step, self.errors, self.picture])
+        self.view = w.VBox([self.step, self.errors, self.output])
         self.redraw_with(self.draw, self.step)
-        self._soon(self.draw)
 
     def draw(self) -> None:
-        self.picture.value = as_html(clusters(self._report, self.step.value))
+        self.output.value = as_html(clusters(self._report, self.step.value))
 
     def twin(self) -> Picture:
         return replay(self._report)

@@ -112,7 +112,6 @@ class SamplingExplorer(Panel):
         sides = row(*(side.view for side in self.sides))
         self.view = w.VBox([self.prompt, row(*common), row(self.button, self.stop_button), self.errors, sides])
         self.redraw_with(self.show_first, self.prompt, self.two, *sliders)
-        self._soon(self.show_first)
 
     def sampling(self, side: int = 0) -> SamplingParams:
         return SamplingParams(
