@@ -202,12 +202,16 @@ def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = (), *, thor
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Whatever fails while an engine is read: if it was removed meanwhile, that is the reason."""
+    """Whatever fails while an engine is read: if it was removed or built again meanwhile, that is the reason."""
+    before = _manifest_node(folder)
     try:
         yield
     except Exception as error:
         if not _has_manifest(folder):
             raise _gone(folder) from error
+        if _manifest_node(folder) != before:
+            words = f"Engine {folder.name!r} was built again while it was read."
+            raise EngineNotFound(words, fix="Load it again.") from error
         if isinstance(error, OSError):
             raise _unreadable(folder, error) from error
         raise
@@ -306,6 +310,12 @@ def size(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
             total += path.lstat().st_size
     return total
+
+
+def _manifest_node(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return (folder / MANIFEST).stat().st_ino
+    return 0
 
 
 def _has_manifest(folder: Path) -> bool:

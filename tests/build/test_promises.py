@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import GREEDY, PROMPTS
-from test_store import RECIPE, FakeBackend, engines, leftovers  # noqa: F401  (engines is a fixture)
+from test_store import FORKS, RECIPE, FakeBackend, engines, fork, leftovers  # noqa: F401  (engines is a fixture)
 
 from helpers import backends, build, cli, engine, load, store
 from helpers.backends.tensorrt.builder import missing
@@ -42,12 +41,6 @@ def slow(folder):
         time.sleep(0.002)
 
 
-def fork(work, *arguments):
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
-    process.start()
-    return process
-
-
 def build_again_and_again(recipe):
     """In a fork: build the same engine until somebody ends it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -65,7 +58,7 @@ def fake(engines, monkeypatch):  # noqa: F811
 
 
 @POSIX
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@FORKS
 @pytest.mark.promise("A build that is killed at any moment leaves no half-written engine", 20, 500)
 def test_a_killed_build_lists_nothing_that_is_not_whole(fake, engines, attempts):  # noqa: F811
     def one(rng):
@@ -154,7 +147,7 @@ def build_once(recipe, side):
 
 
 @POSIX
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@FORKS
 @pytest.mark.promise("The same recipe by eight processes is built once", 2, 50)
 def test_eight_processes_build_once(fake, engines, tmp_path, attempts):  # noqa: F811
     def one(rng):

@@ -3,12 +3,10 @@
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -38,7 +36,8 @@ from helpers.paths import engines_folder
 from helpers.recipe import from_dict
 
 RECIPE = BuildRecipe(**limits())
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]  # for test_shared_store.py
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 class FakeBackend:
@@ -204,46 +203,36 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(fake, engine
     assert whole(build(RECIPE, quiet=True))
 
 
-# A process of its own, whose build waits until the file "go" is there, after it wrote the file "started".
-BUILDER = """
-    import sys, time
-    from pathlib import Path
-    sys.path[:0] = [{tests!r}, {tests!r} + "/build"]
-    from test_store import RECIPE, FakeBackend
-    from helpers import backends, build
-    side = Path(sys.argv[1])
+def fork(work, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def build_until_told(side: Path) -> None:
+    """In a fork: a build that writes the file "started" and waits for the file "go"."""
 
     def work(folder):
-        with (side / "started").open("a") as log:
-            log.write("x")
+        (side / "started").write_text("x")
         while not (side / "go").exists():
             time.sleep(0.02)
 
-    fake = FakeBackend(work)
-    backends.module = lambda name: fake
-    print(build(RECIPE, quiet=True).name)
-"""
+    backends.module = lambda name: FakeBackend(work)
+    build(RECIPE, quiet=True)
 
 
 @pytest.fixture
-def start_build(engines, tmp_path):
-    side = tmp_path / "side"
-    side.mkdir()
-    started = []
-
-    def start() -> subprocess.Popen:
-        script = textwrap.dedent(BUILDER.format(tests=str(ROOT / "tests")))
-        started.append(
-            subprocess.Popen([sys.executable, "-c", script, str(side)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        )
-        return started[-1]
-
-    start.side = side
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+def other_build(engines, tmp_path):
+    """A build of RECIPE that goes on in another process until `go` is called."""
+    if os.name == "nt":
+        pytest.skip("needs fork")
+    hardware.describe("cpu")  # once, before the fork
+    process = fork(build_until_told, tmp_path)
+    process.go = (tmp_path / "go").touch
+    wait_for(tmp_path / "started")
+    yield process
+    process.kill()
+    process.join()
 
 
 def wait_for(path: Path) -> None:
@@ -254,14 +243,13 @@ def wait_for(path: Path) -> None:
     raise AssertionError(f"{path.name} did not appear")
 
 
-def test_another_build_leaves_one_that_is_going_on_alone(start_build, engines, fake):
-    process = start_build()
-    wait_for(start_build.side / "started")
+@FORKS
+def test_another_build_leaves_one_that_is_going_on_alone(other_build, fake):
     fake()
     build(RECIPE.replace(precision="bf16"), quiet=True)
-    (start_build.side / "go").touch()
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and len(store.list_engines()) == 2
+    other_build.go()
+    other_build.join(60)
+    assert other_build.exitcode == 0 and len(store.list_engines()) == 2
 
 
 def test_two_threads_build_side_by_side(fake, engines):
@@ -288,27 +276,24 @@ def test_force_builds_again_and_a_failing_one_keeps_the_old_engine(fake, engines
     assert whole(folder) and leftovers(engines) == [folder.name]
 
 
-def test_a_second_build_of_the_same_engine_says_what_it_waits_for(start_build, engines, fake, capsys):
-    process = start_build()
-    wait_for(start_build.side / "started")
+@FORKS
+def test_a_second_build_of_the_same_engine_says_what_it_waits_for(other_build, fake, capsys):
     backend = fake()
-    threading.Timer(2.5, (start_build.side / "go").touch).start()
+    threading.Timer(1.5, other_build.go).start()  # after a second it is told
     folder = build(RECIPE)
-    process.communicate(timeout=60)
     told = capsys.readouterr().err
     assert f"Another process builds {folder.name}" in told and "wait" in told and "Cache hit" in told
     assert backend.builds == 0
 
 
-def test_waiting_for_another_build_can_be_interrupted(start_build, engines, fake):
-    process = start_build()
-    wait_for(start_build.side / "started")
+@FORKS
+def test_waiting_for_another_build_can_be_interrupted(other_build, fake):
     backend = fake()
-    timer = threading.Timer(2.0, signal.raise_signal, (signal.SIGINT,))
+    timer = threading.Timer(1.5, signal.raise_signal, (signal.SIGINT,))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         build(RECIPE, quiet=True)
-    assert backend.builds == 0 and process.poll() is None  # the other one goes on
+    assert backend.builds == 0 and other_build.is_alive()
 
 
 @pytest.mark.parametrize("quiet", [True, False])
@@ -420,6 +405,18 @@ def test_another_persons_engines_are_left_alone(fake, engines, monkeypatch, caps
         load(other)
     assert cli.main(["list"]) == 0 and mine.name in capsys.readouterr().out
     assert build(RECIPE.replace(max_batch_size=2), quiet=True)
+
+
+def test_an_engine_that_is_built_again_while_it_is_read_is_not_told_as_damaged(fake, engines):
+    backend = fake()
+
+    def read(recipe, folder, manifest):
+        build(RECIPE, quiet=True, force=True)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "graph.pt2")
+
+    backend.load = read
+    with pytest.raises(EngineNotFound, match="built again while it was read"):
+        load(build(RECIPE, quiet=True))
 
 
 def test_readers_beside_a_process_that_builds_and_removes_get_an_engine_or_our_word(fake, engines):
