@@ -142,7 +142,12 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     folder = locate(engine)
     with store.reading(folder), _understood(folder), _loading():
         check_trust(folder)
-        manifest = _read_language_model(folder)
+        manifest = store.read_manifest(folder)
+        if manifest["identity"].get("kind") != "language model":
+            raise EngineMismatch(
+                f"Engine {folder.name!r} holds a module, not a language model: it answers no prompts.",
+                fix="Look inside with inspect(folder), or try it with load_plan(folder).",
+            )
         backend = backends.module(manifest["recipe"]["backend"])
         backend.check_machine(folder.name, manifest["identity"])
         store.verify(folder, manifest)
@@ -249,16 +254,6 @@ def _need_compiled(recipe: BuildRecipe) -> None:
             f"Backend {recipe.backend!r} compiles nothing ahead of time, so there is nothing to build.",
             fix="Load the recipe itself: load(recipe).",
         )
-
-
-def _read_language_model(folder: Path) -> store.Manifest:
-    manifest = store.read_manifest(folder)
-    if manifest["identity"].get("kind") != "language model":
-        raise EngineMismatch(
-            f"Engine {folder.name!r} holds a module, not a language model: it has no recipe and answers no prompts.",
-            fix="Look inside with inspect(folder), or try it with load_plan(folder).",
-        )
-    return manifest
 
 
 def _run(job: BuildJob, force: bool) -> Path:

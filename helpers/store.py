@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -203,13 +204,14 @@ def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = (), *, thor
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Whatever fails while an engine is read: if it was removed or built again meanwhile, that is the reason."""
-    before = _manifest_node(folder)
+    before = _manifest_stamp(folder)
     try:
         yield
     except Exception as error:
-        if not _has_manifest(folder):
+        now = _manifest_stamp(folder)
+        if not now:
             raise _gone(folder) from error
-        if _manifest_node(folder) != before:
+        if now != before:
             words = f"Engine {folder.name!r} was built again while it was read."
             raise EngineNotFound(words, fix="Load it again.") from error
         if isinstance(error, OSError):
@@ -268,7 +270,7 @@ def find(engine: Path | str) -> Path:
     """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
     try:
         given = Path(engine)
-        if given.name and _has_manifest(given):
+        if given.name and _manifest_stamp(given):
             return given
         stores = [root.resolve() for root in engines_folders()]
         in_store = given.name and (given.name == str(engine) or given.parent.resolve() in stores)
@@ -312,16 +314,12 @@ def size(folder: Path) -> int:
     return total
 
 
-def _manifest_node(folder: Path) -> int:
-    with contextlib.suppress(OSError):
-        return (folder / MANIFEST).stat().st_ino
-    return 0
-
-
-def _has_manifest(folder: Path) -> bool:
+def _manifest_stamp(folder: Path) -> tuple[int, ...]:
+    """What tells one manifest from a later one; nothing, and so false, where there is none."""
     with contextlib.suppress(OSError):  # such as another person's folder
-        return (folder / MANIFEST).is_file()
-    return False
+        status = (folder / MANIFEST).stat()
+        return (status.st_ino, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ()
+    return ()
 
 
 def _lock(name: str) -> filelock.BaseFileLock:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from helpers.bench.records import REFERENCES, Record, Row, Workload, differences, same_work
+from helpers.bench.records import REFERENCES, Record, Row, differences, same_work
 from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, sample_bars, stacked_bars
 from helpers.errors import InputError
 
@@ -31,16 +31,8 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:,.0f}" if size else "-"
 
 
-def _used(row: Row) -> str:
-    return f"cpu, threads: {row.threads}" if row.device == "cpu" else row.device or "-"
-
-
 def _median_and_least(row: Row) -> str:
     return f"{_ms(row.median('tpot_s'))} ({_ms(min(row.tpot_s))})"
-
-
-def _equal(row: Row, work: Workload) -> str:
-    return "-" if row.tokens_equal is None else f"{row.tokens_equal} of {work.output_len}"
 
 
 # How each metric of a row shows; "-" where it is not known or not there. FORMULAS says what they are.
@@ -67,9 +59,11 @@ METRICS: dict[str, Callable[[Record, Row], str]] = {
     "host memory, MB": lambda _, r: _mb(r.peak_host_bytes),
     "GPU memory, MB": lambda _, r: _mb(r.device_bytes),
     "engine on disk, MB": lambda _, r: _mb(r.disk_bytes),
-    "ran on": lambda _, r: _used(r),
+    "ran on": lambda _, r: f"cpu, threads: {r.threads}" if r.device == "cpu" else r.device or "-",
     "decode graph": lambda _, r: str(r.decode_graph or "-"),
-    "tokens as fp32": lambda record, r: _equal(r, record.workload),
+    "tokens as fp32": lambda record, r: (
+        "-" if r.tokens_equal is None else f"{r.tokens_equal} of {record.workload.output_len}"
+    ),
     "logits off by": lambda _, r: "-" if r.logit_error is None else f"{r.logit_error:.0e}",
     "agrees": lambda _, r: {True: "yes", False: "NO", None: "-"}[r.agrees],
 }

@@ -65,6 +65,7 @@ def driver() -> str:
 @cache
 def describe(device: str = "auto") -> Hardware:
     """The device that a recipe would use here."""
+    import psutil
     import torch
 
     if resolve_device(device) == "cuda":
@@ -77,9 +78,10 @@ def describe(device: str = "auto") -> Hardware:
             properties.total_memory,
             driver(),
         )
-    isa = torch.backends.cpu.get_cpu_capability()
-    architecture = f"{platform.machine()} {isa}"
-    return Hardware("cpu", _cpu_name(), architecture, free_cores(), _host_memory(), "", _vector_instructions())
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    architecture = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    memory = psutil.virtual_memory().total
+    return Hardware("cpu", name, architecture, free_cores(), memory, "", _vector_instructions())
 
 
 def free_memory() -> int:
@@ -202,10 +204,6 @@ def versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), **cuda}
 
 
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
 def _vector_instructions() -> tuple[str, ...]:
     """Such as avx2, avx512f, amx_int8 (x86) or asimd, sve (Arm), as Linux lists them; empty elsewhere."""
     kinds = ("avx", "amx", "fma", "f16c", "bmi", "abm", "asimd", "sve", "sme", "bf16", "i8mm")
@@ -220,9 +218,3 @@ def _cpuinfo(field: str) -> str:
     except OSError:
         pass  # not Linux
     return ""
-
-
-def _host_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().total

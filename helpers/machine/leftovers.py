@@ -51,7 +51,8 @@ def check_packages() -> Check:
     names: set[str] = set()
     for folder in _own_folders():
         found = importlib.metadata.distributions(path=[str(folder)])
-        counted = Counter(_normalized(one.metadata["Name"]) for one in found if one.metadata["Name"])
+        named = (one.metadata["Name"] for one in found)
+        counted = Counter(re.sub(r"[-_.]+", "-", name).lower() for name in named if name)
         if twice := sorted(name for name, number in counted.items() if number > 1):
             return failure(f"installed twice, over each other: {', '.join(twice)}", fix)
         names |= set(counted)
@@ -134,10 +135,6 @@ def check_gpu_memory() -> Check:
 def _own_folders() -> set[Path]:
     paths = [*site.getsitepackages(), *(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))]
     return {Path(path).resolve() for path in paths}
-
-
-def _normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _cuda_families(names: set[str]) -> str:
