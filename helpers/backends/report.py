@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from helpers.display import Table
 from helpers.errors import EngineCorrupt
 
 REPORT_FILE = "report.json"
@@ -64,16 +64,12 @@ class EngineReport:
 
     def of(self, graph: str) -> EngineReport:
         """The part of the report that is about one graph, such as "decode_b1"."""
-        return EngineReport(
-            self.backend,
-            [o for o in self.operations if o.graph == graph],
-            [k for k in self.kernels if k.graph == graph],
-            [r for r in self.removed if r.startswith(f"{graph}/")],
-            self.sizes,
+        return replace(
+            self,
+            operations=[o for o in self.operations if o.graph == graph],
+            kernels=[k for k in self.kernels if k.graph == graph],
+            removed=[r for r in self.removed if r.startswith(f"{graph}/")],
         )
-
-    def operation_counts(self) -> Counter[str]:
-        return Counter(operation.op for operation in self.operations)
 
     def largest(self, count: int = 5) -> list[Kernel]:
         """The kernels that do the most operations."""
@@ -92,13 +88,11 @@ class EngineReport:
         return cls(**{**fields, "operations": operations, "kernels": kernels})
 
     def __str__(self) -> str:
-        rows = [f"{'graph':<12} {'operations':>10} {'kernels':>8}   largest kernel"]
-        for graph in self.graphs():
-            part = self.of(graph)
-            big = part.largest(1)
-            words = f"{len(big[0].fused)} operations in one {big[0].kind} kernel" if big else ""
-            rows.append(f"{graph:<12} {len(part.operations):>10} {len(part.kernels):>8}   {words}")
-        return "\n".join(rows)
+        rows = []
+        for part in map(self.of, self.graphs()):
+            largest = [f"{len(k.fused)} operations in one {k.kind} kernel" for k in part.largest(1)]
+            rows.append((part.operations[0].graph, len(part.operations), len(part.kernels), *(largest or [""])))
+        return str(Table("", ("graph", "operations", "kernels", "largest kernel"), rows))
 
 
 def read_report(folder: Path, sizes: dict[str, int] | None = None) -> EngineReport:

@@ -61,43 +61,33 @@ def interface(model: ModelProto, caption: str = "") -> Table:
     return Table(caption, ("", "how many", "name", "type and shape"), rows)
 
 
-def compare(graphs: Mapping[str, Sequence[ModelProto]], caption: str = "") -> Table:
-    """A column for each title. Where a model is several graphs, each has its own number."""
-
-    def plugins(model: ModelProto) -> str:
-        counts = Counter(node.op_type for node in model.graph.node if is_plugin(node))
-        return ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
-
-    def products(model: ModelProto) -> int:
-        return sum(node.op_type in PRODUCTS and not is_plugin(node) for node in model.graph.node)
-
-    def axes(model: ModelProto) -> str:
-        names = dict.fromkeys(d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim)
-        return ", ".join(filter(None, names)) or "none"
-
-    rows = {
-        "graphs": lambda models: len(models),
-        "nodes": _each(lambda model: f"{len(model.graph.node):,}"),
-        "of them plugins": _each(plugins),
-        "kinds of ONNX operator": _each(lambda m: len({n.op_type for n in m.graph.node if not is_plugin(n)})),
-        "matrix products in ONNX": _each(products),
-        "KV cache, read": _each(lambda model: _cache(model.graph.input)),
-        "KV cache, written": _each(lambda model: _cache(model.graph.output)),
-        "open axes": _each(axes),
-        "weights, MB": _each(lambda model: f"{weights_bytes(model) / 1e6:,.0f}"),
+def compare(exports: Mapping[str, Sequence[ModelProto]], caption: str = "") -> Table:
+    """A column for each graph, under its export's title; where an export has several, with the graph's name."""
+    columns = {
+        title if len(models) == 1 else f"{title}: {model.graph.name}": model
+        for title, models in exports.items()
+        for model in models
     }
-    return Table(caption, ("", *graphs), [(name, *map(row, graphs.values())) for name, row in rows.items()])
+    rows = {
+        "nodes": lambda model: f"{len(model.graph.node):,}",
+        "of them plugins": lambda model: _counted(n.op_type for n in model.graph.node if is_plugin(n)),
+        "kinds of ONNX operator": lambda model: len({n.op_type for n in model.graph.node if not is_plugin(n)}),
+        "matrix products in ONNX": lambda model: sum(n.op_type in PRODUCTS for n in model.graph.node),
+        "KV cache, read": lambda model: _cache(model.graph.input),
+        "KV cache, written": lambda model: _cache(model.graph.output),
+        "open axes": _open_axes,
+        "weights, MB": lambda model: f"{weights_bytes(model) / 1e6:,.0f}",
+    }
+    return Table(caption, ("", *columns), [(name, *map(row, columns.values())) for name, row in rows.items()])
 
 
-def _each(value: Any) -> Any:
-    """The value of a single graph; of several, each with the graph's name."""
+def _counted(kinds: Iterable[str]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).most_common()) or "none"
 
-    def cell(models: Sequence[ModelProto]) -> Any:
-        if len(models) == 1:
-            return value(models[0])
-        return "; ".join(f"{model.graph.name}: {value(model)}" for model in models)
 
-    return cell
+def _open_axes(model: ModelProto) -> str:
+    names = dict.fromkeys(d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim)
+    return ", ".join(filter(None, names)) or "none"
 
 
 def _cache(values: Iterable[ValueInfoProto]) -> str:

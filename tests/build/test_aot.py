@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import filelock
@@ -318,7 +319,8 @@ def test_a_deep_model_is_compiled_in_runs_of_layers_and_the_report_counts_every_
     assert [len(calls) for entry in details.values() for calls in entry["parts"].values()] == [2, 1, 2, 1]
     check_report(inspect(engine_folder), ["prefill", "decode_b1"])
     for graph in ("prefill", "decode_b1"):
-        assert inspect(engine_folder).of(graph).operation_counts()["rsqrt"] == 21  # two a layer, and one at the end
+        kinds = [operation.op for operation in inspect(engine_folder).of(graph).operations]
+        assert kinds.count("rsqrt") == 21  # two a layer, and one at the end
     with load(engine_folder) as ours, load(tiny(folder, backend="pytorch")) as eager:
         for prompt in ([3], [3, 14, 15, 92, 65]):
             torch.testing.assert_close(ours.logits(prompt), eager.logits(prompt), rtol=1e-4, atol=1e-4)
@@ -593,6 +595,7 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
         (OSError(errno.EMFILE, "Too many open files"), BackendUnavailable),
         (OSError(errno.EFBIG, "File too large"), BackendUnavailable),
         (RuntimeError("libx.so: cannot allocate memory in static TLS block"), OutOfMemory),
+        (RuntimeError("libx.so: cannot open shared object file: Too many open files"), BackendUnavailable),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("zipfile.ZipFile.__init__", lambda *_, error=error: raised(error))
@@ -664,7 +667,7 @@ def test_every_operation_is_in_a_kernel_or_listed_as_removed(stories_fp32):
 def test_the_report_counts_what_the_model_has(stories_fp32):
     """Six layers with two norms each and one at the end; a softmax a layer in decode; one sine table for all."""
     part = inspect(stories_fp32).of("decode_b1")
-    counts = part.operation_counts()
+    counts = Counter(operation.op for operation in part.operations)
     assert counts["rsqrt"] == 13
     assert counts["silu"] == 6 or counts["sigmoid"] == 6 or counts["exp"] >= 6
     assert {o.dtype for o in part.operations} >= {"float32"}

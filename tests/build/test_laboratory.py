@@ -2,24 +2,27 @@
 results, and the sign of each effect that notebook 07 explains."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from conftest import GREEDY, limits
 from torch import nn
 
-from helpers import inspect, load
+from helpers import BuildRecipe, inspect, load
 from helpers.backends.aot.products import matmul, pack
 from helpers.course.lab import profile as lab
-from helpers.course.lab.binary import vector_registers
+from helpers.course.lab.binary import compiled_for, vector_registers
 from helpers.course.lab.code import beside
 from helpers.course.lab.compiled import compile_module
 from helpers.course.timing import seconds, take_turns
 from helpers.engine import build_module
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import hardware
+from helpers.model.checkpoint import BUNDLED
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 AVX = [w for flag, w in {"avx2": 256, "avx512f": 512}.items() if flag in hardware.describe("cpu").instructions]
@@ -125,7 +128,7 @@ def test_a_switch_changes_the_code_and_not_the_result(switch, fused, apart, bloc
 
 @pytest.mark.skipif(len(AVX) < 2, reason="needs a processor with AVX2 and AVX-512")
 def test_each_width_has_its_registers():
-    seen = {w: compile_module(nn.GELU(), (torch.randn(64),), options={"cpp.simdlen": w}).registers for w in (512, 256)}
+    seen = {w: compile_module(nn.GELU(), (torch.randn(64),), options={"cpp.simdlen": w}).targets for w in (512, 256)}
     zmm, ymm = "zmm (512 bits, AVX-512)", "ymm (256 bits, AVX2)"
     assert seen[512][zmm] > 5 and seen[256][zmm] == 0 and seen[256][ymm] > 5
 
@@ -171,25 +174,34 @@ def test_code_stands_beside_the_lines_that_asked_for_it(fused):
 # ---- an engine ------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_times_its_kernels(built, tiny_llama):
-    from conftest import limits
-
-    from helpers import BuildRecipe
-
-    recipe = BuildRecipe(
-        model=str(tiny_llama), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48), num_threads=1
-    )
-    folder = built(recipe.replace(options={"time_kernels": True}))
-    with load(folder) as engine, load(recipe.replace(backend="pytorch", num_threads=0)) as model:
+def test_a_deep_engine_that_times_its_kernels(built, checkpoint):
+    """Thirty layers, of which five are compiled and called six times: each call's launches go to kernels of its own."""
+    layers = 30
+    folder = checkpoint("llama", num_hidden_layers=layers, vocab_size=2048, tie_word_embeddings=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, folder / name)
+    small = {"model": str(folder), **limits(max_batch_size=1, max_input_len=16, max_seq_len=48)}
+    timed = {"num_threads": 1, "optimization_level": 0, "options": {"time_kernels": True}}
+    engine_folder = built(BuildRecipe(**small, **timed))
+    with load(engine_folder) as engine, load(BuildRecipe(backend="pytorch", **small)) as model:
         for graph in ("decode_b1", "prefill"):
-            report = lab.profile(engine, inspect(folder).of(graph))
+            report = lab.profile(engine, inspect(engine_folder).of(graph))
             assert all(len(k.details["seconds"]) == lab.ROUNDS for k in report.kernels)
             total, must = lab.moved(report)
             assert 0 < must <= total
+            launches = [count for _, _, count, *_ in lab.costs(report).rows]
+            assert sum(launches) == len(report.kernels) and launches.count(1) < len(launches) / 2
         eager = lab.profile(model)
         torch.testing.assert_close(engine.logits("Once"), model.logits("Once"), atol=1e-4, rtol=1e-4)
-    assert sum(k.name == "linear" for k in eager.kernels) == 8  # seven in the one layer, and the head
+    assert sum(k.name == "linear" for k in eager.kernels) == 7 * layers + 1  # seven in each layer, and the head
     assert 0 < sum(lab.by_work(eager).values()) < 1
+
+
+def test_an_engine_says_which_registers_its_code_names(tiny_engine):
+    names = compiled_for(tiny_engine / "decode_b1.pt2")
+    assert max(names.values()) > 50
+    if AVX:
+        assert names[{256: "ymm (256 bits, AVX2)", 512: "zmm (512 bits, AVX-512)"}[AVX[-1]]] > 50
 
 
 def test_an_engine_that_was_not_built_for_it_says_so(tiny_engine):
@@ -205,6 +217,15 @@ def test_bytes_of_a_tensorrt_layer():
     weights = 2 * (256 * 1024 + 1024)
     assert (norm.details["bytes"], norm.must) == (2 * x + 2 * 2 * 256, x + 2 * 2 * 256)
     assert (product.details["bytes"], product.must) == (x + weights + y, weights + y)
+
+
+@pytest.mark.parametrize("targets", [["8.6"], ["12.0"], ["8.6", "12.0"]], ids=" ".join)
+def test_a_plan_says_which_gpus_it_is_for(targets):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not here")
+    module, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), (torch.randn(8, 64),)
+    assert (
+        list(compiled_for(build_module(module, x, quiet=True, compute_capabilities=targets) / "module.plan")) == targets
+    )
 
 
 # ---- effects: their sign, by interval, tried again on a busy machine ---------------------------------------------
@@ -229,12 +250,12 @@ def test_fusion_pays_where_results_do_not_fit_the_cache(block):
 
 
 class Product(nn.Module):
-    def __init__(self, form, name):
+    def __init__(self, form, *names):
         super().__init__()
-        self.form, self.name = form, name
+        self.form, self.names = form, names
 
-    def forward(self, x, weight):
-        return matmul({self.name: weight}, "m", x, self.form)
+    def forward(self, x, *tensors):
+        return matmul(dict(zip(self.names, tensors, strict=True)), "m", x, self.form)
 
 
 def test_packed_weights_are_read_faster_than_strided_ones():
@@ -248,6 +269,30 @@ def test_packed_weights_are_read_faster_than_strided_ones():
         torch.testing.assert_close(call(x, weight), x @ matrix.T, atol=1e-2, rtol=1e-3)
         calls.append((call, x, weight))
     assert is_faster(*calls, repeats=4)
+
+
+def test_int8_weights_are_read_faster():
+    matrix, x = torch.randn(2048, 2048), torch.randn(1, 2048)
+    scale = matrix.abs().amax(1) / 127
+    calls = []
+    for tensors in ({"m.weight": (matrix / scale[:, None]).round().to(torch.int8)}, {"m.weight": matrix}):
+        packed = pack(tensors, "m") | ({"m.scale": scale} if calls == [] else {})
+        call = compile_module(Product("packed", *packed), (x, *packed.values()))
+        error = (call(x, *packed.values()) - x @ matrix.T).norm() / (x @ matrix.T).norm()
+        assert error < 0.02
+        calls.append((call, x, *packed.values()))
+    (small, _), (large, _) = (lab.moved(call.report) for call, *_ in calls)
+    assert small < 0.3 * large
+    assert is_faster(*calls, repeats=4)
+
+
+def test_fused_kernels_pay_in_a_whole_model(built, tiny_engine, tiny_llama):
+    """The engine of one layer, and the same without fusion (tests/build/test_aot.py builds it too)."""
+    switched_off = {"kernels": False, "qkv": False, "gate_up": False}
+    small = limits(max_batch_size=1, max_input_len=16, max_seq_len=48)
+    plain = built(BuildRecipe(model=str(tiny_llama), fusion=switched_off, **small))
+    with load(tiny_engine) as fused, load(plain) as apart:
+        assert is_faster((fused.generate, [5, 6, 7], GREEDY), (apart.generate, [5, 6, 7], GREEDY))
 
 
 @pytest.mark.skipif(not AVX, reason="needs a processor with AVX2")

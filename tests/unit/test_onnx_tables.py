@@ -74,13 +74,15 @@ def test_inputs_of_every_layer_are_one_row(small):
 
 
 def test_side_by_side(small):
-    table = onnx_tables.compare({"one": [small], "the same twice": [small, small]})
-    cells = {name: (first, second) for name, first, second in table.rows}
-    assert cells["nodes"] == ("4", "main: 4; main: 4") and cells["graphs"] == (1, 2)
-    assert cells["of them plugins"][0] == "2 AttentionPlugin"
-    assert cells["matrix products in ONNX"][0] == 1 and cells["kinds of ONNX operator"][0] == 2
-    assert cells["KV cache, read"][0] == "2 past_N float16 [2, num_pages, 128, 2, 64]"
-    assert cells["open axes"][0] == "tokens, num_pages, B"
+    second = two_layers()
+    second.graph.name = "decode"
+    table = onnx_tables.compare({"one": [small], "other": [small, second]})
+    assert table.columns == ("", "one", "other: main", "other: decode")
+    cells = {name: first for name, first, *_ in table.rows}
+    assert cells["nodes"] == "4" and cells["of them plugins"] == "2 AttentionPlugin"
+    assert cells["matrix products in ONNX"] == 1 and cells["kinds of ONNX operator"] == 2
+    assert cells["KV cache, read"] == "2 past_N float16 [2, num_pages, 128, 2, 64]"
+    assert cells["open axes"] == "tokens, num_pages, B"
 
 
 @pytest.mark.parametrize(("kind", "size"), [(TensorProto.INT4, 12), (TensorProto.BFLOAT16, 48), (INT, 96)])
@@ -97,11 +99,11 @@ def test_the_two_ways_to_export_a_model_hold_the_same_mathematics():
     edge = onnx_tables.read(FOLDER / "edge_llm-stories" / "llm" / "model.onnx")
     course = onnx_tables.course_graphs("stories", cache_length=64)
     table = onnx_tables.compare({"edge": [edge], "course": course})
-    cells = {name: (first, second) for name, first, second in table.rows}
-    assert cells["of them plugins"] == (f"{layers} AttentionPlugin", "prefill: none; decode: none")
-    products = 9 * layers + 1
-    assert cells["matrix products in ONNX"] == (5 * layers + 1, f"prefill: {products}; decode: {products}")
-    paged, dense = cells["KV cache, read"]
+    assert table.columns == ("", "edge", "course: prefill", "course: decode")
+    cells = {name: each for name, *each in table.rows}
+    assert cells["of them plugins"] == [f"{layers} AttentionPlugin", "none", "none"]
+    assert cells["matrix products in ONNX"] == [5 * layers + 1, 9 * layers + 1, 9 * layers + 1]
+    paged, _, dense = cells["KV cache, read"]
     assert paged == f"{layers} past_key_values_N float16 [2, num_pages, 128, {heads}, {size}]"
     assert f"{layers} kN float16 [B, {heads}, 64, {size}]" in dense
     parameters = 2 * config.parameter_count()

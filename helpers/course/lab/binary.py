@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import shutil
+import struct
+import tempfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +22,37 @@ REGISTERS = {
     r"\bz\d+\.[bhsd]": "z (SVE)",
     r"\bv\d+\.\d+[bhsd]": "v (128 bits, NEON)",
 }
+# A GPU's machine code is an ELF file of machine 190, wherever it lies in a package. Its flags, 48 bytes in, name the
+# compute capability: in the lowest byte, and since ABI version 8 in the second (LLVM's BinaryFormat/ELF.h).
+CUBIN = re.compile(rb"\x7fELF\x02\x01.{2}(.).{9}\xbe\x00.{28}(.{4})", re.DOTALL)
+# TensorRT for RTX finishes its kernels on the GPU, and writes into a plan for which GPUs: "sm86", or the least one.
+PLAN = re.compile(rb"accelerators=\{([\w ]*)\}")
+
+
+def compiled_for(file: Path) -> Counter[str]:
+    """Of a file with GPU code, the compute capabilities that it is for, such as "8.6", with the number of kernels (a
+    plan of TensorRT for RTX has none yet, and counts 1); of another, what `vector_registers` says of its libraries.
+
+    file: a library, a .pt2 package (a ZIP archive that is not compressed), a cubin, or a plan.
+    """
+    if not file.stat().st_size:
+        raise InputError(f"{file.name} is empty.")
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        numbers = [_capability(match[1], match[2]) for match in CUBIN.finditer(content)]
+        for match in PLAN.finditer(content):
+            numbers += [int(name.removeprefix("sm")) for name in match[1].decode().split()]
+    if numbers:
+        return Counter(f"{number // 10}.{number % 10}" for number in numbers)
+    if not zipfile.is_zipfile(file):
+        return vector_registers(file)
+    with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as folder:
+        libraries = [archive.extract(name, folder) for name in archive.namelist() if name.endswith(".so")]
+        return sum((vector_registers(Path(library)) for library in libraries), Counter())
+
+
+def _capability(abi: bytes, flags: bytes) -> int:
+    """Ten times the major number, and the minor one."""
+    return struct.unpack("<I", flags)[0] >> (8 if abi[0] >= 8 else 0) & 0xFF
 
 
 def vector_registers(library: Path) -> Counter[str]:

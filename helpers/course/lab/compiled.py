@@ -3,7 +3,7 @@
     compiled = compile_module(module, (x,))
     compiled(x)                                      # what module(x) gives
     compiled.report.kernels[0].details["code"]       # the generated C++ or Triton
-    compiled.registers                               # instructions by the vector registers that they name
+    compiled.targets                                 # what its machine code is for (binary.py)
 
 Each kernel is a function of its own, so that torch.profiler can time it (profile.py).
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.report import EngineReport
-from helpers.course.lab.binary import vector_registers
+from helpers.course.lab.binary import compiled_for
 from helpers.machine import hardware
 
 # Where Inductor shows the graph on its way, in order.
@@ -42,7 +42,7 @@ class Compiled:
     run: Any
     report: EngineReport
     stages: dict[str, list[str]]
-    registers: Counter[str]
+    targets: Counter[str]
 
     def __call__(self, *inputs: Tensor) -> Any:
         with torch.no_grad():
@@ -81,8 +81,9 @@ def compile_module(
         inductor(*inputs)  # the last of the compilers is done
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         (wrapper,) = [text for text in (p.read_text() for p in files if p.suffix == ".py") if " def call(" in text]
-        registers = sum((vector_registers(path) for path in files if path.suffix == ".so"), Counter())
-    return Compiled(inductor, _with_code(recorder.report(), wrapper), stages, registers)
+        machine_code = [path for path in files if path.suffix in (".so", ".cubin")]
+        targets = sum(map(compiled_for, machine_code), Counter())
+    return Compiled(inductor, _with_code(recorder.report(), wrapper), stages, targets)
 
 
 def _kinds(graph: torch.fx.Graph) -> list[str]:

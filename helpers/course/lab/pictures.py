@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from statistics import median
+from collections.abc import Mapping
 from typing import Any
 
 from helpers.backends.report import EngineReport
-from helpers.course.lab.profile import by_work, work_of
+from helpers.course.lab.profile import by_work, seconds, work_of
 from helpers.display import COLOURS, HATCHES, Picture, new_figure, plain, stacked_bars
 
 PALE = ("#9ECAE1", "#FDD49E", "#A1D9B4", "#E7C6DC", "#D6EAF8", "#F5B7A1")  # COLOURS, for black text on them
@@ -18,8 +17,7 @@ MARKS = "os^Dvx"
 def clusters(report: EngineReport, steps: int | None = None) -> Picture:
     """The graph of a small report, top to bottom; operations of one kernel have its number and its colour. steps: how
     many of the merges are done; all, if it is left out."""
-    done = merges(report)[:steps]
-    homes = _merged(report, done if steps is not None else range(len(report.kernels)))
+    homes = _homes(report, steps)
     figure, axes = new_figure(width=4.6, height=0.6 + 0.34 * (1 + max(_levels(report).values(), default=0)))
     _draw(axes, report, homes, labels=True)
     counts = f"{len(report.operations)} operations in {_count(report, homes)} kernels"
@@ -36,13 +34,13 @@ def replay(report: EngineReport, frames: int = 4) -> Picture:
 
     The order is the report's: the kernel that runs first is merged first.
     """
-    fused = merges(report)
-    frames = max(2, min(frames, len(fused) + 1))
-    figure, first = new_figure(width=7.5, height=0.5 + 0.2 * (2 + max(_levels(report).values(), default=0)))
+    steps = len(merges(report))
+    frames = max(2, min(frames, steps + 1))
+    figure, first = new_figure(width=5.2, height=0.5 + 0.2 * (2 + max(_levels(report).values(), default=0)))
     first.remove()
     counts = []
     for at, axes in enumerate(figure.subplots(1, frames)):
-        homes = _merged(report, fused[: round(at * len(fused) / (frames - 1))])
+        homes = _homes(report, round(at * steps / (frames - 1)))
         _draw(axes, report, homes, labels=False)
         counts.append(_count(report, homes))
         axes.set_title(f"{counts[-1]} kernels", fontsize="medium")
@@ -50,20 +48,16 @@ def replay(report: EngineReport, frames: int = 4) -> Picture:
     return Picture(figure, f"The same graph {frames} times, as operations merge: {words}. {_words(report)}")
 
 
-def _merged(report: EngineReport, kernels: Iterable[int]) -> dict[str, int]:
-    """The kernel of each operation, as far as it is among these."""
-    chosen = set(kernels)
-    return {name: home for name, home in _homes(report).items() if home in chosen}
-
-
 def _count(report: EngineReport, homes: Mapping[str, int]) -> int:
     """How many kernels there are if an operation without a home is one."""
     return len({homes.get(operation.name, operation.name) for operation in report.operations})
 
 
-def _homes(report: EngineReport) -> dict[str, int]:
+def _homes(report: EngineReport, steps: int | None = None) -> dict[str, int]:
     """The kernel of each operation: of several, the last, which is the one that does not do it over."""
-    return {name: at for at, kernel in enumerate(report.kernels) for name in kernel.fused}
+    kernels = range(len(report.kernels)) if steps is None else merges(report)[:steps]
+    homes = {name: at for at, kernel in enumerate(report.kernels) for name in kernel.fused}
+    return {name: home for name, home in homes.items() if home in kernels}
 
 
 def _words(report: EngineReport) -> str:
@@ -126,9 +120,9 @@ def roofline(report: EngineReport, bandwidth: float) -> Picture:
     ops = {operation.name: operation.op for operation in report.operations}
     points: dict[str, list[tuple[float, float]]] = {}
     for kernel in report.kernels:
-        point = (kernel.details["bytes"], median(kernel.details["seconds"]) * 1e6)
+        point = (kernel.details["bytes"], seconds(kernel) * 1e6)
         points.setdefault(work_of(kernel, ops), []).append(point)
-    figure, axes = new_figure(height=3.6)
+    figure, axes = new_figure(width=5.2, height=3.6)
     for at, (work, places) in enumerate(points.items()):
         axes.plot(*zip(*places, strict=True), MARKS[at], color=COLOURS[at], label=f"{work} ({len(places)})", alpha=0.8)
     every = [x for places in points.values() for x, _ in places]

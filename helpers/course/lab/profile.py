@@ -19,7 +19,8 @@ import torch
 from helpers.backends.aot.recorder import InductorRecorder
 from helpers.backends.base import Engine
 from helpers.backends.report import EngineReport, Kernel, Operation
-from helpers.errors import BackendUnavailable
+from helpers.display import Table
+from helpers.errors import BackendUnavailable, InputError
 
 ROUNDS = 9
 COMPILED = re.compile(r"(graph_\d+_)?cpp_fused|aoti_torch_|triton_")  # what compiled code launches
@@ -122,12 +123,41 @@ def by_work(report: EngineReport) -> dict[str, float]:
     ops = {operation.name: operation.op for operation in report.operations}
     totals = dict.fromkeys(("products", "attention", "norms", "the rest"), 0.0)
     for kernel in report.kernels:
-        totals[work_of(kernel, ops)] += median(kernel.details["seconds"])
+        totals[work_of(kernel, ops)] += seconds(kernel)
     return totals
+
+
+def seconds(kernel: Kernel) -> float:
+    """The median of what was measured; 0 where nothing was."""
+    return median(kernel.details.get("seconds", [0.0]))
+
+
+def costs(report: EngineReport) -> Table:
+    """What the kernels of a step cost, the dearest first; those that do the same share a row. A cell is empty where
+    nothing was measured, or where the bytes depend on a length that is known only at run time."""
+    ops = {operation.name: operation.op.strip("_") for operation in report.operations}
+    alike: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in report.kernels:
+        does = " ".join(sorted({ops.get(name, name) for name in kernel.fused}))
+        alike.setdefault((does, kernel.kind), []).append(kernel)
+    step, rows = sum(map(seconds, report.kernels)), []
+    for names, kernels in sorted(alike.items(), key=lambda item: -sum(map(seconds, item[1]))):
+        share = f"{sum(map(seconds, kernels)) / step:.1%}" if step else ""
+        known = all("bytes" in kernel.details for kernel in kernels)
+        size = [f"{count:,}" for count in moved(replace(report, kernels=kernels))] if known else ["", ""]
+        rows.append((*names, len(kernels), share, *size))
+    columns = ("operations", "made by", "launches", "of the time", "bytes moved", "bytes it must")
+    return Table(f"{len(report.kernels)} kernels of {' and '.join(report.graphs())}", columns, rows)
 
 
 def moved(report: EngineReport) -> tuple[int, int]:
     """Bytes that the kernels read and write; and how many they must: each weight, input and output once."""
+    if not all("bytes" in kernel.details for kernel in report.kernels):
+        raise InputError(
+            "The bytes that these kernels move are not known.",
+            cause="A length that the engine leaves open is known only at run time.",
+            fix="Look at an engine whose sizes are fixed, such as one built without a profile.",
+        )
     outside: dict[str, int] = {}
     for kernel in report.kernels:
         for name, size in kernel.details["outside"].items():
