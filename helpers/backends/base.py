@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import threading
@@ -351,7 +352,7 @@ class TokenStream(Iterator[Token]):
 
     def __next__(self) -> Token:
         with self._turn:
-            if self._tokens.gi_running:
+            if inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING:
                 raise InputError("This stream is read inside of its own `observe`.", fix="Read it outside.")
             return next(self._tokens)
 

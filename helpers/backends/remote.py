@@ -80,11 +80,13 @@ class RemoteEngine(Engine):
         """What the GPU does while the engine answers the call. InputError where the library cannot tell."""
         if self.traces is None:
             raise InputError(f"Backend {self.recipe.backend!r} takes no trace of its GPU's work.")
-        self.worker.call("profile", on=True)
-        try:
-            call()
-        finally:
-            self.worker.call("profile", on=False)
+        with self._lock:
+            self._finish_request()
+            self.worker.call("profile", on=True)
+            try:
+                call()
+            finally:
+                self.worker.call("profile", on=False)
         return read_from(self.traces)
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:

@@ -17,10 +17,9 @@ def plain_torch() -> Iterator[None]:
     products in full precision, and any kernel of attention. What a notebook sets for its own tensors must not change
     an engine's."""
     import torch
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with (
-        unset_fake_temporarily(),
+        _real_tensors(),
         torch.device("cpu"),
         torch.inference_mode(False),
         torch.autocast("cpu", enabled=False),
@@ -28,6 +27,19 @@ def plain_torch() -> Iterator[None]:
         _plain_process(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _real_tensors() -> Iterator[None]:
+    """Outside of a FakeTensorMode, as torch's own unset_fake_temporarily, whose module takes long to import."""
+    import torch
+
+    mode = torch._C._unset_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    try:
+        yield
+    finally:
+        if mode is not None:
+            torch._C._set_dispatch_mode(mode)
 
 
 @contextlib.contextmanager

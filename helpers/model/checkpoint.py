@@ -234,13 +234,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A file of tensors, open for reading. Raises ModelError."""
+def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """A file of tensors, open for reading onto the device. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         path.open("rb").close()  # for safetensors, what cannot be opened is not there
-        file = safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt", device=device)
     except SafetensorError as error:
         raise ModelError(
             f"{path.name} of {path.parent.name!r} cannot be read: {error}.",

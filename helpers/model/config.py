@@ -16,7 +16,8 @@ from typing import Any
 from helpers.errors import EngineCorrupt, ModelError
 from helpers.paths import read_text
 
-IMPORTING = threading.Lock()  # transformers loads its parts when first asked, which two threads at once break
+# transformers loads its parts when first asked, and its logger has one level for all threads.
+ONE_AT_A_TIME = threading.Lock()
 MODEL_FILE = "model.json"  # in an engine's folder
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {  # the largest that is read, several times what public models have
@@ -147,9 +148,13 @@ def read_fields(folder: Path) -> dict[str, Any]:
 def transformers_config(folder: Path) -> Any:
     """transformers' configuration of a checkpoint's folder. No code of the checkpoint is run, nothing is fetched."""
     given = read_fields(folder)
-    with IMPORTING:
-        from transformers import CONFIG_MAPPING, __version__
-        from transformers.utils import logging
+    with ONE_AT_A_TIME:
+        return _by_transformers(folder, given)
+
+
+def _by_transformers(folder: Path, given: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, __version__
+    from transformers.utils import logging
 
     rope = given.get("rope_scaling") or given.get("rope_parameters")
     if __version__ < "5" and isinstance(rope, dict):

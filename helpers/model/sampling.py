@@ -108,6 +108,7 @@ def filter_logits(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tenso
     if params.greedy:
         return logits
     logits = logits / max(float(params.temperature), COOLEST)  # torch takes no int of 64 bits and more
+    logits = logits.clamp_max(torch.finfo(torch.float32).max)  # infinity less infinity is no probability
     if 0 < params.top_k < logits.shape[-1]:
         least = logits.topk(params.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -32,7 +32,7 @@ from typing import Any
 
 from helpers.errors import BuildError, RecipeError, shown
 from helpers.recipe.fields import RecipeFields, not_allowed
-from helpers.recipe.options import check_options
+from helpers.recipe.options import check_options, refuse_cpu
 
 LIBRARY = "the TensorRT builder"
 KINDS: dict[str, Any] = {
@@ -118,6 +118,7 @@ def make_options(options: Mapping[str, Any]) -> Options:
 
 def check(recipe: RecipeFields) -> None:
     """RecipeError for what a recipe of a language model asks and TensorRT does not have."""
+    refuse_cpu(recipe, "TensorRT")
     for name in FOR_MODULES:
         if name in recipe.options:
             raise RecipeError(

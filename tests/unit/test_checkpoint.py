@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -680,3 +681,13 @@ def test_an_adapter_that_is_laid_into_a_checkpoints_folder_makes_it_another(tmp_
     before = find_checkpoint(str(folder)).digest()
     (folder / "adapter_config.json").write_text("{}")
     assert find_checkpoint(str(folder)).digest() != before
+
+
+def test_threads_that_read_configurations_leave_transformers_as_talkative_as_it_was(tmp_path):
+    from transformers.utils import logging
+
+    write_checkpoint(tmp_path / "model", "llama")
+    before = logging.get_verbosity()
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: read_config(tmp_path / "model").hidden_size, range(200)))) == 1
+    assert logging.get_verbosity() == before

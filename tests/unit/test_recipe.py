@@ -84,6 +84,12 @@ def test_threads_of_a_cpu_are_refused_for_a_gpu():
         BuildRecipe(device="cuda", num_threads=2)
 
 
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_llm", "tensorrt_llm_pytorch", "vllm"])
+def test_a_cpu_is_refused_where_engines_run_on_gpus_alone(backend):
+    with pytest.raises(RecipeError, match="device is 'cpu'"):
+        BuildRecipe(backend=backend, precision="bf16", device="cpu")
+
+
 @pytest.mark.parametrize("backend", ["aot", "pytorch", "torch_compile", "vllm", "tensorrt_llm", "tensorrt"])
 @pytest.mark.parametrize("option", ["trust_remote_code", "hf_overrides", "optimisation_level"])
 def test_an_option_that_is_not_on_a_backends_list_is_refused(backend, option):

@@ -174,6 +174,13 @@ def test_the_shown_distribution_sums_to_one(params):
     assert p.sum().item() == pytest.approx(1, abs=1e-5) and (p >= 0).all()
 
 
+@pytest.mark.parametrize("largest", [1e30, 3e38])
+@pytest.mark.parametrize("params", [{"temperature": 1e-9}, {"repetition_penalty": 1e-6}, {"temperature": 0.01}])
+def test_the_largest_scores_still_have_a_distribution(largest, params):
+    p = next_token_distribution(torch.tensor([0.0, largest, -largest, 1.0]), SamplingParams(**params), [1, 2])
+    assert p.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_no_numbers_have_no_distribution(temperature, value):

@@ -9,6 +9,7 @@ import pytest
 from helpers.backends.tensorrt import api as tensorrt_api
 from helpers.backends.tensorrt import layers
 from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineMismatch
+from helpers.machine.worker import Worker
 from helpers.recipe import tensorrt as tensorrt_options
 
 # Messages.
@@ -113,3 +114,10 @@ def test_the_names_spell_out_the_steps():
     assert layers.steps("__myl_FcAddErf_myl0_1") == ["Fc", "Add", "Erf"]
     assert layers.steps("node_linear_2+node_linear_myl0_1") == ["node_linear_2", "node_linear"]
     assert layers.steps("_gemv_mha_v1_myl0_3") == ["gemv_mha_v1"]
+
+
+def test_the_builders_peak_of_memory_is_its_own():
+    """Of a process that was started by a large one, the system counts that one's memory too, as it was before."""
+    held = bytearray(b"x") * 400_000_000
+    with Worker("helpers.backends.tensorrt.api") as worker:
+        assert 0 < worker.call("memory") < len(held) / 2

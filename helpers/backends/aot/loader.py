@@ -12,6 +12,7 @@ takes it instead of loading another copy.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 import weakref
@@ -65,6 +66,7 @@ def _load(path: Path, device: str) -> Any:
         return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
         refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
+        refused = refused or os.strerror(errno.EMFILE).lower() in str(error).lower()  # by the linker, in words
         raise _explain(path, None if refused else folder, error) from error
     finally:
         if folder:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from helpers.backends.aot.graphs import WEIGHT_BITS, compute_dtype, packs
 from helpers.backends.aot.products import pack
-from helpers.model.checkpoint import expected_shapes
-from helpers.model.config import ModelConfig
+from helpers.model.checkpoint import opened
+from helpers.model.config import ModelConfig, expected_shapes
 from helpers.model.weights import Weights, convert, rope_tables
 from helpers.recipe import BuildRecipe
 
@@ -56,11 +56,11 @@ def save_weights(weights: Weights, recipe: BuildRecipe, config: ModelConfig, fol
 
 def read_weights(folder: Path, device: str) -> Weights:
     """All that a build saved, on the device."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / WEIGHTS, device=device)
-    if (folder / PACKED).exists():
-        weights |= load_file(folder / PACKED, device=device)
+    weights: Weights = {}
+    for path in (folder / WEIGHTS, folder / PACKED):
+        if path.exists() or path.name == WEIGHTS:
+            with opened(path, device) as file:
+                weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is not a dict)
     _alias_head(weights)
     return weights
 

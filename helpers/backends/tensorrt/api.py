@@ -297,11 +297,6 @@ def _has_driver() -> bool:
     return ctypes.util.find_library("nvcuda" if sys.platform == "win32" else "cuda") is not None
 
 
-def crash() -> None:
-    """A real segmentation fault, to show that the notebook survives one."""
-    ctypes.string_at(0)
-
-
 def memory() -> float:
     """The most memory that this process has held so far, in bytes."""
     from helpers.machine.hardware import peak_host_bytes
@@ -310,4 +305,4 @@ def memory() -> float:
 
 
 warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT's own notes to its maintainers
-CALLS = {"build": build, "inspect": inspect, "load": load, "version": version, "crash": crash, "memory": memory}
+CALLS = {"build": build, "inspect": inspect, "load": load, "version": version, "memory": memory}

@@ -301,26 +301,15 @@ def sampling_settings(sampling: dict[str, Any]) -> dict[str, Any]:
     given, for with neither TensorRT-LLM is greedy whatever the temperature. And without a seed it uses 0, each time.
     """
     ends = sampling["end_ids"] or [-1]
-    settings: dict[str, Any] = {
+    settings = {
         "end_id": ends[0],
         "pad_id": ends[0],
-        "stop_token_ids": ends[1:] or None,
+        "stop_token_ids": None if sampling["ignore_eos"] else ends[1:] or None,
         "max_tokens": sampling["max_tokens"],
         "ignore_eos": sampling["ignore_eos"],
         "detokenize": False,
+        **_choice(sampling, "seed"),
     }
-    if sampling["ignore_eos"]:
-        settings["stop_token_ids"] = None
-    if sampling["temperature"] == 0:
-        settings["top_k"] = 1
-    else:
-        seed = sampling["seed"]
-        settings |= {
-            "temperature": max(sampling["temperature"], 1e-5),
-            "top_k": sampling["top_k"],
-            "top_p": sampling["top_p"],
-            "seed": secrets.randbits(63) if seed is None else seed,
-        }
     if sampling.get("repetition_penalty", 1.0) != 1.0:
         settings["repetition_penalty"] = sampling["repetition_penalty"]
     return settings
@@ -329,17 +318,22 @@ def sampling_settings(sampling: dict[str, Any]) -> dict[str, Any]:
 def runner_settings(sampling: dict[str, Any]) -> dict[str, Any]:
     """The same for ModelRunner: its names differ, and ids of tokens that end a text are one number."""
     end = sampling["end_ids"][0] if sampling["end_ids"] and not sampling["ignore_eos"] else -1
-    settings: dict[str, Any] = {
+    return {
         "end_id": end,
         "pad_id": sampling["end_ids"][0] if sampling["end_ids"] else 0,
         "max_new_tokens": sampling["max_tokens"],
         "repetition_penalty": sampling["repetition_penalty"],
+        **_choice(sampling, "random_seed"),
     }
+
+
+def _choice(sampling: dict[str, Any], seed: str) -> dict[str, Any]:
+    """How a token is chosen. seed: its name."""
     if sampling["temperature"] == 0:
-        return settings | {"top_k": 1}
-    seed = secrets.randbits(31) if sampling["seed"] is None else sampling["seed"]
-    drawn = {"temperature": max(sampling["temperature"], 1e-5), "top_k": sampling["top_k"], "top_p": sampling["top_p"]}
-    return settings | drawn | {"random_seed": seed}
+        return {"top_k": 1}
+    number = secrets.randbits(31) if sampling["seed"] is None else sampling["seed"]
+    drawn = {name: sampling[name] for name in ("top_k", "top_p")}
+    return {"temperature": max(sampling["temperature"], 1e-5), **drawn, seed: number}
 
 
 def _cache_settings(fraction: float) -> dict[str, Any]:
