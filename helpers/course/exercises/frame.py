@@ -85,7 +85,7 @@ def exercises_of(notebook: str) -> dict[str, Exercise]:
 
 def find(number: str) -> Exercise:
     known = exercises_of(number[:2]) if isinstance(number, str) else {}
-    if number not in known:
+    if not isinstance(number, str) or number not in known:
         numbers = ", ".join(known) or "those of notebooks " + ", ".join(MODULES)
         raise InputError(f"There is no exercise {shown(number)}.", fix=f"There are: {numbers}.")
     return known[number]
