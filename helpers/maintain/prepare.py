@@ -40,14 +40,10 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
     shutil.copytree(model, out / "models/smollm2", dirs_exist_ok=True)
     for source in notebooks.select(notebooks.NOTEBOOKS) if engines and not platform else ():
         executed = out / "build" / source.name
-        if executed.exists() and executed.stat().st_mtime > source.stat().st_mtime:
-            continue
-        try:
+        newer = executed.exists() and executed.stat().st_mtime > source.stat().st_mtime
+        if not (newer and notebooks.judge(notebooks.read(executed), source.stem).ok):
             command = [sys.executable, "-m", "helpers", "run", source.stem, "--out", str(executed.parent)]
             _run(command, f"{source.stem} did not run.", COURSE_ENGINES=str(out / "engines"))
-        except CourseError:
-            executed.unlink(missing_ok=True)  # it is not done
-            raise
 
 
 def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "") -> None:
