@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import selectors
 import signal
 import subprocess
+import time
 from typing import Any
 
 POSIX = os.name == "posix"
+LONGEST = 1 << 24  # bytes of what a command writes
 MISSING, TOO_SLOW = 127, 124  # exit statuses, as a shell and `timeout` give them
 # Popen's settings for a process that leads a session: it can be killed with all that it starts, and the Stop button of
 # a notebook and Ctrl-C of a terminal do not reach it.
@@ -20,29 +23,54 @@ OWN_SESSION: dict[str, Any] = {
 
 
 def run(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
-    """Like subprocess.run; a command that is missing or takes more than `limit` seconds is a result too, with exit
-    status MISSING or TOO_SLOW. One that is too slow is killed with all that it has started."""
+    """Like subprocess.run; a command that is missing, takes more than `limit` seconds or does not stop writing is a
+    result too, with exit status MISSING or TOO_SLOW. One that is too slow is killed with all that it has started."""
     try:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
             **OWN_SESSION,
         )
     except OSError as error:
         return subprocess.CompletedProcess(command, MISSING, "", f"{command[0]}: {error.strerror or error}")
     try:
-        output, complaints = process.communicate(timeout=limit)
+        output, complaints = _communicate(process, limit)
+        status = process.returncode
     except subprocess.TimeoutExpired as late:
-        output = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        return subprocess.CompletedProcess(command, TOO_SLOW, output, f"no answer within {limit:.0f} s")
+        output, complaints, status = late.stdout or b"", f"no answer within {limit:.0f} s".encode(), TOO_SLOW
     finally:
         if process.returncode is None:  # too slow, or we were interrupted
             kill_all(process)
-    return subprocess.CompletedProcess(command, process.returncode, output, complaints)
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+    return subprocess.CompletedProcess(command, status, *(x.decode(errors="replace") for x in (output, complaints)))
+
+
+def _communicate(process: subprocess.Popen[bytes], limit: float) -> tuple[bytes, bytes]:
+    """What it writes until it ends. TimeoutExpired after `limit` seconds, and once there is more than anybody reads:
+    memory would not hold what is written for ever."""
+    if not POSIX:
+        return process.communicate(timeout=limit)
+    deadline = time.monotonic() + limit
+    output, complaints = bytearray(), bytearray()
+    with selectors.DefaultSelector() as open_pipes:
+        for pipe, text in ((process.stdout, output), (process.stderr, complaints)):
+            if pipe is not None:
+                open_pipes.register(pipe, selectors.EVENT_READ, text)
+        while open_pipes.get_map():
+            left = deadline - time.monotonic()
+            if left <= 0 or len(output) + len(complaints) > LONGEST:
+                raise subprocess.TimeoutExpired(process.args, limit, bytes(output))
+            for key, _ in open_pipes.select(left):
+                block = os.read(key.fd, 1 << 16)
+                key.data.extend(block)
+                if not block:
+                    open_pipes.unregister(key.fileobj)
+    process.wait(max(0.0, deadline - time.monotonic()))
+    return bytes(output), bytes(complaints)
 
 
 def complaint(words: str) -> str:

@@ -86,6 +86,10 @@ def check_python() -> Check:
     if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON or sys.maxsize < 2**32:
         fix = "Use a 64-bit Python 3.10 to 3.13, for example: make PYTHON=python3.12 setup"
         return failure(version, fix)
+    try:
+        os.getcwd()  # noqa: PTH109  (libraries ask as this does)
+    except FileNotFoundError:
+        return failure(f"{version}, started in a folder that is gone: libraries cannot be loaded from there", "cd ~")
     return ok(version)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from helpers.errors import BuildError, StoreError, WorkerError
-from helpers.machine import doctor, environments, hardware, leftovers, limits
+from helpers.machine import commands, doctor, environments, hardware, leftovers, limits
 
 FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "threads": 1, "available": True}
 GPU = {"gpu": "Test GPU", "capability": "9.0", "sms": 132, "free": 2**36, "total": 2**37, "gpus": 1}
@@ -82,6 +82,33 @@ def test_what_nobody_foresaw_is_a_line_at_once(monkeypatch):
     doctor.torch_facts.cache_clear()
     for name in ("PyTorch", "NVIDIA driver"):
         assert "the check itself failed (ValueError" in checks[name].found and checks[name].fix
+
+
+@pytest.mark.skipif(os.name != "posix", reason="these commands are POSIX's")
+@pytest.mark.timeout(60)
+def test_whatever_a_command_does_there_is_an_answer():
+    def answer(code, limit=20.0):
+        done = commands.run(["/bin/sh", "-c", code], limit)
+        assert len(done.stdout) < 2 * commands.LONGEST
+        return done.returncode, done.stdout[:30], done.stderr[:30]
+
+    assert answer("echo out; echo error >&2; exit 3") == (3, "out\n", "error\n")
+    assert answer("printf '\\377'") == (0, "\ufffd", "")
+    assert answer("yes")[0] == commands.TOO_SLOW  # it would fill the memory
+    assert answer("echo first; sleep 600", 1.0) == (commands.TOO_SLOW, "first\n", "no answer within 1 s")
+    assert answer("exec >&- 2>&-; sleep 600", 1.0)[0] == commands.TOO_SLOW  # without an output, but alive
+    assert answer("sleep 600 & echo first", 1.0)[:2] == (commands.TOO_SLOW, "first\n")  # what it started holds on
+    assert commands.run(["/no/such/program"], 1).returncode == commands.MISSING
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder in use cannot be deleted on Windows")
+def test_a_start_in_a_folder_that_is_gone_is_a_failure(monkeypatch, tmp_path):
+    assert doctor.check_python().status == "OK"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    check = doctor.check_python()
+    assert check.status == "failure" and "gone" in check.found and check.fix.startswith("cd ")
 
 
 def test_a_kernel_of_another_environment_is_a_warning(monkeypatch, tmp_path):
