@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,7 +39,6 @@ from helpers.progress import Progress
 SCHEMA = 2
 LIMITS = {"doctor": 120, "tests": 1800, "notebooks": 3600, "bench": 900}  # seconds of each step, in their order
 ITEM_LIMIT = 900  # seconds of one test or one notebook
-OUT = notebooks.BUILD / "gpu-check"
 # In fp32, as the notebooks have it, and in bf16, the precision of models as they are published. Not `tensorrt`: its
 # engines run on RTX cards only.
 CONTENDERS = (
@@ -72,7 +71,7 @@ class Step:
 # The steps
 
 
-def plan(names: Iterable[str], out: Path, jobs: int = 1) -> list[Step]:
+def plan(names: Sequence[str], out: Path, jobs: int = 1) -> list[Step]:
     """Every step in the order in which it runs. Writes nothing."""
     python = [sys.executable, "-m"]
     # pytest-xdist also for one job: a test that hangs in native code can only be ended with its process ("thread").
@@ -221,19 +220,13 @@ def end(process: subprocess.Popen) -> None:
 
 
 def main(
-    names: Iterable[str] = tuple(LIMITS),
-    out: Path = OUT,
-    time_limit: float = 0.0,
-    *,
-    jobs: int = 1,
-    folder: Path = notebooks.NOTEBOOKS,
+    names: Sequence[str], out: Path, time_limit: float = 0.0, *, jobs: int = 1, folder: Path = notebooks.NOTEBOOKS
 ) -> int:
     """`helpers gpu-check`: exit status 0 if every chosen step passed. time_limit: seconds for all of it; 0 for none.
 
     jobs: how many tests, and then notebooks, run at a time. What they time is then worth less; the benchmark is always
     alone. Raises BackendUnavailable, with what would have run, on a machine without a usable GPU.
     """
-    names = list(names)
     if unknown := [name for name in names if name not in LIMITS]:
         raise InputError(f"There is no part {unknown[0]!r}.", fix=f"Name some of: {', '.join(LIMITS)}.")
     if jobs < 1 or not time_limit >= 0:  # the second is so of NaN too

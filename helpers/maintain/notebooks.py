@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 NOTEBOOKS = PROJECT / "notebooks"
-BUILD = PROJECT / "build"
 CELL_TIMEOUT_S = 600
 MOST_PRINTED = 10_000_000  # characters of a cell; a loop that prints without end would fill the memory
 
@@ -322,12 +321,7 @@ def select(folder: Path, only: Sequence[str] = ()) -> list[Path]:
 
 
 def run_all(
-    out: Path = BUILD,
-    only: Sequence[str] = (),
-    *,
-    folder: Path = NOTEBOOKS,
-    update: bool = False,
-    timeout: int = CELL_TIMEOUT_S,
+    out: Path, only: Sequence[str] = (), *, folder: Path = NOTEBOOKS, update: bool = False
 ) -> list[NotebookResult]:
     """Run the notebooks; write each, executed, to `out`, and back to `folder` if asked to. All become a web site in
     `out`/site, those that did not run now as they were committed."""
@@ -336,7 +330,7 @@ def run_all(
     for source in select(folder, only):
         print(source.stem, flush=True)
         try:
-            nb, result = run_notebook(source, timeout=timeout)
+            nb, result = run_notebook(source)
             write(nb, out / source.name)
             pages[source.stem] = site.convert(source.stem, nb)
             if update and result.ok:

@@ -44,7 +44,7 @@ def python(code, limit=60.0, name="doctor"):
 def test_without_a_gpu_it_refuses_and_says_what_it_would_run(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "torch_facts", lambda limit=0: {"torch": "2.13.0", "cuda": None, "available": False})
     with pytest.raises(BackendUnavailable) as refused:
-        gpu_check.main(out=tmp_path / "out")
+        gpu_check.main(list(gpu_check.LIMITS), tmp_path / "out")
     for step in gpu_check.plan(gpu_check.LIMITS, tmp_path):
         assert step.name in refused.value.what
     assert "CPU build" in refused.value.cause and refused.value.fix
