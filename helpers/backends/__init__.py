@@ -42,7 +42,14 @@ def module(backend: str) -> Any:
     """The module that implements a backend."""
     if backend not in MODULES:
         raise BackendUnavailable(f"There is no backend {backend!r}.", fix=f"Use one of {', '.join(MODULES)}.")
-    return importlib.import_module(f"helpers.backends.{MODULES[backend]}")
+    try:
+        return importlib.import_module(f"helpers.backends.{MODULES[backend]}")
+    except OSError as error:
+        raise BackendUnavailable(
+            f"Backend {backend!r} cannot be imported: {error}.",
+            cause="This process has reached a limit, such as that on open files (ulimit -a), or the disk fails.",
+            fix="Close engines and files that you no longer need, or start Python again.",
+        ) from error
 
 
 def installed() -> dict[str, str]:

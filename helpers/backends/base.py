@@ -131,7 +131,7 @@ class Engine(ABC):
         with self._lock:
             logits = self.prefill([self.tokenize(prompt)])[0]
             logits = self._guarded(lambda: logits.float().cpu().clone())  # the caller's own, to change
-            self._by_hand = []  # so that a `decode` of somebody who called `prefill` before is refused
+            self.end()
         return logits
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
@@ -170,6 +170,11 @@ class Engine(ABC):
             self._by_hand = [length + 1 for length in self._by_hand]
             # Cloned, because a GPU's next step writes into the same memory.
             return self._guarded(lambda: self._decode(torch.tensor(ids, device="cpu")).clone())
+
+    def end(self) -> None:
+        """End a request by hand, so that a `decode` of somebody who called `prefill` before is refused."""
+        with self._lock:
+            self._by_hand = []
 
     def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt. Without add_special_tokens, the tokenizer puts no BOS token before a text."""
@@ -248,7 +253,7 @@ class Engine(ABC):
         logits = self._guarded(self._prefill, [s.prompt for s in sequences])  # [B, V]
         for step in range(sampling.max_tokens):
             if observe:
-                observe(logits)
+                observe(logits.clone())  # the token is chosen from these, whatever becomes of those
                 self._check_not_overtaken(request)  # it may have used the engine
             tokens = self._guarded(sampler, logits)  # [B]
             ids, next_logits = self._guarded(self._take, tokens, logits, step + 1 == sampling.max_tokens)

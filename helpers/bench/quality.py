@@ -129,6 +129,7 @@ def _read(engine: Engine, batch: list[list[int]]) -> Iterator[Tensor]:
                 own.append(row.clone())
         if step + 1 < steps:  # a sequence that has ended gets its last token again, and nobody looks
             logits = engine.decode([ids[min(step + 1, len(ids) - 1)] for ids in batch])
+    engine.end()
     for own in kept:
         yield from own
 

@@ -169,11 +169,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return None
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        config = _config(folder)
+        if backend.padding:
+            config.setdefault("pad_token", backend.padding["pad_token"])
         backend.no_truncation()
         backend.no_padding()
-        for token in _declared_tokens(folder, backend):
+        for token in _declared_tokens(folder, backend, config):
             backend.add_tokens([token])
-        config = _config(folder)
         _check_prefix_space(folder, backend, config)
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         named = {name: _added_token(config[name]).content for name in NAMED_TOKENS if config.get(name)}
@@ -214,7 +216,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _declared_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[tokenizers.AddedToken]:
+def _declared_tokens(
+    folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any]
+) -> list[tokenizers.AddedToken]:
     """The tokens that files beside tokenizer.json name, in the order in which transformers numbers them.
 
     Older checkpoints have special_tokens_map.json and added_tokens.json; newer ones name all tokens in
@@ -222,7 +226,6 @@ def _declared_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[tokeni
     """
     from tokenizers import AddedToken
 
-    config = _config(folder)
     older, added_file = "added_tokens_decoder" not in config, folder / "added_tokens.json"
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra

@@ -9,6 +9,7 @@ from test_tokenizer import KINDS, make, saved
 
 from helpers import BuildRecipe, SamplingParams
 from helpers.backends.answers import AnswerText
+from helpers.bench import quality
 from helpers.errors import InputError
 from helpers.model.tokenizer import load_tokenizer
 
@@ -134,3 +135,17 @@ def test_a_stream_that_reads_itself_is_refused():
     stream = Scripted([5]).stream([1], SamplingParams(temperature=0, max_tokens=6), observe=lambda _: next(stream))
     with pytest.raises(InputError, match="observe"):
         list(stream)
+
+
+def test_an_observer_that_changes_its_logits_changes_no_answer():
+    sampling = SamplingParams(temperature=0, max_tokens=6)
+    tokens = list(Scripted([5]).stream([1], sampling, observe=lambda logits: logits.fill_(0)))
+    assert [token.token_id for token in tokens] == [5] * 6
+
+
+def test_scores_are_no_request_that_somebody_else_goes_on_with():
+    engine = Scripted([5])
+    engine.prefill([[1]])
+    quality.score(engine, [[1, 2, 3]], quiet=True)
+    with pytest.raises(InputError, match="nothing to append"):
+        engine.decode([5])

@@ -348,6 +348,14 @@ def test_settings_of_a_training_run_are_switched_off(tmp_path, setting):
     assert load_tokenizer(folder).encode(TEXTS[0]) == whole == AutoTokenizer.from_pretrained(folder)(TEXTS[0]).input_ids
 
 
+def test_a_padding_token_that_a_training_run_left_is_a_token_too(tmp_path):
+    """transformers numbers it before those that are declared after it."""
+    backend = make("byte-level")
+    backend.enable_padding(pad_token="[PAD]")
+    folder = saved(tmp_path, backend, {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "<mask>"})
+    assert load_tokenizer(folder).encode("<mask>") == AutoTokenizer.from_pretrained(folder)("<mask>").input_ids
+
+
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(folder):
     tokenizer = load_tokenizer(folder)
     plain = tokenizer.encode("Once upon")

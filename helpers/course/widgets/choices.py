@@ -64,7 +64,7 @@ def stream_choices(engine: Engine, prompt: str, sampling: SamplingParams, count:
     seen: deque[Tensor] = deque()  # logits [V] of the tokens that were chosen and not handed out yet
 
     def keep(logits: Tensor) -> None:
-        seen.append(logits[0].cpu().float().clone())  # the engine writes the next step's into the same memory
+        seen.append(logits[0].cpu().float())
 
     before = engine.tokenize(prompt)
     text = ""
