@@ -12,13 +12,12 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import datetime, timezone
-from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.backends.base import Engine
 from helpers.bench import quality
+from helpers.machine.hardware import free_cores, resolve_device
+from helpers.model.checkpoint import BUNDLED
 from helpers.model.stories.grammar import Story, draw_corpus, entropy, parses
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 PAD_ID, BOS_ID, END_ID = 0, 1, 2
-VOCABULARY = 2048
+BATCH = 256  # stories a step
+PEAK = 2e-3  # learning rate
+SEED = 0
 CHUNK = 2000  # stories a worker draws at a time
 TOKENIZER_CHUNKS = 10  # the tokenizer is trained on the first 20,000 training stories
 HELD_OUT_STORIES = 2000
@@ -45,42 +48,19 @@ SAMPLED = 200  # stories at each temperature
 LONGEST = 256  # tokens of a sampled story; one that has not ended by then is cut
 SIZE_LIMIT = 16 * 2**20  # bytes; the checkpoint is tracked by git
 
-# Written in the form of transformers 4, which 5 reads too; hence both names of the data type.
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-    "use_cache": True,
-    "pad_token_id": PAD_ID,
-    "bos_token_id": BOS_ID,
-    "eos_token_id": END_ID,
-    "dtype": "bfloat16",
-    "torch_dtype": "bfloat16",
-}
+# Shape and settings are those of the bundled checkpoint: edit its files to train another. They are in the form of
+# transformers 4, which 5 reads too; what 5 writes has names that 4 cannot read.
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+CONFIG: dict[str, Any] = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
 
 
-def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE that adds the begin token to what it encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=CONFIG["vocab_size"],
         special_tokens=[PAD, BOS, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -89,9 +69,9 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
     )
-    if tokenizer.get_vocab_size() != VOCABULARY:
+    if tokenizer.get_vocab_size() != CONFIG["vocab_size"]:
         raise RuntimeError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens instead of {VOCABULARY}: the stories "
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens instead of {CONFIG['vocab_size']}: the stories "
             "have too few distinct words. Add words to helpers/stories/tables.py."
         )
     return tokenizer
@@ -103,44 +83,26 @@ def draw_texts(job: tuple[str, int]) -> list[str]:
     return [story.text for story in draw_corpus(CHUNK, f"{name}/{chunk}")]
 
 
-@lru_cache(maxsize=1)
-def _tokenizer_from(tokenizer_json: str) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_json)
-
-
-def draw_tokens(job: tuple[str, int, str]) -> tuple[np.ndarray, np.ndarray]:
-    """One chunk of the corpus as tokens: all of its stories end to end, and their lengths."""
-    name, chunk, tokenizer_json = job
-    encodings = _tokenizer_from(tokenizer_json).encode_batch(draw_texts((name, chunk)))
-    rows = [[*encoding.ids, END_ID] for encoding in encodings]
-    return np.concatenate(rows).astype(np.int16), np.array([len(row) for row in rows])
-
-
-def _one_thread() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
-
-
-def build_corpus(stories: int, seed: int) -> tuple[Tokenizer, torch.Tensor, int]:
+def build_corpus(stories: int) -> tuple[Tokenizer, torch.Tensor, int]:
     """Draw the training corpus on all processors.
 
     Returns the tokenizer trained on its beginning, the stories' tokens [stories, longest] padded on the right
     (int16), and the number of tokens to predict.
     """
-    name = f"train-{seed}"
-    affinity = getattr(os, "sched_getaffinity", None)  # the processors we may use; Linux only
-    workers = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with multiprocessing.Pool(workers, initializer=_one_thread) as pool:
-        texts = pool.map(draw_texts, [(name, chunk) for chunk in range(TOKENIZER_CHUNKS)], chunksize=1)
-        tokenizer = train_tokenizer(text for chunk in texts for text in chunk)
-        tokenizer_json = tokenizer.to_str()
-        jobs = [(name, chunk, tokenizer_json) for chunk in range(math.ceil(stories / CHUNK))]
-        chunks = pool.map(draw_tokens, jobs, chunksize=1)
-    flat = np.concatenate([tokens for tokens, _ in chunks])
-    lengths = np.concatenate([lengths for _, lengths in chunks])
-    padded = np.full((len(lengths), lengths.max()), PAD_ID, dtype=np.int16)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat  # row by row, as flat is
-    padded, lengths = padded[:stories], lengths[:stories]
-    return tokenizer, torch.from_numpy(padded), int(lengths.sum()) - stories
+    jobs = [(f"train-{SEED}", chunk) for chunk in range(max(TOKENIZER_CHUNKS, math.ceil(stories / CHUNK)))]
+    with multiprocessing.Pool(free_cores()) as pool:
+        chunks = pool.imap(draw_texts, jobs)
+        first = list(islice(chunks, TOKENIZER_CHUNKS))
+        tokenizer = train_tokenizer(text for chunk in first for text in chunk)
+        rows = [
+            np.array([*encoding.ids, END_ID], dtype=np.int16)
+            for chunk in chain(first, chunks)
+            for encoding in tokenizer.encode_batch_fast(chunk)
+        ][:stories]
+    padded = np.full((stories, max(map(len, rows))), PAD_ID, dtype=np.int16)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return tokenizer, torch.from_numpy(padded), sum(map(len, rows)) - stories
 
 
 def story_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -181,31 +143,30 @@ def parse_share(texts: list[str]) -> float:
     return sum(map(parses, texts)) / len(texts)
 
 
-def learning_rate_at(step: int, steps: int, peak: float) -> float:
+def learning_rate_at(step: int, steps: int) -> float:
     """Linear warm-up over 3 % of the steps, then a cosine down to zero: it ends on settled weights."""
     warmup = max(1, steps * 3 // 100)
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return PEAK * (step + 1) / warmup
+    return PEAK * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(
-    corpus: torch.Tensor, steps: int, batch: int, peak: float, seed: int, device: str
-) -> transformers.LlamaForCausalLM:
-    """Train a model from scratch, `batch` stories a step, each story once. Prints its progress."""
-    torch.manual_seed(seed)
+def train(corpus: torch.Tensor, device: str) -> transformers.LlamaForCausalLM:
+    """Train a model from scratch, BATCH stories a step, each story once. Prints its progress."""
+    steps = len(corpus) // BATCH
+    torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).float().to(device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), fused=device == "cuda")
     corpus = corpus.to(device)
     started = printed = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, peak)
-        tokens = corpus[step * batch : (step + 1) * batch].long()
+            group["lr"] = learning_rate_at(step, steps)
+        tokens = corpus[step * BATCH : (step + 1) * BATCH].long()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             loss = story_loss(model, tokens)
         loss.backward()
@@ -215,7 +176,7 @@ def train(
         now = time.monotonic()
         if now - printed > 3 or step + 1 == steps:
             # loss.item() waits for the GPU, so only ask every few seconds
-            speed = (step + 1) * batch / (now - started)
+            speed = (step + 1) * BATCH / (now - started)
             message = f"step {step + 1:5d}/{steps}  loss {loss.item():.4f} nats/token"
             print(f"{message}  {now - started:4.0f} s, {speed:,.0f} stories/s", flush=True)
             printed = now
@@ -223,10 +184,7 @@ def train(
 
 
 def save_checkpoint(model: Any, tokenizer: Tokenizer, out: Path) -> None:
-    """Write weights (bfloat16), configuration and tokenizer in Hugging Face format.
-
-    The JSON files are written here and not by transformers, whose version 5 writes names that 4 can not read.
-    """
+    """Write weights (bfloat16), configuration and tokenizer in Hugging Face format."""
     out.mkdir(parents=True, exist_ok=True)
     # tied embeddings: the output matrix is the input matrix, so it is not stored
     weights = {
@@ -237,32 +195,8 @@ def save_checkpoint(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # save_file lets nobody else read it
     tokenizer.save(str(out / "tokenizer.json"))
-    special = {"bos_token": BOS, "eos_token": END, "pad_token": PAD}
-    added = {
-        str(index): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-            "special": True,
-        }
-        for index, token in enumerate([PAD, BOS, END])
-    }  # fmt: skip
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": CONFIG["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",  # so that a batch of prompts can be continued
-        "model_input_names": ["input_ids", "attention_mask"],  # Llama takes no token types
-        "added_tokens_decoder": added,
-        **special,
-    }
-    ids = {"bos_token_id": BOS_ID, "eos_token_id": END_ID, "pad_token_id": PAD_ID}
-    _write_json(out / "config.json", CONFIG)
-    _write_json(out / "generation_config.json", ids)
-    _write_json(out / "tokenizer_config.json", tokenizer_config)
-    _write_json(out / "special_tokens_map.json", special)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in SETTINGS:
+        (out / name).write_text((BUNDLED / name).read_text(encoding="utf-8"), encoding="utf-8")
 
 
 CARD = """---
@@ -306,11 +240,11 @@ Greedy, from "Once upon a time":
 
 ## How it was made
 
-    {command}
+    python -m helpers.maintain.train_stories --out DIR --steps {steps}
 
 - corpus: {stories:,} stories (seed `train-{seed}`), each seen once; {tokens:,} tokens to predict;
   {overlap} of the held-out stories are among them
-- tokenizer: byte-level BPE, {vocabulary:,} tokens, trained on the first {tokenizer_stories:,} stories; adds
+- tokenizer: byte-level BPE, {vocab_size:,} tokens, trained on the first {tokenizer_stories:,} stories; adds
   `<|bos|>`; a story ends with `<|end|>`
 - model: hidden size {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads,
   {num_key_value_heads} key and value heads, intermediate size {intermediate_size}, tied embeddings
@@ -326,62 +260,51 @@ Licence: Apache-2.0.
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.maintain.train_stories",
-        description="Train the bundled model on stories drawn from the grammar.",
+        prog="python -m helpers.maintain.train_stories", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=256, help="stories a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak")
-    parser.add_argument("--seed", type=int, default=0)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device)
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no GPU: check nvidia-smi and that torch is a CUDA build, or use cpu")
+    device = resolve_device()
 
     started = time.monotonic()
-    stories = options.steps * options.batch
+    stories = options.steps * BATCH
     print(f"drawing {stories:,} stories ...", flush=True)
-    fast_tokenizer, corpus, tokens = build_corpus(stories, options.seed)
+    tokenizer, corpus, tokens = build_corpus(stories)
     print(f"  {tokens:,} tokens, {time.monotonic() - started:.0f} s", flush=True)
     training = time.monotonic()
-    model = train(corpus, options.steps, options.batch, options.learning_rate, options.seed, options.device)
+    model = train(corpus, device)
     training_seconds = time.monotonic() - training
-    save_checkpoint(model, fast_tokenizer, options.out)
+    save_checkpoint(model, tokenizer, options.out)
 
     print("evaluating the saved weights ...", flush=True)
     # Loaded again as a user would: what counts is the rounded weights, evaluated without further rounding.
     torch.set_float32_matmul_precision("highest")
-    held_out = draw_corpus(HELD_OUT_STORIES, f"held-out-{options.seed}")
-    limits: dict[str, Any] = {
-        "max_batch_size": SAMPLED,
-        "max_input_len": 64,
-        "max_seq_len": CONFIG["max_position_embeddings"],
-    }
-    with load(BuildRecipe(str(options.out), "pytorch", device=options.device, **limits)) as engine:
+    held_out = draw_corpus(HELD_OUT_STORIES, f"held-out-{SEED}")
+    recipe = BuildRecipe(
+        str(options.out),
+        "pytorch",
+        max_batch_size=SAMPLED,
+        max_input_len=64,
+        max_seq_len=CONFIG["max_position_embeddings"],
+    )
+    with load(recipe) as engine:
         loss, floor = held_out_loss(engine, held_out)
-        shares = {t: parse_share(sample_stories(engine, SAMPLED, t, options.seed)) for t in (0.7, 1.0, 1.5)}
+        shares = {t: parse_share(sample_stories(engine, SAMPLED, t, SEED)) for t in (0.7, 1.0, 1.5)}
         greedy = engine.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=LONGEST))[0].text
-    seen = {row.tobytes() for row in corpus.numpy()}
-    encoded = [[*fast_tokenizer.encode(story.text).ids, END_ID] for story in held_out]
-    width = corpus.shape[1]
-    padded = [np.array(row + [PAD_ID] * (width - len(row)), dtype=np.int16) for row in encoded]
+    seen = {bytes(row[row != PAD_ID]) for row in corpus.numpy()}
+    encoded = [np.array([*tokenizer.encode(story.text).ids, END_ID], dtype=np.int16) for story in held_out]
     card = CARD.format(
-        **{key: CONFIG[key] for key in CONFIG if f"{{{key}}}" in CARD},
+        **CONFIG,
         parameters=sum(p.numel() for p in model.parameters()),
-        held_out=len(held_out), seed=options.seed, floor=floor, loss=loss, excess=loss / floor - 1,
+        held_out=len(held_out), seed=SEED, floor=floor, loss=loss, excess=loss / floor - 1,
         entropy=entropy(), tokens_per_story=tokens / stories,
         sampled=SAMPLED, share_cool=shares[0.7], share_plain=shares[1.0], share_hot=shares[1.5],
-        greedy="Once upon a time" + greedy,
-        command="python -m helpers.maintain.train_stories --out DIR"
-        f" --steps {options.steps} --batch {options.batch} --learning-rate {options.learning_rate:g}"
-        f" --seed {options.seed} --device {options.device}",
-        stories=stories, tokens=tokens, overlap=sum(row.tobytes() in seen for row in padded),
-        vocabulary=VOCABULARY, tokenizer_stories=TOKENIZER_CHUNKS * CHUNK,
-        steps=options.steps, batch=options.batch, peak=options.learning_rate,
+        greedy="Once upon a time" + greedy, steps=options.steps,
+        stories=stories, tokens=tokens, overlap=sum(bytes(row) in seen for row in encoded),
+        tokenizer_stories=TOKENIZER_CHUNKS * CHUNK, batch=BATCH, peak=PEAK,
         seconds=time.monotonic() - started, training_seconds=training_seconds,
-        machine=torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        machine=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         python=platform.python_version(), torch=torch.__version__,
         transformers=transformers.__version__, tokenizers=tokenizers.__version__,
         date=datetime.now(timezone.utc).date().isoformat(),
