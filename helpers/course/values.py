@@ -35,7 +35,7 @@ def number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{shown(value)} is not a number.")
+        raise InputError(f"{shown(value)} is not a number. Give one alone, without its unit.")
     return result
 
 
@@ -50,19 +50,22 @@ def whole(value: Any) -> int:
 def numbers(value: Any) -> list[float]:
     """A row of numbers: a list, tuple, array, tensor or generator of them, flat."""
     items = plain(value)
+    while isinstance(items, list) and len(items) == 1 and isinstance(items[0], list):  # a batch of one row
+        items = items[0]
     if not isinstance(items, list):
         raise InputError(f"{shown(value)} is not a row of numbers.")
     return [number(item) for item in items]
 
 
 def choice(value: Any, options: Sequence[str]) -> str:
-    """Which of the options a text names, in upper or lower case and with any signs between its words."""
-    value = _alone(value)
-    key = _words(getattr(value, "name", None) or getattr(value, "__name__", None) or value)
-    for option in options:
-        if _words(option) == key:
-            return option
-    raise InputError(f"{shown(value)} is none of these: {', '.join(options)}.")
+    """Which of the options a text names, in upper or lower case, with any signs between its words, and with other words
+    around it: "the seed", "max_batch_size=4". A text that names two is no choice."""
+    key = _words(value)
+    named = [option for option in options if f" {_words(option)} " in f" {key} "]
+    longest = max(named, key=len, default="")
+    if named and all(_words(option) in _words(longest) for option in named):  # "int8" is named by "aot int8" too
+        return longest
+    raise _no_option(value, options)
 
 
 def choices(value: Any, options: Sequence[str]) -> set[str]:
@@ -70,7 +73,15 @@ def choices(value: Any, options: Sequence[str]) -> set[str]:
     items = re.split(r"[,;]| and ", value) if isinstance(value, str) else plain(value)
     if not isinstance(items, list):
         raise InputError(f"{shown(value)} is not a set of names.")
-    return {choice(item, options) for item in items if item != ""}
+    known = {_words(option): option for option in options}
+    for item in items:
+        if item != "" and _words(item) not in known:
+            raise _no_option(item, options)
+    return {known[_words(item)] for item in items if item != ""}
+
+
+def _no_option(value: Any, options: Sequence[str]) -> InputError:
+    return InputError(f"{shown(value)} is not one of these: {', '.join(options)}.")
 
 
 def _alone(value: Any) -> Any:
@@ -82,7 +93,10 @@ def _alone(value: Any) -> Any:
 
 
 def _words(value: Any) -> str:
-    return re.sub(r"[\W_]+", " ", value if isinstance(value, str) else shown(value)).strip().casefold()
+    """A text, or the name of what has one, in lower case and with a space for all signs."""
+    value = _alone(value)
+    name = getattr(value, "name", None) or getattr(value, "__name__", None) or value
+    return re.sub(r"[\W_]+", " ", name if isinstance(name, str) else shown(name)).strip().casefold()
 
 
 # ---- figures that were read from a table ------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def drafts_by_stream(engine, prompt, seeds):
 RIGHT = {
     "00.1": [6, 6.0, np.int64(6), torch.tensor(6), torch.tensor([6]), Fraction(6), Decimal(6), "6", " 6 ", (6,)],
     "00.2": [25.0, 64 / 2.56, 64 / 2.5583, 25, "25.02", np.float32(25), torch.tensor(25.0), Fraction(6400, 256)],
-    "00.3": ["max_batch_size", "MAX_BATCH_SIZE", " max batch size", np.str_("max_batch_size")],
+    "00.3": ["max_batch_size", "MAX_BATCH_SIZE", " max batch size", np.str_("max_batch_size"), "max_batch_size=4"],
     "00.4": [
         SamplingParams(temperature=0.8, seed=1),
         SamplingParams(seed=0),
@@ -46,7 +46,7 @@ RIGHT = {
         lambda e, p, s: tuple(drafts(e, p, s)),
         lambda e, p, s: np.array(drafts(e, p, s)),
     ],
-    "00.7": ["seed", "SEED", " seed ", np.str_("seed"), ["seed"]],
+    "00.7": ["seed", "SEED", "the seed", np.str_("seed"), ["seed"]],
 }
 WRONG = {
     "00.1": [
@@ -94,5 +94,5 @@ WRONG = {
         lambda e, p, s: None,
         drafts(None, "", []),
     ],
-    "00.7": ["temperature", "max_tokens", "top_p", "the engine", "", 7, {"seed", "temperature"}],
+    "00.7": ["temperature", "max_tokens", "top_p", "the engine", "seed or temperature", "", 7, {"seed", "temperature"}],
 }

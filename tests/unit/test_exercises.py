@@ -151,6 +151,30 @@ def test_a_mistake_in_the_learners_function_is_shown_down_to_their_own_line_and_
     assert "frame.py" not in text and "in call" not in text
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (1 / 6.06, "other way round"),
+        (0.00606, "0.001 times"),
+        (6060, "1000 times"),
+        (48.5, "8 times"),
+        (7, "too large"),
+    ],
+)
+def test_a_usual_mistake_with_figures_is_named(answer, words):
+    freeze("03", ttft_s=2.74e-3, tpot_s=0.369e-3)
+    assert words in str(check("03.2", answer))
+
+
+def test_what_the_learners_function_does_to_its_arguments_changes_nothing(engine):
+    def cut(ids, end_ids):
+        end_ids.append(7)
+        ids.clear()
+        return [5]
+
+    assert "[5, 7, 2, 9, 2], [2] it gives [5.0]. Right is [5, 7]" in str(check("05.3", cut))
+
+
 def test_an_interrupt_goes_through():
     def endless(*arguments):
         raise KeyboardInterrupt

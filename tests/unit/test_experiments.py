@@ -105,7 +105,9 @@ def test_the_widget_runs_in_the_background_stops_and_goes_on(tmp_path):
     assert again.bar.value == len(calls) == len(again.rows)
     again.button.click()
     assert len(calls) == 4 == again.bar.value and "Bars: figure" in again.picture.value
-    assert "4 of 4 settings" in again._repr_mimebundle_()[0]["text/html"] and rows_picture([], GRID, "figure") is None
+    assert "4 of 4 settings" in again._repr_mimebundle_()[0]["text/html"]
+    smaller = experiment_runner(slow, {**GRID, "a": [1]}, tmp_path / "r.json", "figure")
+    assert "2 of 2 settings" in smaller.output.value and rows_picture([], GRID, "figure") is None
 
 
 def test_the_widget_shows_a_fault_of_the_measurement(tmp_path):

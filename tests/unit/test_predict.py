@@ -135,3 +135,25 @@ def test_a_unit_that_changed_is_told():
     predict("speed", times=3)
     with pytest.raises(InputError, match="predicted in times"):
         reveal("speed", ms=3)
+
+
+def test_a_guess_by_the_control_counts_and_the_cell_run_again_keeps_it():
+    pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
+    control = prediction.GuessControl(predict("speed", times=None))
+    control.field.value = "many"
+    assert "is not a number" in control.errors.outputs[0]["text"] and control.output.value == ""
+    control.field.value = "3"
+    assert control.errors.outputs == () and "your guess is 3 times" in control.output.value
+    assert "your guess is 3 times" in repr(predict("speed", times=None))
+    buttons = prediction.GuessControl(predict("who", choice=None, of=["pytorch", "aot"]))
+    buttons.field.value = "aot"
+    assert reveal("who", choice="aot").distance[0] and "you guessed 3 times" in repr(reveal("speed", times=6))
+    control.field.value = "6"
+    assert "does not count" in control.output.value
+
+
+def test_readers_without_a_kernel_see_what_was_asked():
+    pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
+    data, _ = predict("who", choice=None, of=["pytorch", "aot"])._repr_mimebundle_()
+    assert "one of: pytorch, aot" in data["text/html"] and "application/vnd.jupyter.widget-view+json" in data
+    assert set(predict("speed", times=3)._repr_mimebundle_()[0]) == {"text/plain"}

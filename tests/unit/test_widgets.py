@@ -236,6 +236,18 @@ def test_a_fast_drag_is_drawn_once_where_it_stops(explorer, monkeypatch):
     assert drawn == [1.9]
 
 
+def test_two_drawings_in_one_moment_are_both_drawn():
+    simulator = widgets.batching_simulator()
+
+    async def move():
+        simulator.time.value = 20
+        simulator.batching.value = False  # another drawing, before the first is there
+        await asyncio.sleep(panel.REDRAW * 5)
+
+    asyncio.run(move())
+    assert "static, paged, up to" in simulator.output.value
+
+
 # ---- memory, batching, build ------------------------------------------------------------------------------
 
 
@@ -274,6 +286,11 @@ def test_the_simulator_takes_this_machines_step_times_and_shows_any_moment():
     assert "static, paged, up to" in simulator.output.value
     data, _ = simulator._repr_mimebundle_()
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and "tokens per second" in data["text/plain"]
+
+    async def in_a_notebook():  # where drawing waits for its turn
+        return widgets.batching_simulator(times)._repr_mimebundle_()
+
+    assert "tokens per second" in asyncio.run(in_a_notebook())[0]["text/plain"]
 
 
 def test_a_simulation_plays_until_stop(monkeypatch):

@@ -41,6 +41,7 @@ class BatchingSimulator(Panel):
         self.controls = [*settings, self.play]
         buttons = row(self.play, self.stop_button)
         self.view = w.VBox([row(*settings), row(self.time, buttons), self.errors, self.output, self.table])
+        self.draw()  # at once: it sets the largest batch, which the picture for readers depends on
         self.redraw_with(self.draw, *settings)
         self.redraw_with(self.show, self.time)
 
