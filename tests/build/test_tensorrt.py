@@ -14,8 +14,8 @@ pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this pl
 from torch import nn
 
 from helpers import inspect, store
+from helpers.backends.tensorrt import api, modules, onnx_export
 from helpers.backends.tensorrt import builder as tensorrt_builder
-from helpers.backends.tensorrt import modules, onnx_export
 from helpers.course.recorded import recorded
 from helpers.engine import build_module, build_onnx, load_plan
 from helpers.errors import (
@@ -448,3 +448,9 @@ def test_without_the_package_one_line_says_so(monkeypatch):
         assert "macOS" in tensorrt_builder.missing() and "\n" not in tensorrt_builder.missing()
     finally:
         tensorrt_builder.provider_version.cache_clear()
+
+
+def test_looking_for_a_driver_starts_no_program(monkeypatch):
+    """A compiler that is killed with the worker leaves its files in the temporary folder."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("started"))
+    assert api._has_driver() in (True, False)

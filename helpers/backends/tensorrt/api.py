@@ -7,7 +7,7 @@ environment's Python can serve as the worker.
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import importlib
 import os
 import sys
@@ -294,7 +294,12 @@ def _inspect(trt: ModuleType, plan: str) -> str:
 
 
 def _has_driver() -> bool:
-    return ctypes.util.find_library("nvcuda" if sys.platform == "win32" else "cuda") is not None
+    """By loading it: ctypes.util.find_library would ask gcc, which leaves files where it is killed meanwhile."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def memory() -> float:
