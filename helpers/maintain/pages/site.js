@@ -15,7 +15,7 @@ name();
 
 // ---- what is wider than its box can be reached with the keyboard
 function reachable() {
-  for (const box of document.querySelectorAll("pre, .scroll")) {
+  for (const box of document.querySelectorAll("pre, .scroll, .output_png")) {
     if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
