@@ -16,6 +16,7 @@ from helpers.backends.tensorrt import layers
 from helpers.course.lab import pictures, profile
 from helpers.course.lab.binary import compiled_for, vector_registers
 from helpers.course.lab.code import beside
+from helpers.course.pictures import generated_loops
 from helpers.course.recorded import recorded
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.paths import PROJECT
@@ -195,6 +196,24 @@ def test_triton_code_stands_beside_the_lines_too():
         *(("tmp10", "rsqrt"), ("tmp11", "mul"), ("tmp13", "mul")),
     ]
     assert rows[0][0].startswith("def triton_per_fused")
+
+
+def test_the_triton_code_of_a_gpus_engine_is_found_in_its_package(tmp_path):
+    """The form of PyTorch 2.13's C++ for a GPU: a function for each kernel, which quotes it; then the calls."""
+    body = TRITON.replace("\n", "\n    ")
+    launch = "static __attribute__((noinline)) void call_{0}(\n    int64_t xnumel,\n    kernels_type_& kernels_\n){{\n"
+    quoted = (
+        "    /*\n    async_compile.triton('{0}', '''{1}''', device_str='cuda')\n    */\n    uint32_t grid_0 = 1;\n}}\n"
+    )
+    program = "".join((launch + quoted).format(name, body.replace("per_fused", name)) for name in ("first", "other"))
+    program += "".join(
+        f"        call_{name}(x, 64L, kernels, this->cubin_dir_);\n" for name in ("other", "first", "other")
+    )
+    with zipfile.ZipFile(tmp_path / "decode_b1.pt2", "w") as archive:
+        archive.writestr("decode_b1/data/aotinductor/model/c1.wrapper.cpp", program)
+    loops = generated_loops(tmp_path, "decode_b1")
+    assert [re.search(r"def (\w+?)_add", loop)[1] for loop in loops] == ["triton_other", "triton_first", "triton_other"]
+    assert loops[1] == TRITON.replace("per_fused", "first")
 
 
 def test_stages_say_what_came_and_went():

@@ -53,6 +53,14 @@ def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
     return Table(f"{kernel.name}: {len(kernel.fused)} operations", ("generated", "operation", "the model's line"), rows)
 
 
+def triton_sources(program: str) -> list[str]:
+    """The Triton source of each kernel that the C++ program of a GPU engine launches, in order. The program quotes a
+    source in a comment, in the function that launches the kernel."""
+    quoted = dict(re.findall(r"void (call_\w+)\([^{]*\{\s*/\*.*?'''(.*?)'''", program, re.DOTALL))
+    calls = re.findall(r"^\s+(call_\w+)\(", program, re.MULTILINE)
+    return [textwrap.dedent(quoted[name]) for name in calls if name in quoted]
+
+
 def _sign(op: str) -> str:
     return SIGNS.get(op, rf"\b{re.escape(op.strip('_'))}\(")
 
