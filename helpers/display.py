@@ -155,7 +155,7 @@ def grouped_bars(names: Sequence[str], groups: Mapping[str, Sequence[float]], la
     for at, ((group, lengths), colour, hatch) in enumerate(zip(groups.items(), COLOURS, HATCHES, strict=False)):
         spots = [y + (at - (len(groups) - 1) / 2) * height for y in range(len(names))]
         bars = axes.barh(spots, lengths, height * 0.9, label=group, color=colour, hatch=hatch, edgecolor="white")
-        axes.bar_label(bars, [f"{length:,.0f}" for length in lengths], padding=3)
+        axes.bar_label(bars, [f"{length:,.0f}" if length >= 100 else f"{length:.3g}" for length in lengths], padding=3)
     axes.set_yticks(range(len(names)), list(map(plain, names)))
     return _finish_bars(figure, axes, label, max(map(max, groups.values())), len(groups))
 

@@ -35,7 +35,7 @@ def read_rows(file: Path | str) -> list[Row]:
 
 def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Row]]:
     """Call measure(**settings) for each combination that `file` has no row of. After each, all rows: JSON in the file,
-    CSV beside it. A combination that an engine refuses has a row that says why.
+    CSV beside it. A combination that an engine refuses has a row that says why, and is tried again the next time.
     """
     if not grid or not all(isinstance(values, (list, tuple, range)) and len(values) for values in grid.values()):
         raise InputError(f"This is no grid: {shown(grid)}.", fix="Give each setting a list of values.")
@@ -44,6 +44,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
     rows = read_rows(file)
     if rows and not all(set(grid) <= set(row) for row in rows):
         raise InputError(f"{Path(file).name!r} holds another experiment's rows.", fix="Name another file.")
+    rows = [row for row in rows if "error" not in row]
     yield rows
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))

@@ -83,12 +83,14 @@ class GuessControl(Panel):
 
         super().__init__()
         self.prediction = prediction
-        if prediction.options:
-            self.field = control("RadioButtons", "your guess", options=prediction.options, value=None)
+        if prediction.options:  # buttons: JupyterLab keeps the arrow keys, which radio buttons need, for itself
+            self.field = control("ToggleButtons", "your guess", options=prediction.options, value=None)
+            self.field.style.button_width = "auto"
         else:
             self.field = control("Text", "your guess", placeholder=prediction.unit, continuous_update=False)
         self.controls = [self.field]
         self.view = w.VBox([self.field, self.errors, self.output])
+        self.draw()  # at once: the next cell may keep the kernel busy
         self.redraw_with(self.draw, self.field)
 
     def draw(self) -> None:

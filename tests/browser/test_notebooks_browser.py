@@ -13,7 +13,6 @@ from promises import NIGHTLY
 
 from helpers.maintain import notebooks
 
-pytest_plugins = ["jupyter_pages"]  # its fixtures
 ALL = [path.stem for path in notebooks.select(notebooks.NOTEBOOKS, None)]
 
 

@@ -3,10 +3,7 @@
 import pytest
 
 pytestmark = pytest.mark.browser
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe: pip install -e '.[browser]'")
-
-from test_widgets_browser import a_browser
 
 from helpers.maintain import notebooks, site
 
@@ -20,14 +17,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build") / "site"
     site.write_site([site.convert(path.stem, notebooks.read(path)) for path in SOURCES], folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = a_browser(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

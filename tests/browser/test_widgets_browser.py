@@ -1,5 +1,6 @@
 """The widgets in JupyterLab and Notebook 7 in a real browser: what a learner sees, moves and presses."""
 
+import json
 import time
 
 import pytest
@@ -8,9 +9,7 @@ pytestmark = pytest.mark.browser
 pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
 
-from jupyter_pages import a_browser, picture, run_all, wait_for  # noqa: F401 (test_site_browser takes the first)
-
-pytest_plugins = ["jupyter_pages"]  # its fixtures
+from jupyter_pages import picture, run_all, wait_for
 
 CELL = """
 from helpers import BuildRecipe, load
@@ -34,12 +33,24 @@ decode = engine._decode
 engine._decode = lambda tokens: (time.sleep(0.03), decode(tokens))[1]  # or a quick machine is done before Stop
 chat(engine, sampling=SamplingParams(temperature=0, max_tokens=256, ignore_eos=True))
 """
+EXPERIMENT = """
+import time
+from helpers.course.predict import predict
+from helpers.course.widgets import experiment_runner
 
+def measure(batch, precision):
+    time.sleep(0.6)
+    return {"ms": batch * 1.5}
 
+experiment_runner(measure, {"batch": [1, 2, 4], "precision": ["fp32", "int8"]}, "grid.json", "ms")
+"""
 MORE = [
     "from helpers.course.widgets import batching_simulator, build_explorer, memory_calculator\nmemory_calculator()",
     "batching_simulator()",
     "build_explorer(max_batch_size=1, max_input_len=16, max_seq_len=48)",
+    EXPERIMENT,
+    "predict('speed', times=None)",
+    "predict('who', choice=None, of=['pytorch', 'aot'])",
 ]
 
 
@@ -234,16 +245,54 @@ def test_a_build_is_started_and_cancelled(more):
     assert named(more, "Build").is_enabled() and "not built yet" in explorer.inner_text()
 
 
+def test_an_experiment_is_stopped_resumed_and_not_repeated(more, jupyter):
+    runner, file = cell(more, 3), jupyter[0] / "grid.json"
+    run, stop = (runner.locator("button", has_text=text) for text in ("Run", "Stop"))
+    wait_for(lambda: "0 of 6 settings" in runner.inner_text())
+    run.click()
+    wait_for(lambda: "1 of 6 settings" in runner.inner_text())
+    for _ in range(3):
+        run.click(force=True)  # is ignored
+    stop.click()
+    wait_for(run.is_enabled)
+    rows = json.loads(file.read_text())
+    assert 1 <= len(rows) < 6
+    time.sleep(1.5)
+    assert json.loads(file.read_text()) == rows  # Stop is an end
+    rows[0]["ms"] = 77.0  # to be seen again, if it is not measured anew
+    file.write_text(json.dumps(rows))
+    run.click()
+    wait_for(lambda: "6 of 6 settings" in runner.inner_text())
+    assert json.loads(file.read_text())[0]["ms"] == 77.0
+    wait_for(lambda: "batch=4, precision=int8 6" in (runner.locator("img").get_attribute("alt") or ""))
+    assert len(file.with_suffix(".csv").read_text().splitlines()) == 7
+    picture(more, "experiment")
+
+
+def test_a_guess_is_given_by_a_control_with_the_keyboard(more):
+    number, choices = cell(more, 4), cell(more, 5)
+    field = number.get_by_label("your guess")
+    field.fill("many")
+    field.press("Enter")
+    wait_for(lambda: "is not a number" in number.inner_text())
+    field.fill("3")
+    field.press("Tab")
+    wait_for(lambda: "your guess is 3 times" in number.inner_text() and "not a number" not in number.inner_text())
+    choices.get_by_role("button", name="aot").focus()
+    more.keyboard.press("Space")
+    wait_for(lambda: "your guess is aot" in choices.inner_text())
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "dark")])
 def test_what_a_phone_and_a_dark_page_show(visit, width, scheme):
-    """Pictures for people; and no control is wider than its place."""
+    """Pictures for people; and no control or line of words is wider than its place."""
     page = opened(visit, [*MORE, CELL], "notebook", f"widgets-{width}-{scheme}", "Run", width=width, scheme=scheme)
-    for number in range(4):
+    for number in range(7):
         wait_for(lambda n=number: cell(page, n).locator(".widget-vbox").count() > 0)
         cell(page, number).scroll_into_view_if_needed()
         time.sleep(0.3)
         picture(page, f"{page.name}-{number}")
-        too_wide = """cell => [...cell.querySelectorAll('.widget-inline-hbox')].filter(
+        too_wide = """cell => [...cell.querySelectorAll('.widget-inline-hbox, .widget-html-content p')].filter(
             part => part.getBoundingClientRect().right > innerWidth + 1).length"""
         assert cell(page, number).evaluate(too_wide) == 0
     assert page.problems == []

@@ -57,6 +57,13 @@ def test_what_an_engine_refuses_is_a_row_and_a_fault_of_the_measurement_is_an_er
     with pytest.raises(ZeroDivisionError):
         list(run_grid(refuses, {"a": [2, 3]}, tmp_path / "r.json"))
     assert read_rows(tmp_path / "r.json") == rows
+    again = list(run_grid(lambda a: {"figure": 5.0}, {"a": [1, 2]}, tmp_path / "r.json"))[-1]  # the cause is mended
+    assert again == [{"a": 2, "figure": 1.0}, {"a": 1, "figure": 5.0}]
+
+
+def test_the_picture_tells_small_figures_apart():
+    picture = rows_picture([{"a": 1, "ms": 0.39}, {"a": 2, "ms": 0.12}, {"a": 3}], {"a": [1, 2, 3]}, "ms")
+    assert {text.get_text() for text in picture.figure.axes[0].texts} == {"0.39", "0.12"}
 
 
 @pytest.mark.parametrize("content", ["{", "3", "[3]", '[{"other": 1}]'])

@@ -55,7 +55,7 @@ def mime_bundle(thing: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if hasattr(thing, "_repr_mimebundle_"):
         return thing._repr_mimebundle_()
     text = str(thing)
-    lines = f"<pre style='white-space:pre-wrap'>{html.escape(text)}</pre>"
+    lines = f"<div style='white-space:pre-wrap'>{html.escape(text)}</div>"
     page = thing._repr_html_() if hasattr(thing, "_repr_html_") else lines
     return {"text/html": page, "text/plain": text}, {}
 
@@ -69,8 +69,9 @@ def as_html(thing: Any) -> str:
     if "image/png" in data:
         alt = html.escape(data["text/plain"], quote=True)
         return f"<img alt='{alt}' style='max-width:100%' src='data:image/png;base64,{data['image/png']}'>"
-    style = "overflow-x:auto;line-height:1.4"
-    return f"{above}<div class='jp-RenderedHTMLCommon' style='{style}'>{data['text/html']}</div>"
+    table = f"<div class='jp-RenderedHTMLCommon' style='overflow-x:auto'>{data['text/html']}</div>"
+    # As wide as the page, and not as the table.
+    return f"<div style='width:0;min-width:100%;line-height:1.4'>{above}{table}</div>"
 
 
 class Panel(ABC):
