@@ -24,6 +24,7 @@ from helpers.errors import (
     EngineCorrupt,
     EngineMismatch,
     EngineNotFound,
+    ModelError,
     RecipeError,
     StoreError,
     out_of_memory,
@@ -66,9 +67,7 @@ def _job(recipe: BuildRecipe) -> BuildJob:
             if (checkpoint.folder / name).exists():
                 shutil.copy(checkpoint.folder / name, folder / name)
         details = backend.build(recipe, checkpoint, folder, progress)
-        now = find_checkpoint(recipe.model)
-        digests = now.digest(), now.tokenizer_digest()
-        if digests != (depends_on["checkpoint"], depends_on["tokenizer"]):  # it would bear the name of other weights
+        if not _is_of(find_checkpoint(recipe.model), depends_on):  # the engine would bear the name of other weights
             raise BuildError(
                 f"The checkpoint {recipe.model!r} was changed while an engine was built from it.",
                 cause="Something wrote into its folder meanwhile, such as a training run that saves.",
@@ -142,12 +141,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     folder = locate(engine)
     with store.reading(folder), _understood(folder), _loading():
         check_trust(folder)
-        manifest = store.read_manifest(folder)
-        if manifest["identity"].get("kind") != "language model":
-            raise EngineMismatch(
-                f"Engine {folder.name!r} holds a module, not a language model: it answers no prompts.",
-                fix="Look inside with inspect(folder), or try it with load_plan(folder).",
-            )
+        manifest = _read_language_model(folder)
         backend = backends.module(manifest["recipe"]["backend"])
         backend.check_machine(folder.name, manifest["identity"])
         store.verify(folder, manifest)
@@ -210,6 +204,20 @@ def disk_needed(recipe: BuildRecipe) -> float:
     return _room(backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)[1])
 
 
+def recipe_of(engine: Path | str) -> BuildRecipe:
+    """The recipe that an engine was built from. Raises ModelError if its checkpoint is gone, or another by now."""
+    folder = store.find(engine)
+    manifest = _read_language_model(folder)
+    recipe = from_dict(manifest["recipe"])
+    if not _is_of(find_checkpoint(recipe.model), manifest["identity"]):
+        raise ModelError(
+            f"The checkpoint {recipe.model!r} is not the one that engine {folder.name!r} was built from.",
+            cause="Its weights, its configuration or its tokenizer were changed after the build.",
+            fix="Build a new engine from it, or bring the old files back.",
+        )
+    return recipe
+
+
 def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """All that an engine depends on. Two builds with equal identities are the same engine."""
     depends_on = backends.module(recipe.backend).identity(recipe, checkpoint)
@@ -221,6 +229,12 @@ def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": checkpoint.tokenizer_digest(),
         **depends_on,
     }
+
+
+def _is_of(checkpoint: Checkpoint, identity: dict[str, Any]) -> bool:
+    """Whether a checkpoint's files are those that an engine of this identity depends on."""
+    digests = checkpoint.digest(), checkpoint.tokenizer_digest()
+    return digests == (identity["checkpoint"], identity["tokenizer"])
 
 
 @contextlib.contextmanager
@@ -254,6 +268,16 @@ def _need_compiled(recipe: BuildRecipe) -> None:
             f"Backend {recipe.backend!r} compiles nothing ahead of time, so there is nothing to build.",
             fix="Load the recipe itself: load(recipe).",
         )
+
+
+def _read_language_model(folder: Path) -> store.Manifest:
+    manifest = store.read_manifest(folder)
+    if manifest["identity"].get("kind") != "language model":
+        raise EngineMismatch(
+            f"Engine {folder.name!r} holds a module, not a language model: it has no recipe and answers no prompts.",
+            fix="Look inside with inspect(folder), or try it with load_plan(folder).",
+        )
+    return manifest
 
 
 def _run(job: BuildJob, force: bool) -> Path:

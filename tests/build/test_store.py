@@ -19,7 +19,7 @@ from helpers import BuildRecipe, SamplingParams, backends, build, cli, digests, 
 from helpers import recipe as recipes
 from helpers.backends.report import EngineReport, write_report
 from helpers.bench import records
-from helpers.engine import inspect, load_plan, locate
+from helpers.engine import inspect, load_plan, locate, recipe_of
 from helpers.errors import (
     BackendUnavailable,
     BuildError,
@@ -27,6 +27,7 @@ from helpers.errors import (
     EngineCorrupt,
     EngineMismatch,
     EngineNotFound,
+    ModelError,
     OutOfMemory,
     StoreError,
 )
@@ -698,8 +699,32 @@ def test_a_folder_named_like_the_bundled_model_stays_that_folder(fake, engines, 
     folder = build(RECIPE.replace(model=written.format(tmp_path.name, tmp_path)), quiet=True)
     assert folder != build(RECIPE, quiet=True)
     monkeypatch.chdir("/")  # wherever it is asked
-    assert from_dict(store.read_manifest(folder)["recipe"]) == RECIPE.replace(model=str(own))
-    assert locate(RECIPE.replace(model=str(own))) == folder
+    assert recipe_of(folder) == RECIPE.replace(model=str(own))
+    assert recipe_of(build(RECIPE, quiet=True)) == RECIPE
+    assert locate(recipe_of(folder)) == folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_the_recipe_of_an_engine_whose_checkpoint_is_gone_or_changed(fake, engines, tmp_path, name):
+    from helpers.model.checkpoint import BUNDLED
+
+    fake()
+    own = shutil.copytree(BUNDLED, tmp_path / "own")
+    folder = build(RECIPE.replace(model=str(own)), quiet=True)
+    assert recipe_of(folder).model == str(own)
+    (own / name).write_text((own / name).read_text() + " ")
+    with pytest.raises(ModelError, match="not the one that engine"):
+        recipe_of(folder)
+    shutil.rmtree(own)
+    with pytest.raises(ModelError, match="own"):
+        recipe_of(folder)
+    assert load(folder) == b"whole"  # the engine needs it no longer
+
+
+def test_a_manifest_gives_its_recipe_back(tiny_engine, tiny_llama):
+    recipe = recipe_of(tiny_engine)
+    assert recipe.device == "cpu" and recipe.max_seq_len == 48
+    assert Path(recipe.model).name == tiny_llama.name  # an equal checkpoint: another test process may have built it
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])

@@ -84,7 +84,8 @@ def test_a_loop_is_found_whether_one_thread_runs_it_or_several(tmp_path):
     """As Inductor writes them: what several threads share stands one level deeper, several loops in a region."""
     alone = textwrap.indent(NORM, "    ")
     shared = textwrap.indent("#pragma omp for\n".join(["{\n", *NORM.splitlines(keepends=True)[1:]]), "        ")
-    region = f"    #pragma omp parallel num_threads(2)\n    {{\n        int tid = omp_get_thread_num();\n{shared * 2}    }}\n"
+    opened = "    #pragma omp parallel num_threads(2)\n    {\n        int tid = omp_get_thread_num();\n"
+    region = f"{opened}{shared * 2}    }}\n"
     with zipfile.ZipFile(tmp_path / "decode_b1.pt2", "w") as archive:
         archive.writestr("x.kernel.cpp", f'extern "C"  void  cpp_fused()\n{{\n{alone}{region}{alone}{region}}}\n')
     loops = pictures.generated_loops(tmp_path, "decode_b1")

@@ -87,6 +87,7 @@ TAKE_ONE = {
     "load with tokenizer": lambda value: helpers.load("stories", tokenizer=value),
     "inspect": helpers.inspect,
     "locate": engine.locate,
+    "recipe_of": engine.recipe_of,
     "load_plan": engine.load_plan,
     "build_onnx": engine.build_onnx,
     "build_module": lambda value: engine.build_module(value, (torch.zeros(2, 2),)),
