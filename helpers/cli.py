@@ -333,7 +333,9 @@ def _bench(settings: argparse.Namespace) -> dict[str, Any]:
     if settings.compare:
         plain = vars(_parser().parse_args(["bench", "--compare", *map(str, settings.compare)]))
         if others := [name for name, value in vars(settings).items() if name != "json" and value != plain[name]]:
-            raise InputError(f"--compare measures nothing; {others[0]} was given too.", fix="Leave it out.")
+            raise InputError(
+                f"--compare measures nothing; {others[0]} was given too.", fix="Leave out all other options."
+            )
         first, second = settings.compare
         table = comparison.compare(records.read(first), records.read(second), (first.stem, second.stem))
         return _rows(table, "rows")

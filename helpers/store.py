@@ -376,8 +376,12 @@ def _sweep(root: Path) -> None:
     """Delete what killed builds and removals have left. A build that goes on holds its lock, so its folder stays; what
     has no lock is not ours."""
     locks = locks_folder()
-    for left in (*locks.glob("removed-*"), *locks.glob("doctor-*"), *root.glob(f"{MEMORY}?*")):
+    for left in (*locks.glob("removed-*"), *root.glob(f"{MEMORY}?*")):
         _delete(left)  # who is at work on one does without it
+    for left in locks.glob("doctor-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 60:  # a doctor is done in 20 s
+                _delete(left)
     for path in root.glob(".building-*"):
         lock = _lock(path.name.removeprefix(".building-"))
         if Path(lock.lock_file).exists():

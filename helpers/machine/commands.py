@@ -39,7 +39,9 @@ def run(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
         output, complaints = _communicate(process, limit)
         status = process.returncode
     except subprocess.TimeoutExpired as late:
-        output, complaints, status = late.stdout or b"", f"no answer within {limit:.0f} s".encode(), TOO_SLOW
+        output, status = late.stdout or b"", TOO_SLOW
+        endless = len(output) + len(late.stderr or b"") > LONGEST
+        complaints = b"it does not stop writing" if endless else f"no answer within {limit:.0f} s".encode()
     finally:
         if process.returncode is None:  # too slow, or we were interrupted
             kill_all(process)
@@ -63,7 +65,7 @@ def _communicate(process: subprocess.Popen[bytes], limit: float) -> tuple[bytes,
         while open_pipes.get_map():
             left = deadline - time.monotonic()
             if left <= 0 or len(output) + len(complaints) > LONGEST:
-                raise subprocess.TimeoutExpired(process.args, limit, bytes(output))
+                raise subprocess.TimeoutExpired(process.args, limit, bytes(output), bytes(complaints))
             for key, _ in open_pipes.select(left):
                 block = os.read(key.fd, 1 << 16)
                 key.data.extend(block)

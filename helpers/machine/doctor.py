@@ -65,7 +65,7 @@ def torch_facts(limit: float = TIME_LIMIT) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     answer = run([sys.executable, "-c", _ASK_TORCH], limit)
     for line in answer.stdout.splitlines():
-        with contextlib.suppress(ValueError):  # somebody else's words
+        with contextlib.suppress(ValueError, TypeError):  # somebody else's words
             facts.update(json.loads(line))
     if answer.returncode != 0:
         facts["error"] = _complaint(answer)

@@ -147,7 +147,11 @@ class Worker:
         assert self._process.stdin is not None
         # In a thread, since a worker that does not read blocks it. One that has ended is noticed by its output.
         pipe = os.dup(self._process.stdin.fileno())
-        self._start_thread(threading.Thread(target=_write, args=(pipe, request.encode()), daemon=True))
+        try:
+            self._start_thread(threading.Thread(target=_write, args=(pipe, request.encode()), daemon=True))
+        except WorkerError:
+            os.close(pipe)
+            raise
         deadline = time.monotonic() + time_limit
         complete, reason = False, "a call to it was given up"
         try:

@@ -72,7 +72,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     if tokenizer.get_vocab_size() != CONFIG["vocab_size"]:
         raise RuntimeError(
             f"the tokenizer has {tokenizer.get_vocab_size()} tokens instead of {CONFIG['vocab_size']}: the stories "
-            "have too few distinct words. Add words to helpers/stories/tables.py."
+            "have too few distinct words. Add words to helpers/model/stories/words.toml."
         )
     return tokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from helpers.digests import file_digest
-from helpers.errors import ModelError, shown
+from helpers.errors import ModelError, out_of_memory, shown
 from helpers.model.config import (
     ModelConfig,
     cannot_open,
@@ -248,7 +248,7 @@ def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
             fix="Fetch it again.",
         ) from error
     except (OSError, RuntimeError) as error:  # torch, which opens it as well, says in words what the system refuses
-        raise cannot_open(path, error) from error
+        raise out_of_memory(error) or cannot_open(path, error) from error
     with file:
         yield file
 

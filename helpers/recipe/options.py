@@ -45,8 +45,8 @@ KIND_WORDS = {
 def refuse_cpu(recipe: RecipeFields, library: str) -> None:
     if recipe.device == "cpu":
         raise RecipeError(
-            f"Recipe field device is 'cpu'; this course uses {library} on NVIDIA GPUs only.",
-            fix="Use device='cuda', or backend='aot'.",
+            f"Recipe field device is 'cpu'; this course uses engines of {library} on NVIDIA GPUs only.",
+            fix="Leave device out, or use backend='aot'.",
         )
 
 

@@ -20,7 +20,7 @@ def cache_hits(answer: Any, hits: list[str]) -> None:
 @judge("02.2")
 def least_time(answer: Any, weight_bytes: int, bandwidth: float) -> str:
     within(answer, span(lambda gb: weight_bytes / (gb * 1e9) * 1e3, printed(bandwidth / 1e9, 1)))
-    return f"{weight_bytes / bandwidth * 1e3:.2f} ms: whatever an engine does, it cannot read faster than memory gives."
+    return f"{weight_bytes / bandwidth * 1e3:.2f} ms from memory. A quicker engine has its weights in the cache."
 
 
 @judge("02.3")
