@@ -1,5 +1,6 @@
 """JupyterLab and Notebook 7 on one server, and a browser that opens a notebook in either of them."""
 
+import json
 import os
 import shutil
 import socket
@@ -99,8 +100,10 @@ def visit(jupyter, browser):
         page.set_default_timeout(150_000)  # a first cell imports PyTorch, on a busy machine in minutes
         path = "lab/tree" if app == "lab" else "notebooks"
         page.goto(f"{address}/{path}/{name}.ipynb?token={TOKEN}" + ("&reset" if app == "lab" else ""))
-        # Attached is enough: on a phone's page the toolbar has no room to show it.
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(state="attached")
+        wait_for(lambda: kernel_is_idle(address, name), 60)
+        # It is there before the kernel is. On a phone's page the toolbar has no room to show it.
+        light = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        light.wait_for(state="visible" if width > 600 else "attached")
         page.locator(".jp-Cell").first.click()
         page.problems.clear()  # Notebook 7.6 has some of its own while it starts
         return page
@@ -110,6 +113,13 @@ def visit(jupyter, browser):
         context.close()
     for path in folder.glob("*.ipynb"):
         path.unlink()
+
+
+def kernel_is_idle(address, name):
+    """Whether the server has a kernel for this notebook that waits for work."""
+    with urllib.request.urlopen(f"{address}/api/sessions?token={TOKEN}") as answer:
+        sessions = json.load(answer)
+    return any(s["path"].endswith(f"{name}.ipynb") and s["kernel"]["execution_state"] == "idle" for s in sessions)
 
 
 def run_all(page):

@@ -5,6 +5,8 @@ import pytest
 pytestmark = pytest.mark.browser
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe: pip install -e '.[browser]'")
 
+from jupyter_pages import browser  # noqa: F401 (a fixture)
+
 from helpers.maintain import notebooks, site
 
 SOURCES = notebooks.select(notebooks.NOTEBOOKS, None)

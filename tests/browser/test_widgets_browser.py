@@ -9,7 +9,7 @@ pytestmark = pytest.mark.browser
 pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
 
-from jupyter_pages import picture, run_all, wait_for
+from jupyter_pages import browser, jupyter, picture, run_all, visit, wait_for  # noqa: F401 (three are fixtures)
 
 CELL = """
 from helpers import BuildRecipe, load
