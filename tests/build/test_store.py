@@ -336,7 +336,9 @@ def test_files_and_links_in_the_way_of_a_build_give_way(fake, engines, tmp_path)
     store.remove(folder)
     (engines / f".building-{folder.name}").write_text("a file")
     (engines / f"{digests.MEMORY}x1y2z3").write_text("{")  # of a process that was killed while it wrote
-    (engines / ".locks" / "doctor-x1y2z3").mkdir()  # and of a doctor
+    for doctor in ("doctor-x1y2z3", "doctor-at-work"):  # and of a doctor; another one looks at the locks just now
+        (engines / ".locks" / doctor).mkdir()
+    os.utime(engines / ".locks" / "doctor-x1y2z3", (0, 0))
     folder.write_text("a file, too")
     assert whole(build(RECIPE, quiet=True))
     outside = folder.replace(tmp_path / "outside")
@@ -344,7 +346,7 @@ def test_files_and_links_in_the_way_of_a_build_give_way(fake, engines, tmp_path)
     (engines / f".building-{folder.name}").symlink_to(tmp_path, target_is_directory=True)
     assert build(RECIPE, quiet=True) == folder and whole(folder)  # an engine on another disk serves as well
     assert build(RECIPE, quiet=True, force=True) == folder and not folder.is_symlink() and whole(outside)
-    assert leftovers(engines) == [folder.name]
+    assert leftovers(engines) == ["doctor-at-work", folder.name]
 
 
 def test_removing_a_link_leaves_what_it_points_to(fake, engines, tmp_path):

