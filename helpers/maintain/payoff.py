@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PICTURE = PROJECT / "docs" / "payoff.png"
 RECORDS = {  # and what is said of the model
-    "cpu-stories.json": "the bundled model, 5 million parameters",
+    "cpu-stories.json": "The bundled model, 5 million parameters",
     "h100-tinyllama-128.json": "TinyLlama's shape, 1.1 billion parameters, random weights",
 }
 WORDS = {
@@ -41,7 +41,7 @@ def draw(axes: Axes, record: Record, model: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, max(row.spread("tpot_s")[1] for row in rows) * 1.35e3)
     place_and_remarks = textwrap.fill(f"{record.place}{record.remarks(1)}", 95)
-    axes.set_title(f"{model[0].upper()}{model[1:]}\n{place_and_remarks}", loc="left", fontsize="small")
+    axes.set_title(f"{model}\n{place_and_remarks}", loc="left", fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -13,7 +13,7 @@ from promises import NIGHTLY
 
 from helpers.maintain import notebooks
 
-ALL = [path.stem for path in notebooks.select(notebooks.NOTEBOOKS, None)]
+ALL = [path.stem for path in notebooks.select(notebooks.NOTEBOOKS)]
 
 
 @pytest.mark.promise("a notebook runs by the buttons of JupyterLab and Notebook 7", 2, 2 * len(ALL))

@@ -9,7 +9,7 @@ from jupyter_pages import browser  # noqa: F401 (a fixture)
 
 from helpers.maintain import notebooks, site
 
-SOURCES = notebooks.select(notebooks.NOTEBOOKS, None)
+SOURCES = notebooks.select(notebooks.NOTEBOOKS)
 PAGES = ["index.html", *(f"{path.stem}.html" for path in SOURCES)]
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 
