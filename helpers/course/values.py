@@ -70,7 +70,7 @@ def choice(value: Any, options: Sequence[str]) -> str:
 
 def choices(value: Any, options: Sequence[str]) -> set[str]:
     """Which of the options are named: in a list, tuple or set of texts, or in one text with commas between them."""
-    items = re.split(r"[,;]| and ", value) if isinstance(value, str) else plain(value)
+    items = re.split(r"[,;&+\n]| and ", value) if isinstance(value, str) else plain(value)
     if not isinstance(items, list):
         raise InputError(f"{shown(value)} is not a set of names.")
     known = {_words(option): option for option in options}

@@ -39,12 +39,12 @@ def update(folder: Path = notebooks.NOTEBOOKS) -> list[str]:
             if not copy.exists():
                 _write_copy(nb, copy)
                 continue
-            versions, worked_in = _state(copy)
+            versions, why = _state(copy)
             if _text(nb) in versions:
                 continue
-            if worked_in:
+            if why:
                 remarks.append(
-                    f"{copy.name}: the course has a newer one. Yours is kept, because you have worked in it; "
+                    f"{copy.name}: the course has a newer one. Yours is kept, because {why}; "
                     f"helpers course reset {source.stem[:2]} takes the new one and keeps yours beside it."
                 )
             else:
@@ -72,16 +72,18 @@ def _write_copy(nb: NotebookNode, copy: Path) -> None:
     notebooks.write(nb, copy)
 
 
-def _state(copy: Path) -> tuple[set[str | None], bool]:
-    """What a copy was made from and what it says now, and whether somebody wrote or ran something in it. A file that is
-    no notebook any more counts as worked in."""
+def _state(copy: Path) -> tuple[set[str | None], str]:
+    """What a copy was made from and what it says now, and why it may hold somebody's work; "" if nobody has touched
+    it."""
     try:
         nb = notebooks.read(copy)
     except InputError:
-        return set(), True
+        return set(), "it cannot be read as a notebook"
     ran = any(cell.get("outputs") or cell.get("execution_count") for cell in nb.cells)
-    versions = {nb.metadata.get(ORIGIN), _text(nb)}
-    return versions, ran or len(versions) > 1
+    origin, text = nb.metadata.get(ORIGIN), _text(nb)
+    if origin is None:
+        return {text}, "it does not say what it was made from"
+    return {origin, text}, "you have worked in it" if ran or origin != text else ""
 
 
 def _text(nb: NotebookNode) -> str:

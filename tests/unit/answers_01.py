@@ -37,7 +37,7 @@ def share(sizes):
 
 
 RIGHT = {
-    "01.1": [{"B", "C"}, ["C", "B"], ("B", "C"), {"b", "c"}],
+    "01.1": [{"B", "C"}, ["C", "B"], ("B", "C"), {"b", "c"}, "B & C"],
     "01.2": [
         lambda q, k, v: torch.cat([q, k, v]),
         lambda q, k, v: torch.vstack((q, k, v)),
@@ -58,6 +58,7 @@ WRONG = {
     "01.2": [
         lambda q, k, v: torch.cat([q, v, k]),
         lambda q, k, v: torch.cat([q, k]),
+        lambda q, k, v: (q, k, v),
         lambda q, k, v: torch.cat([q.T, k.T, v.T], 1),
         lambda q, k, v: q,
         lambda q, k, v: torch.cat([q, k, v]) + 1e-3,

@@ -40,7 +40,7 @@ RIGHT = {
 WRONG = {
     "08.1": [139, 9, 137, -11, 11.5, "SIGSEGV"],
     "08.2": ["the environment's site-packages", "the standard library", "sys.path", 0],
-    "08.3": [64, 62, 127, 63.6, 1.57, 100e6],
+    "08.3": [64, 62, 66, 127, 63.6, 1.57, 100e6],
     "08.4": [7, 10, 12, 10.5, 21, 14],
     "08.5": [
         lambda d, c, o: True,

@@ -1,14 +1,18 @@
 """The exercises: each check with right answers of every kind and with the mistakes that learners make; their frame."""
 
+import copy
 import importlib
 import inspect
+import math
 import re
 import threading
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import torch
 from answers_00 import RECIPE, drafts
+from answers_04 import RECORD
 
 from helpers import CourseError, load
 from helpers.course import learner
@@ -164,6 +168,29 @@ def test_a_mistake_in_the_learners_function_is_shown_down_to_their_own_line_and_
 def test_a_usual_mistake_with_figures_is_named(answer, words):
     freeze("03", ttft_s=2.74e-3, tpot_s=0.369e-3)
     assert words in str(check("03.2", answer))
+
+
+@pytest.mark.parametrize("answer", ["Never", "It never pays.", math.inf, torch.tensor([math.inf]), Decimal("Infinity")])
+def test_never_is_right_where_a_token_saves_nothing_and_else_the_saving_is_shown(answer):
+    record = copy.deepcopy(RECORD)
+    assert "each saves something" in str(checked("04.4", answer, record=record))
+    record.row("aot fp32").tpot_s = [1.1 * seconds for seconds in record.row("pytorch fp32").tpot_s]
+    assert checked("04.4", answer, record=record)
+    assert "What can win the build back?" in str(checked("04.4", -300, record=record))
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "words"),
+    [
+        ("01.2", lambda q, k, v: (q, k, v), "one tensor"),
+        ("01.5", lambda sizes: 0.3, "Right is 0.900"),
+        ("08.1", -11, "no sign"),
+        ("08.3", 66, "10^6"),
+        ("08.4", 10.5, "no half parts"),
+    ],
+)
+def test_a_usual_mistake_is_named(number, answer, words):
+    assert words in str(checked(number, answer, **given_for(number, None)))
 
 
 def test_what_the_learners_function_does_to_its_arguments_changes_nothing(engine):

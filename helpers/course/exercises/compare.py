@@ -53,10 +53,12 @@ def most_room(answer: Any, record: Record) -> str:
 def break_even(answer: Any, record: Record) -> str:
     eager, row = tpot(record.row("pytorch fp32")), record.row("aot fp32")
     engine, build = tpot(row), row.build_s
+    never = any(word in str(plain(answer)).casefold() for word in ("never", "inf"))
     if eager <= engine:
-        never = str(answer).strip().casefold() in ("never", "inf")
-        expect(never, "In this record a token saves nothing, so the build is never won back: 'never'.")
+        expect(never, "With this record's engine a token takes no less than without it. What can win the build back?")
         return "In this record the engine saves nothing."
+    saves = f"A token takes {engine:.2f} ms with the engine and {eager:.2f} ms without: each saves something."
+    expect(not never, f"{saves} After how many is that as much as the build took?")
     right = build * 1e3 / (eager - engine)
     mistakes = {
         "A token still takes its time with the engine: what it saves is the difference.": build * 1e3 / eager,
@@ -70,7 +72,8 @@ def break_even(answer: Any, record: Record) -> str:
 @judge("04.5")
 def fastest_setting(answer: Any, sweep: Record, promise_s: float) -> str:
     rows = [row for row in sweep.rows if row.status == "ok"]
-    items = answer.split(",") if isinstance(answer, str) else plain(answer)
+    named = [answer.name, answer.batch_size] if hasattr(answer, "batch_size") else answer  # one of sweep.rows
+    items = named.split(",") if isinstance(named, str) else plain(named)
     expect(isinstance(items, list) and len(items) == 2, "Two things are asked for: a name and a batch size.")
     name, batch = choice(items[0], sorted({row.name for row in rows})), whole(items[1])
     row = next((row for row in rows if (row.name, row.batch_size) == (name, batch)), None)

@@ -20,6 +20,7 @@ PLACES = ("the folder that Python starts in", "the environment's site-packages",
 @judge("08.1")
 def signal_of(answer: Any) -> None:
     expect(whole(answer) != 139, "That is the status itself.")
+    expect(whole(answer) != -11, "So Python's subprocess writes it. The signal's own number has no sign.")
     expect(whole(answer) == 11, "That is not the signal.")
 
 
@@ -34,6 +35,7 @@ def largest_batch(answer: Any, config: ModelConfig) -> str:
     batch = int(BUDGET // one)
     half = int(BUDGET // config.kv_cache_bytes(1, SEQ_LEN, 2))
     expect(number(answer) != half, "That many fit with 2 bytes a value. fp32 has 4.")
+    expect(number(answer) != 2**20 * 100 // one, "A MB is 10^6 bytes here, not 2^20.")
     expect(number(answer) <= batch, "So many do not fit.")
     expect(whole(answer) == batch, "More fit.")
     return f"One sequence takes {one / 1e6:.2f} MB, so {batch} fit."
@@ -41,9 +43,13 @@ def largest_batch(answer: Any, config: ModelConfig) -> str:
 
 @judge("08.4")
 def parts(answer: Any) -> str:
-    fewest = math.ceil(1.5 * WEIGHTS_GB / FREE_GB)
-    without = math.ceil(WEIGHTS_GB / FREE_GB)
-    mistakes = {"The converted part is in memory too.": without, "Round up: then it fits.": fewest - 1}
+    least = 1.5 * WEIGHTS_GB / FREE_GB
+    fewest = math.ceil(least)
+    mistakes = {
+        "The converted part is in memory too.": math.ceil(WEIGHTS_GB / FREE_GB),
+        "Round up: then it fits.": fewest - 1,
+        "There are no half parts. Round up: then it fits.": least,
+    }
     value = whole(within(answer, (fewest - 0.4, fewest + 0.4), mistakes))
     return f"{value} parts: each takes {1.5 * WEIGHTS_GB / fewest:.2f} GB while it is converted."
 
