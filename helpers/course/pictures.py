@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import re
 import textwrap
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.course.lab.code import triton_sources
 from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, plain, sample_bars, stacked_bars
 from helpers.errors import printable
 
@@ -61,20 +58,6 @@ def _purpose(name: str) -> str:
     batch = name.partition(".")[0].rpartition("_b")[2]
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"
     return known.get(name, f"compiled code: {phase}" if name.endswith(".pt2") else "")
-
-
-def generated_loops(folder: Path, graph: str) -> list[str]:
-    """The C++ loops that the compiler wrote for one graph, one kernel each, in order; for a GPU, Triton. Empty where
-    there are none. Of a deep model, those of the layers that were compiled once for all.
-    """
-    with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
-        names = [name for name in archive.namelist() if name.endswith(".cpp")]
-        programs = {name.split(".")[-2]: archive.read(name).decode() for name in names}
-    # Kernels that several threads share stand one level deeper, in a parallel region.
-    region = re.compile(r"\n    #pragma omp parallel.*?\n    \{\n        int tid.*?(\n.*?)\n    \}(?=\n)", re.DOTALL)
-    source = region.sub(lambda match: match[1].replace("\n    ", "\n"), programs.get("kernel", ""))
-    loops = [textwrap.dedent(block.split("\n    }", 1)[0]) for block in source.split("\n    {\n")[1:]]
-    return loops or triton_sources(programs.get("wrapper", ""))
 
 
 def part_sizes(report: EngineReport) -> dict[str, int]:

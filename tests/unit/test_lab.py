@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import textwrap
 import zipfile
 from dataclasses import replace
 
@@ -15,8 +16,7 @@ from helpers.backends.report import EngineReport, Kernel, Operation
 from helpers.backends.tensorrt import layers
 from helpers.course.lab import pictures, profile
 from helpers.course.lab.binary import compiled_for, vector_registers
-from helpers.course.lab.code import beside
-from helpers.course.pictures import generated_loops
+from helpers.course.lab.code import beside, generated_loops
 from helpers.course.recorded import recorded
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.paths import PROJECT
@@ -214,6 +214,28 @@ def test_the_triton_code_of_a_gpus_engine_is_found_in_its_package(tmp_path):
     loops = generated_loops(tmp_path, "decode_b1")
     assert [re.search(r"def (\w+?)_add", loop)[1] for loop in loops] == ["triton_other", "triton_first", "triton_other"]
     assert loops[1] == TRITON.replace("per_fused", "first")
+
+
+LOOP = """{
+    for(int64_t x0=0; x0<256; x0+=16)
+    {
+        out_ptr0[x0] = tmp8 * tmp9;
+    }
+}
+"""
+
+
+def test_a_loop_is_found_whether_one_thread_runs_it_or_several(tmp_path):
+    """As Inductor writes them: what several threads share stands one level deeper, several loops in a region."""
+    alone = textwrap.indent(LOOP, "    ")
+    shared = textwrap.indent("#pragma omp for\n".join(["{\n", *LOOP.splitlines(keepends=True)[1:]]), "        ")
+    opened = "    #pragma omp parallel num_threads(2)\n    {\n        int tid = omp_get_thread_num();\n"
+    region = f"{opened}{shared * 2}    }}\n"
+    with zipfile.ZipFile(tmp_path / "decode_b1.pt2", "w") as archive:
+        archive.writestr("x.kernel.cpp", f'extern "C"  void  cpp_fused()\n{{\n{alone}{region}{alone}{region}}}\n')
+    loops = generated_loops(tmp_path, "decode_b1")
+    assert len(loops) == 6
+    assert all(loop.count("for(int64_t") == 1 and loop.count("tmp8") == 1 for loop in loops)
 
 
 def test_stages_say_what_came_and_went():

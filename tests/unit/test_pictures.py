@@ -1,8 +1,5 @@
 """Pictures and texts of whatever a model may write: formulas for matplotlib, escape sequences for a terminal."""
 
-import textwrap
-import zipfile
-
 import pytest
 import torch
 
@@ -69,25 +66,3 @@ def test_a_text_is_shown_without_what_steers_a_terminal(capsys):
 def test_printable_keeps_what_people_write():
     text = "naïve 文字 \U0001f469\u200d\U0001f4bb می\u200cخواهم\n"
     assert printable(text) == text
-
-
-NORM = """{
-    for(int64_t x0=0; x0<256; x0+=16)
-    {
-        out_ptr0[x0] = tmp8 * tmp9;
-    }
-}
-"""
-
-
-def test_a_loop_is_found_whether_one_thread_runs_it_or_several(tmp_path):
-    """As Inductor writes them: what several threads share stands one level deeper, several loops in a region."""
-    alone = textwrap.indent(NORM, "    ")
-    shared = textwrap.indent("#pragma omp for\n".join(["{\n", *NORM.splitlines(keepends=True)[1:]]), "        ")
-    opened = "    #pragma omp parallel num_threads(2)\n    {\n        int tid = omp_get_thread_num();\n"
-    region = f"{opened}{shared * 2}    }}\n"
-    with zipfile.ZipFile(tmp_path / "decode_b1.pt2", "w") as archive:
-        archive.writestr("x.kernel.cpp", f'extern "C"  void  cpp_fused()\n{{\n{alone}{region}{alone}{region}}}\n')
-    loops = pictures.generated_loops(tmp_path, "decode_b1")
-    assert len(loops) == 6
-    assert all(loop.count("for(int64_t") == 1 and loop.count("tmp8") == 1 for loop in loops)

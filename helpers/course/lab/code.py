@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import textwrap
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from helpers.backends.report import EngineReport, Kernel
 from helpers.display import Table
+from helpers.errors import InputError
 
 # How the generated C++ and Triton write an operation; all others are written as calls of their name.
 SIGNS = {
@@ -51,6 +56,35 @@ def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
         match = waiting.pop(last) if after else None
         rows.append((line, match.op if match else "", f"{match.source}  {match.line}" if match else ""))
     return Table(f"{kernel.name}: {len(kernel.fused)} operations", ("generated", "operation", "the model's line"), rows)
+
+
+def generated_loops(folder: Path, graph: str) -> list[str]:
+    """The C++ loops that the compiler wrote for one graph, one kernel each, in order; for a GPU, Triton. Empty where
+    there are none. Of a deep model, those of the layers that were compiled once for all.
+    """
+    with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".cpp")]
+        programs = {name.split(".")[-2]: archive.read(name).decode() for name in names}
+    # Kernels that several threads share stand one level deeper, in a parallel region.
+    region = re.compile(r"\n    #pragma omp parallel.*?\n    \{\n        int tid.*?(\n.*?)\n    \}(?=\n)", re.DOTALL)
+    source = region.sub(lambda match: match[1].replace("\n    ", "\n"), programs.get("kernel", ""))
+    loops = [textwrap.dedent(block.split("\n    }", 1)[0]) for block in source.split("\n    {\n")[1:]]
+    return loops or triton_sources(programs.get("wrapper", ""))
+
+
+def with_code(report: EngineReport, sources: Sequence[str]) -> EngineReport:
+    """The report of one graph with the sources of its kernels: of all that no library has, in order."""
+    written = [at for at, kernel in enumerate(report.kernels) if kernel.kind in ("generated", "ours")]
+    if len(written) != len(sources):
+        raise InputError(
+            f"There are {len(sources)} sources for {len(written)} kernels, so nobody can tell which is whose.",
+            cause="Layers of a deep model are compiled once for all, and one function may hold several kernels.",
+            fix="Look at a model of fewer layers, or build the engine with options={'time_kernels': True}.",
+        )
+    kernels = list(report.kernels)
+    for at, source in zip(written, sources, strict=True):
+        kernels[at] = replace(kernels[at], details={**kernels[at].details, "code": source})
+    return replace(report, kernels=kernels)
 
 
 def triton_sources(program: str) -> list[str]:

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
+from helpers.course.lab.code import with_code
 from helpers.machine import hardware
 
 # Where Inductor shows the graph on its way, in order.
@@ -83,7 +84,7 @@ def compile_module(
         (wrapper,) = [text for text in (p.read_text() for p in files if p.suffix == ".py") if " def call(" in text]
         machine_code = [path for path in files if path.suffix in (".so", ".cubin")]
         targets = sum(map(compiled_for, machine_code), Counter())
-    return Compiled(inductor, _with_code(recorder.report(), wrapper), stages, targets)
+    return Compiled(inductor, with_code(recorder.report(), _sources(wrapper)), stages, targets)
 
 
 def _kinds(graph: torch.fx.Graph) -> list[str]:
@@ -105,12 +106,8 @@ def _keep_every_result(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
 
 
-def _with_code(report: EngineReport, wrapper: str) -> EngineReport:
-    """The report with each generated kernel's source, taken from the program that calls them in this order."""
+def _sources(wrapper: str) -> list[str]:
+    """The source of each generated kernel that the program calls, in order."""
     sources = dict(re.findall(r"^(\w+) = async_compile\.\w+\(.*?r?'''(.*?)'''", wrapper, re.DOTALL | re.MULTILINE))
-    calls = iter(re.findall(rf"^\s+({'|'.join(sources) or '$^'})(?:\.run)?\(", wrapper, re.MULTILINE))
-    kernels = [
-        replace(k, details={**k.details, "code": sources[next(calls)]}) if k.kind == "generated" else k
-        for k in report.kernels
-    ]
-    return replace(report, kernels=kernels)
+    calls = re.findall(rf"^\s+({'|'.join(sources) or '$^'})(?:\.run)?\(", wrapper, re.MULTILINE)
+    return [sources[name] for name in calls]

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from helpers.backends.aot.early_start import PREFIX
+from helpers.backends.aot.engine import AotEngine
+from helpers.backends.aot.graphs import sequences
 from helpers.backends.aot.recorder import InductorRecorder
 from helpers.backends.base import Engine
 from helpers.backends.report import EngineReport, Kernel, Operation
@@ -25,6 +28,7 @@ from helpers.errors import BackendUnavailable, InputError
 ROUNDS = 9
 COMPILED = re.compile(r"(graph_\d+_)?cpp_fused|aoti_torch_|triton_")  # what compiled code launches
 ATEN = re.compile(r"(graph_\d+_)?cpp_fused|triton_|aten::")  # in a compiled module, the library is called by ATen
+WRITTEN = re.compile(f"triton_|{PREFIX}")  # on a GPU: a kernel that the compiler wrote, or one of ours
 BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
 FREE = {f"aten::{name}" for name in (*InductorRecorder.FREE, *BOOKKEEPING)}
 
@@ -32,7 +36,7 @@ FREE = {f"aten::{name}" for name in (*InductorRecorder.FREE, *BOOKKEEPING)}
 def launches(step: Callable[[], Any], pattern: re.Pattern[str], rounds: int = ROUNDS) -> list[list[tuple[str, float]]]:
     """Name and seconds of each kernel that a step launches, in order, once for each round.
 
-    On a CPU these are the outermost events whose name fits; on a GPU, whatever ran there.
+    On a CPU these are the outermost events whose name fits. On a GPU, what ran there.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own messages stand among a cell's outputs
     cuda = torch.cuda.is_available()
@@ -46,31 +50,72 @@ def launches(step: Callable[[], Any], pattern: re.Pattern[str], rounds: int = RO
             if cuda:
                 torch.cuda.synchronize()
         events = sorted(profiler.events() or (), key=lambda event: event.time_range.start)
-        on_gpu = [(e.name, e.device_time * 1e-6) for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-        on_cpu = [(e.name, e.cpu_time * 1e-6) for e in events if _outermost(e, pattern)]
-        every.append(on_gpu or on_cpu)
+        calls = [e for e in events if _caller(e, pattern) is e and e.name not in FREE]
+        every.append(_on_gpu(events, pattern) or [(e.name, e.cpu_time * 1e-6) for e in calls])
     return every
 
 
-def _outermost(event: Any, pattern: re.Pattern[str]) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
-        if pattern.match(parent.name):
-            return False
-        parent = parent.cpu_parent
-    return bool(pattern.match(event.name)) and event.name not in FREE
+def _caller(event: Any, pattern: re.Pattern[str]) -> Any:
+    """The outermost event whose name fits, of an event and those that it happened in. None if there is none."""
+    caller = None
+    while event is not None:
+        caller = event if pattern.match(event.name) else caller
+        event = event.cpu_parent
+    return caller
+
+
+def _on_gpu(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str, float]]:
+    """What ran on a GPU, in order. A library may launch several kernels in one call: together they are one here. What
+    was launched by a call whose name does not fit is left out."""
+    gpu = torch.autograd.DeviceType.CUDA
+    calls: list[tuple[Any, list[str]]] = []  # of a library, in order, with the names of what each launched
+    for event in events:
+        names = [kernel.name for kernel in event.kernels if not WRITTEN.match(kernel.name)]
+        if names and event.device_type != gpu:
+            caller = _caller(event, pattern)
+            if not (calls and calls[-1][0] is caller):
+                calls.append((caller, []))
+            calls[-1][1].extend(names)
+    ran: list[tuple[str, float]] = []
+    last = None
+    for event in events:
+        if event.device_type != gpu or event.is_user_annotation:
+            continue
+        caller = event
+        if calls and event.name in calls[0][1]:
+            caller = calls[0][0]
+            calls[0][1].remove(event.name)
+            calls = calls if calls[0][1] else calls[1:]
+        if caller is None or caller.name in FREE:
+            continue
+        before = ran.pop()[1] if caller is last else 0.0
+        ran.append((caller.name, before + event.time_range.elapsed_us() * 1e-6))
+        last = caller
+    return ran
 
 
 def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "Once upon a time") -> EngineReport:
     """The report of one graph with the measured seconds of each kernel; without a report, what eager PyTorch launches
     in a decode step."""
-    reads = report is not None and report.graphs()[0].startswith("prefill")
-    tokens, comma = [engine.tokenize(prompt)], torch.tensor([14])
-    engine.prefill(tokens)
-    step = (lambda: engine.prefill(tokens)) if reads else (lambda: engine.decode(comma))
+    ids, graph = engine.tokenize(prompt), report.graphs()[0] if report else ""
+    engine.prefill([ids])
+    step = (lambda: engine.prefill([ids])) if graph.startswith("prefill") else (lambda: engine.decode([14]))
     if report is None:
         return _eager(launches(step, ATEN))
+    if isinstance(engine, AotEngine) and engine.device == "cuda":
+        step = _graph_alone(engine, graph, ids)
     return with_seconds(report, launches(step, COMPILED))
+
+
+def _graph_alone(engine: AotEngine, graph: str, ids: list[int]) -> Callable[[], Any]:
+    """A GPU's graph as it is called before the engine records it: once it is, all its kernels are one launch."""
+    size = sequences(graph)
+    ends, cache = torch.full((size,), len(ids), device="cuda"), [c[:size] for c in engine.cache]
+    if graph.startswith("prefill"):
+        inputs = [torch.tensor([ids] * size, device="cuda"), ends]
+    else:
+        inputs = [torch.full_like(ends, 14), ends, engine.span]
+    return lambda: engine.graphs[graph].run(*inputs, cache)
 
 
 def with_seconds(report: EngineReport, every: Iterable[list[tuple[str, float]]]) -> EngineReport:
@@ -81,7 +126,7 @@ def with_seconds(report: EngineReport, every: Iterable[list[tuple[str, float]]])
     if len(columns) != len(kernels):
         raise BackendUnavailable(
             f"The profiler saw {len(columns)} launches in a step, and the report lists {len(kernels)} kernels.",
-            cause="On a CPU an engine's kernels can only be told apart if it was built for it.",
+            cause="An engine's kernels can only be told apart if it was built for it.",
             fix='Build it with options={"time_kernels": True}.',
         )
     timed = [
