@@ -61,7 +61,8 @@ class Table:
         for first, *rest in rows:
             cells = "".join(f'<td style="{s}">{t}</td>' for t, s in zip(rest, styles[1:], strict=True))
             body += f'<tr><th scope="row" style="{styles[0]}">{first}</th>{cells}</tr>'
-        caption = f'<caption style="text-align: left; caption-side: top">{_html(_line(self.caption))}</caption>'
+        line = f'<span style="display: inline-block; max-width: 75vw">{_html(_line(self.caption))}</span>'  # a phone's
+        caption = f'<caption style="text-align: left; caption-side: top">{line}</caption>'
         return f"<table>{caption}<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
     def _cells(self) -> list[list[str]]:

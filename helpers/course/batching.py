@@ -180,27 +180,20 @@ def simulate(
     return Timeline(requests, steps, started, first, finished)
 
 
-NAMES = {(False, False): "static, contiguous", (False, True): "static, paged"} | {
-    (True, False): "in-flight, contiguous",
-    (True, True): "in-flight, paged",
+NAMES = {
+    (in_flight, paged): f"{'in-flight' if in_flight else 'static'}, {'paged' if paged else 'contiguous'}"
+    for in_flight, paged in product((False, True), repeat=2)
 }
 
 
 def compare_batching(requests: Sequence[Request], times: StepTimes, **limits: int) -> Table:
     """The same requests under each way of batching and of keeping the cache. limits: as `simulate` takes them."""
     rows = []
-    for in_flight, paged in product((False, True), repeat=2):
+    for (in_flight, paged), name in NAMES.items():
         t = simulate(requests, times, in_flight=in_flight, paged=paged, **limits)
-        rows.append(
-            (
-                NAMES[in_flight, paged],
-                f"{t.mean_wait() * 1e3:,.1f} ms",
-                f"{t.mean_seconds() * 1e3:,.1f} ms",
-                f"{t.tokens_per_second():,.0f}",
-                max(step.batch for step in t.steps),
-                f"{t.filled():.0%}",
-            )
-        )
+        waits = (f"{seconds * 1e3:,.1f} ms" for seconds in (t.mean_wait(), t.mean_seconds()))
+        largest = max(step.batch for step in t.steps)
+        rows.append((name, *waits, f"{t.tokens_per_second():,.0f}", largest, f"{t.filled():.0%}"))
     caption = f"{len(requests)} simulated requests, with the step times of {times.place}"
     columns = ("batching, KV cache", "to first token", "to last token", "tokens/s", "largest batch", "cache filled")
     return Table(caption, columns, rows)
@@ -223,15 +216,9 @@ def batching_picture(timeline: Timeline, title: str, until: float | None = None)
     x = [step.start * 1e3 for step in seen] + [min(until, seen[-1].end) * 1e3]
     for axes, lines in ((counts, ("batch", "queue")), (cache, ("held", "used"))):
         for name, colour, style in zip(lines, COLOURS, ("-", "--"), strict=False):
-            y_of = [getattr(step, name) for step in seen]
-            axes.plot(
-                x,
-                [*y_of, y_of[-1]],
-                style,
-                color=colour,
-                drawstyle="steps-post",
-                label=f"{name} in this step" if name == "batch" else name,
-            )
+            heights = [getattr(step, name) for step in [*seen, seen[-1]]]
+            label = f"{name} in this step" if name == "batch" else name
+            axes.plot(x, heights, style, color=colour, drawstyle="steps-post", label=label)
         axes.legend(loc="upper right", frameon=False, ncols=2)
         axes.set_ylim(0, 1.35 * max(1, *(getattr(step, name) for step in timeline.steps for name in lines)))
     bars.set_ylim(len(timeline.requests) - 0.4, -0.6)

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from helpers.course.values import plain
 from helpers.display import Picture, Table, grouped_bars
 from helpers.errors import CourseError, InputError, shown
 
@@ -54,6 +55,9 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
             result = measure(**settings)
         except CourseError as error:
             result = {"error": str(error).replace("\n", " ")}
+        if not isinstance(result, dict):
+            raise InputError(f"The measurement returns {shown(result)}.", fix="Return figures by name: {'ms': 3.2}.")
+        result = {name: plain(value) for name, value in result.items()}  # a file holds no arrays and tensors
         rows = [*rows, {**settings, **result}]
         write_rows(rows, file)
         yield rows
@@ -82,7 +86,10 @@ def rows_table(rows: list[Row], caption: str) -> Table:
 
 
 def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
-    """Bars of one figure; None where no row has it."""
+    """Bars of one figure; None where nothing is measured yet."""
+    names = sorted({name for row in rows if "error" not in row for name in row} - set(grid))
+    if names and metric not in names:
+        raise InputError(f"No row has a figure {metric!r}.", fix=f"Name one that is measured: {', '.join(names)}.")
     named = {", ".join(f"{n}={row[n]}" for n in grid): row[metric] for row in rows if row.get(metric) is not None}
     if not named:
         return None

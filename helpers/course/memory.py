@@ -15,10 +15,8 @@ from helpers.engine import locate
 from helpers.errors import EngineNotFound, RecipeError
 from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
-from helpers.model.config import ModelConfig
 from helpers.recipe import BuildRecipe
 
-_known: dict[tuple[BuildRecipe, str], tuple[int, int]] = {}
 SPARE = 0.1  # of a GPU's memory, left for intermediate results and the driver
 
 
@@ -52,7 +50,7 @@ def memory(recipe: BuildRecipe, device: str) -> Memory:
     config = find_checkpoint(recipe.model).config
     width = compute_dtype(recipe, device).itemsize
     short = recipe.replace(max_batch_size=1, decode_batch_sizes=(), max_input_len=1, max_seq_len=3)
-    weights, packed = _stored(short, config, device)
+    weights, packed = _stored(short, device)
     rope = 2 * config.head_dim * width  # bytes of one row of its tables
     # One row is read of the embedding table, unless the head is the same table: a narrow head is another.
     own_table = recipe.precision in WEIGHT_BITS or not config.tie_word_embeddings
@@ -66,14 +64,13 @@ def memory(recipe: BuildRecipe, device: str) -> Memory:
     )
 
 
-def _stored(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[int, int]:
+@cache
+def _stored(recipe: BuildRecipe, device: str) -> tuple[int, int]:
     """Bytes of weights and packed copy. All layers are alike, so two models of one and two layers tell those of any."""
-    key = recipe, device
-    if key not in _known:
-        one, two = (stored_bytes(recipe, replace(config, num_hidden_layers=n), device) for n in (1, 2))
-        more = config.num_hidden_layers - 1
-        _known[key] = (one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1]))
-    return _known[key]
+    config = find_checkpoint(recipe.model).config
+    one, two = (stored_bytes(recipe, replace(config, num_hidden_layers=n), device) for n in (1, 2))
+    more = config.num_hidden_layers - 1
+    return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
 
 
 @cache
@@ -99,7 +96,7 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
         fits = "yes" if takes.all <= room else "no"
         rows.append((name, *sizes, fits, f"{takes.most_sequences(room):,}", _ms(least)))
     return Table(
-        f"{recipe.model}, {recipe.precision}, {recipe.max_batch_size} sequences of {recipe.max_seq_len} tokens. "
+        f"{recipe.model}, {recipe.precision}, batch {recipe.max_batch_size}, sequences of {recipe.max_seq_len} tokens. "
         f"It fits if {SPARE:.0%} of the memory stay free. A step's least time: reading weights and caches once, at "
         "this machine's measured bandwidth and at the GPUs' published one",
         ("machine", "memory", "weights", "KV cache", "together", "fits", "most sequences", "least time of a step"),

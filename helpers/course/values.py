@@ -35,7 +35,7 @@ def number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{shown(value)} is not a number. Give one alone, without its unit.")
+        raise InputError(f"{shown(value)} is not a number. Give one alone, without its unit, such as 2.5.")
     return result
 
 

@@ -87,7 +87,7 @@ def no_console_errors(request):
 
 
 def named(page, text):
-    return page.locator("button.jupyter-button", has_text=text)
+    return page.locator("button.widget-button", has_text=text)  # and not a token of this text, such as " trunk"
 
 
 def handle(part, label):
@@ -213,11 +213,11 @@ def test_the_memory_calculator_follows_its_controls(more):
     calculator = cell(more, 0)
     wait_for(lambda: "H100 SXM" in calculator.inner_text())
     calculator.get_by_label("precision").select_option("int4")
-    wait_for(lambda: "int4, 1 sequences" in calculator.inner_text())
+    wait_for(lambda: "int4, batch 1," in calculator.inner_text())
     handle(calculator, "sequences").focus()
     for _ in range(30):  # faster than it is drawn
         more.keyboard.press("ArrowRight")
-    wait_for(lambda: "31 sequences of 1024 tokens" in calculator.inner_text(), 5)
+    wait_for(lambda: "batch 31, sequences of 1024 tokens" in calculator.inner_text(), 5)
 
 
 def test_the_simulator_plays_stops_and_shows_the_moment_of_its_slider(more):

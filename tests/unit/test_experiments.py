@@ -6,7 +6,9 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
 
@@ -59,6 +61,20 @@ def test_what_an_engine_refuses_is_a_row_and_a_fault_of_the_measurement_is_an_er
     assert read_rows(tmp_path / "r.json") == rows
     again = list(run_grid(lambda a: {"figure": 5.0}, {"a": [1, 2]}, tmp_path / "r.json"))[-1]  # the cause is mended
     assert again == [{"a": 2, "figure": 1.0}, {"a": 1, "figure": 5.0}]
+
+
+@pytest.mark.parametrize(("result", "words"), [(3.5, "returns 3.5"), ({"other": 1.0}, "measured: other")])
+def test_a_measurement_without_the_figure_is_told_at_once(result, words, tmp_path):
+    runner = experiment_runner(lambda a, b: result, GRID, tmp_path / "r.json", "figure")
+    runner.button.click()
+    assert words in runner.errors.outputs[0]["text"] and "Fix:" in runner.errors.outputs[0]["text"]
+    assert len(read_rows(tmp_path / "r.json")) <= 1
+
+
+def test_figures_may_come_from_numpy_and_torch(tmp_path):
+    figures = {"ms": np.float32(1.5), "tokens": torch.tensor(3)}
+    rows = list(run_grid(lambda a: figures, {"a": [1]}, tmp_path / "r.json"))[-1]
+    assert read_rows(tmp_path / "r.json") == rows == [{"a": 1, "ms": 1.5, "tokens": 3}]
 
 
 def test_the_picture_tells_small_figures_apart():

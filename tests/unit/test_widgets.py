@@ -256,7 +256,7 @@ def test_the_memory_calculator_shows_its_table_and_follows_its_controls():
     before = calculator.output.value
     for name, value in {"precision": "int4", "max_batch_size": 64, "max_seq_len": 4096}.items():
         calculator.fields[name].value = value
-    assert calculator.output.value != before and "int4, 64 sequences of 4096 tokens" in calculator.output.value
+    assert calculator.output.value != before and "int4, batch 64, sequences of 4096 tokens" in calculator.output.value
     assert calculator.recipe() == BuildRecipe(
         model="dummy:llama-3.2-1b", precision="int4", max_batch_size=64, max_input_len=1, max_seq_len=4096
     )

@@ -28,9 +28,8 @@ def cache_per_token(answer: Any, config: ModelConfig) -> str:
     value = whole(answer)
     wrong = next((words for words, usual in mistakes.items() if value == usual != size), "That is not it.")
     expect(value == size, wrong)
-    return (
-        f"{size:,} bytes: 2 x {config.num_hidden_layers} layers x {heads} heads x {config.head_dim} numbers x 4 bytes."
-    )
+    product = f"2 x {config.num_hidden_layers} layers x {heads} heads x {config.head_dim} numbers x 4 bytes"
+    return f"{size:,} bytes: {product}."
 
 
 @judge("06.2")
@@ -81,11 +80,8 @@ def shorten(answer: Any) -> None:
         result = call(answer, messages, count, room)
         expect(isinstance(result, (list, tuple)), "It gives no list of messages.")
         kept = [dict(message) for message in result]
-        expect(
-            kept == right,
-            f"Of {len(messages)} messages with room for {room} tokens it keeps {len(kept)}, {count(kept)} tokens. "
-            f"Right are the first and the last {len(right) - 1}, {count(right)} tokens.",
-        )
+        told = f"Of {len(messages)} messages with room for {room} tokens it keeps {len(kept)}, {count(kept)} tokens."
+        expect(kept == right, f"{told} Right are the first and the last {len(right) - 1}, {count(right)} tokens.")
 
 
 @judge("06.6")

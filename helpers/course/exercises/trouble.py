@@ -43,14 +43,8 @@ def end_at(answer: Any) -> None:
 @judge("05.4")
 def fit(answer: Any, recipe: BuildRecipe) -> None:
     longest, most = recipe.max_input_len, recipe.max_seq_len
-    for length, new in (
-        (5, 20),
-        (longest + 36, 20),
-        (longest, most - 10),
-        (longest + 1, 1),
-        (longest, 20),
-        (9, most - 1),
-    ):
+    short, long = [(5, 20), (9, most - 1)], [(longest + 36, 20), (longest + 1, 1)]
+    for length, new in (*short, *long, (longest, most - 10), (longest, 20)):
         ids = list(range(101, 101 + length))
         room = min(longest, most - new)
         right = ids if length <= room else [ids[0], *ids[length - room + 1 :]]

@@ -24,7 +24,8 @@ class BatchingSimulator(Panel):
 
         super().__init__()
         self.sources = sources
-        self.source = control("Dropdown", "step times of", options=list(sources))
+        wide = w.Layout(width="40em", max_width="98%")
+        self.source = control("Dropdown", "step times of", options=list(sources), layout=wide)
         self.batching = control("Dropdown", "batching", options=[("in-flight", True), ("static", False)])
         self.cache = control("Dropdown", "KV cache", options=[("paged", True), ("contiguous", False)])
         alone = "100: as many requests as an engine serves that takes them one by one"
@@ -63,9 +64,9 @@ class BatchingSimulator(Panel):
         )
 
     def draw(self) -> None:
-        self.batch.max = min(64, max(self.sources[self.source.value].decode))
-        self._timeline = self.timeline()
         times = self.sources[self.source.value]
+        self.batch.max = min(64, max(times.decode))
+        self._timeline = self.timeline()
         self.table.value = as_html(batching.compare_batching(self.requests(), times, **self.limits()))
         self.show()
 

@@ -103,7 +103,8 @@ class Panel(ABC):
         self.output.value = as_html(self.twin())
 
     def stop(self) -> None:
-        self._stopping = True
+        self._stopping = self.stop_button.disabled = True  # to be seen at once: the step that runs may take long
+        self.stop_button.description = "Stopping"
 
     def redraw_with(self, draw: Callable[[], None], *controls: Any) -> None:
         """Draw now, and whenever one of the controls moves. A fast drag is drawn as it is then: no move waits for its
@@ -156,7 +157,7 @@ class Panel(ABC):
 
     def _switch(self, running: bool) -> None:
         self._running, self._stopping = running, False
-        self.stop_button.disabled = not running
+        self.stop_button.disabled, self.stop_button.description = not running, "Stop"
         for one in self.controls:
             one.disabled = running
 
