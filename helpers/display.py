@@ -128,7 +128,7 @@ def sample_bars(
             axes.plot([limit, limit], [y - 0.42, y + 0.42], color=COLOURS[5], linewidth=3, label="" if y else "limit")
             words += f" (limit {limit:.2f})"
         axes.text(max(values), y, words, va="center")
-    axes.set_xlim(0, max(map(max, samples.values())) * (1.5 if limits else 1.4))
+    axes.set_xlim(0, max(map(max, samples.values())) * (1.85 if limits else 1.5))  # with room for the words
     axes.set_xlabel(f"{plain(label)}: median (bar) and every run (dots)")
     axes.invert_yaxis()
     if limits:

@@ -1,8 +1,8 @@
-"""The one table printer: what a cell holds never reaches a terminal, a page or a report as more than text."""
+"""Tables: a cell reaches a terminal, a page or a report as text and no more. Bars: the words beside them are whole."""
 
 import pytest
 
-from helpers.display import Table
+from helpers.display import Table, sample_bars
 
 NASTY = Table("cap\x1b[2J\ntion", ("a", "b|c"), [(" x<b>\n\x07", "1"), ("y", "-22.5")])
 
@@ -31,3 +31,12 @@ def test_html_has_a_caption_and_real_header_cells():
 def test_no_control_character_gets_through(show):
     text = show(NASTY)
     assert not [c for c in text if not c.isprintable() and c != "\n"]
+
+
+@pytest.mark.parametrize("limits", [None, {"torch_compile bf16": 690.0}])
+def test_the_words_beside_a_bar_are_whole(limits):
+    """As in a record of a GPU: a long name, and one run that is far above the others."""
+    figure = sample_bars({"torch_compile bf16": [1645.21, 2699.12, 3100.45]}, "TPOT", limits)
+    figure.canvas.draw()
+    (words,) = figure.axes[0].texts
+    assert words.get_window_extent().x1 < figure.bbox.x1
