@@ -16,7 +16,7 @@ PROMPTS = ["Hello, my name is", "The president of the United States is"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.basic", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.basic", description="Generate with an engine.")
     parser.add_argument("prompts", nargs="*", help="your prompts instead of the two built in")
     parser.add_argument("--engine", help="an engine's name; default: the one built last")
     parser.add_argument("--max-tokens", type=int, default=50)

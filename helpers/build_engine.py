@@ -13,7 +13,7 @@ from helpers.errors import status_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m helpers.build_engine", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.build_engine", description="Build an engine, once.")
     parser.add_argument("--model", default="stories", help="'stories', a Hub id, or a checkpoint folder")
     parser.add_argument("--backend", default="aot")
     parser.add_argument("--precision", default="fp32")

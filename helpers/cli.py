@@ -15,6 +15,7 @@ from typing import Any
 
 from helpers.display import Table
 from helpers.errors import CourseError, EngineCorrupt, InputError, printable, status_of
+from helpers.paths import check_writable, write_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -449,21 +450,25 @@ def _course_solution(settings: argparse.Namespace) -> dict[str, Any]:
 def _course_grade(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain import classroom
 
+    if settings.gradescope:
+        check_writable(settings.gradescope)
     grade = classroom.grade(settings.notebook)
     print("\n".join([*(f"{grade.notebook}: {problem}" for problem in grade.problems), str(grade.table())]))
     if settings.gradescope:
-        settings.gradescope.write_text(json.dumps(grade.as_gradescope(), indent=1) + "\n", encoding="utf-8")
+        write_text(settings.gradescope, json.dumps(grade.as_gradescope(), indent=1) + "\n")
     return grade.as_json()
 
 
 def _course_timings(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain import room
 
+    if settings.out:
+        check_writable(settings.out)
     answer = room.timings(settings.notebooks)
     table = room.timings_table(answer)
     print("\n".join([*answer["problems"], str(table)]))
     if settings.out:
-        settings.out.write_text(table.markdown() + "\n", encoding="utf-8")
+        write_text(settings.out, table.markdown() + "\n")
     return answer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import html
 import json
 import os
@@ -115,6 +116,31 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
         "fit beside what else is in memory.",
         fix="Close other engines, send fewer or shorter prompts, or build with smaller limits.",
     )
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk is full, or a limit on space reached. safetensors and torch, which write too, say it in words."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in numbers or "no space left on device" in str(error).lower()
+
+
+def why_refused(error: Exception) -> str:
+    """The likely cause of what the operating system refuses, by its number, or by its words where a library passes them
+    on: what cannot be opened may be sound."""
+    reasons = {
+        "It belongs to another user, or its mode forbids it.": "EACCES EPERM",
+        "It lies on a disk that is read-only.": "EROFS",
+        "This process has as many files open as it may (ulimit -n): close some engines.": "EMFILE ENFILE",
+        "The disk is full, or a limit on space is reached.": "ENOSPC EDQUOT EFBIG",
+        "The path is misspelt, a broken link, or leads to something else.": (
+            "ENOENT ENOTDIR EEXIST EISDIR ELOOP ENAMETOOLONG EINVAL"
+        ),
+    }
+    for cause, names in reasons.items():
+        numbers = [getattr(errno, name) for name in names.split()]
+        if getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers):
+            return cause
+    return "The disk or its network fails."
 
 
 def not_finite(tokens: int) -> NumericsError:

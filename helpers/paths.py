@@ -6,11 +6,14 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.errors import StoreError
+from helpers.errors import InputError, StoreError, shown, why_refused
 
 PROJECT = Path(__file__).resolve().parent.parent
 LARGEST_TEXT = 1 << 27  # bytes
@@ -74,6 +77,64 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def named(path: str | Path) -> Path:
+    """The path that somebody gave; InputError for what no system takes as one."""
+    text = str(path) if isinstance(path, (str, Path)) else "\0"
+    if "\0" in text or re.search("[\ud800-\udc7f\udd00-\udfff]", text):
+        raise InputError(f"This names no file: {shown(path)}.", fix="Give a path, such as 'record.json'.")
+    return Path(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a person named, whole or not at all. InputError where that fails."""
+    with _writing(path) as part:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """InputError if nothing can be written there: said before the minutes that its content takes."""
+    with _writing(path) as part:
+        part.touch()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """The name to write under until the file is whole; nothing is left of it."""
+    try:
+        if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced by the file
+            raise OSError(errno.EINVAL, "a folder, a pipe or a device is there")
+        part = path.with_name(path.name + ".part")
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path.name!r:.80} cannot be written: {error.strerror}.",
+            fix="Give a file in a folder that exists and that you may write to.",
+        ) from error
+
+
+@contextlib.contextmanager
+def owned_folder(prefix: str) -> Iterator[Path]:
+    """A folder of this process in the temporary folder, gone after the block. What killed processes have left under
+    that prefix goes first: one that is at work holds the lock in its folder, or is about to take it."""
+    import filelock
+
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
+            if time.time() - left.stat().st_mtime > 60:
+                with filelock.FileLock(left / ".lock", timeout=0):
+                    shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as folder,
+        filelock.FileLock(f"{folder}/.lock"),
+    ):
+        yield Path(folder)
+
+
 def is_one_word(path: str) -> bool:
     """Whether a command line can hold the path without quotes."""
     return not re.search(r"""[\s'"\\]""", path)
@@ -114,10 +175,11 @@ def _made(content: str, name: str, default: Path, variable: str) -> Path:
     try:
         folder = Path(name or default).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody here
+    except (OSError, RuntimeError) as error:
+        why = why_refused(error) if isinstance(error, OSError) else "Here is nobody of that name."
         raise StoreError(
             f"The folder of {content} cannot be made: {error}.",
-            cause=f"{variable} names a file, or a place that you may not write." if name else "",
+            cause=f"{variable} names it. {why}" if name else why,
             fix=f"Set {variable} to a folder that you can write.",
         ) from error
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import threading
 import time
@@ -93,8 +92,8 @@ class Progress:
         if self._handle is not None:
             with self._lock:
                 self._handle.update({"text/plain": "\n".join(self._lines())}, raw=True)
-        elif not self.quiet and self._running and sys.stderr and sys.stderr.isatty():
-            _write(f"  {self._lines()[-1].strip()}", sys.stderr, end="\r")
+        elif not self.quiet and self._running:
+            _write(f"  {self._lines()[-1].strip()}", sys.stderr, on_terminal=True)
 
     def _tick(self) -> None:
         while not self._done.wait(0.5):
@@ -131,10 +130,12 @@ def say(line: str) -> None:
         _write(line, sys.stdout if in_notebook() else sys.stderr)
 
 
-def _write(line: str, stream: TextIO | None, end: str = "\n") -> None:
-    """What nobody reads any more, or has no room, must not end the work that it tells of."""
-    with suppress(OSError, ValueError):  # ValueError: the stream is closed
-        print(line, end=end, file=stream or io.StringIO(), flush=True)
+def _write(line: str, stream: TextIO | None, on_terminal: bool = False) -> None:
+    """What nobody reads any more, or has no room, must not end the work that it tells of; nor must an object of the
+    learner's own in the stream's place, which may lack anything. on_terminal: a line that the next one overwrites."""
+    with suppress(Exception):
+        if stream is not None and (not on_terminal or stream.isatty()):
+            print(line, end="\r" if on_terminal else "\n", file=stream, flush=True)
 
 
 def in_notebook() -> bool:

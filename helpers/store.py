@@ -26,7 +26,17 @@ import filelock
 
 from helpers.access import open_to_readers
 from helpers.digests import MEMORY, file_digest
-from helpers.errors import BuildError, CourseError, EngineCorrupt, EngineNotFound, OutOfMemory, StoreError, shown
+from helpers.errors import (
+    BuildError,
+    CourseError,
+    EngineCorrupt,
+    EngineNotFound,
+    OutOfMemory,
+    StoreError,
+    is_full,
+    shown,
+    why_refused,
+)
 from helpers.paths import engines_folder, engines_folders, locks_folder, own_store_first, read_text
 from helpers.progress import held
 
@@ -43,7 +53,6 @@ FIELDS: dict[str, type] = {  # of a manifest
     "files": dict,
 }
 SHOWN = 8  # engines that an error names
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Manifest = dict[str, Any]
 
@@ -84,7 +93,14 @@ def building(name: str) -> Iterator[Path]:
     with _refusals_explained():
         if entry.is_dir() and not entry.is_symlink() and not os.access(entry, os.W_OK):  # told now, not after the build
             raise PermissionError(errno.EACCES, "you may not replace the engine of that name", str(entry))
-        with held(_lock(name), f"builds {name}"):
+        lock = _lock(name)
+        if work.is_dir() and not Path(lock.lock_file).exists():  # whoever works there holds a lock that has no name
+            raise StoreError(
+                f"A build of {name!r} may be going on, whose lock was deleted.",
+                cause=f"Somebody deleted {Path(lock.lock_file).parent} while it ran.",
+                fix=f"Wait for that build. If there is none, delete {work}.",
+            )
+        with held(lock, f"builds {name}"):
             _delete(work)
             _sweep(root)
             work.mkdir(mode=0o700)
@@ -337,9 +353,8 @@ def _refusals_explained() -> Iterator[None]:
     except CourseError:
         raise
     except Exception as error:
-        number, root = getattr(error, "errno", None), engines_folder()
-        # safetensors and torch, which write too, say it only in words.
-        if number in NO_ROOM or "no space left on device" in str(error).lower():
+        root = engines_folder()
+        if is_full(error):
             raise BuildError(
                 "The disk is full, or a limit on space is reached; nothing was published.",
                 cause=f"{shutil.disk_usage(root).free / 1e6:.0f} MB were left when it failed: {error}.",
@@ -350,8 +365,8 @@ def _refusals_explained() -> Iterator[None]:
         if isinstance(error, OSError) and Path(str(error.filename or "")).is_relative_to(root):
             raise StoreError(
                 f"The folder of engines cannot be read or written: {error.strerror}.",
-                cause=f"It may belong to another user, or be read-only: {error.filename}.",
-                fix=f"Build into a folder of your own: export {own_store_first()}",
+                cause=f"{error.filename}: {why_refused(error)}",
+                fix=f"Mend that, or build into another folder of your own: export {own_store_first()}",
             ) from error
         raise BuildError(f"The operating system refused: {error}; nothing was published.") from error
 
@@ -438,11 +453,8 @@ def _unreadable(folder: Path, error: OSError) -> StoreError:
     """The engine may be sound: what the operating system refuses does not say that it is damaged."""
     if isinstance(error, PermissionError):
         return StoreError(f"You may not read engine {folder.name!r}.", fix="Ask its owner, or build your own.")
-    return StoreError(
-        f"Engine {folder.name!r} cannot be read: {error}.",
-        cause="The disk fails, or this process has reached a limit, such as that on open files (ulimit -a).",
-        fix="Close other engines and programs; `helpers doctor` looks at disk and limits.",
-    )
+    fix = "`helpers doctor` looks at disk and limits."
+    return StoreError(f"Engine {folder.name!r} cannot be read: {error}.", cause=why_refused(error), fix=fix)
 
 
 def _corrupt(folder: Path, what: str, fix: str = "") -> EngineCorrupt:

@@ -20,7 +20,7 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
-from helpers.errors import BackendUnavailable, CourseError
+from helpers.errors import BackendUnavailable, CourseError, why_refused
 from helpers.machine import environments
 from helpers.progress import say
 
@@ -47,8 +47,8 @@ def module(backend: str) -> Any:
     except OSError as error:
         raise BackendUnavailable(
             f"Backend {backend!r} cannot be imported: {error}.",
-            cause="This process has reached a limit, such as that on open files (ulimit -a), or the disk fails.",
-            fix="Close engines and files that you no longer need, or start Python again.",
+            cause=why_refused(error),
+            fix="Mend that, then start Python again.",
         ) from error
 
 

@@ -235,6 +235,13 @@ class Engine(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "An engine cannot be copied, or sent to another process.",
+            cause="It has native code and one KV cache; a copy would spoil the answers of both.",
+            fix="Load it a second time, or in the other process: load(name).",
+        )
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.recipe.short_name}{' (closed)' if self.closed else ''}>"
 

@@ -14,6 +14,7 @@ Tokens, text, limits, stopping and metrics are those of base.py, so they mean th
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from helpers.machine.gpu_time import GpuTime, read_from
 from helpers.machine.worker import Worker
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import Tokenizer
+from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
@@ -37,6 +39,17 @@ if TYPE_CHECKING:
     from helpers.backends.base import Observer
 
 TIME_LIMIT_S = 3600.0  # of one request
+
+
+def start(worker: Worker, library: str, call: str, time_limit: float, **arguments: Any) -> Any:
+    """The worker's answer to the call that loads a model. It can take minutes, so it is shown; where it fails, the
+    worker ends."""
+    try:
+        with Progress(f"Starting {library}, which can take minutes") as progress, progress.phase(f"start {library}"):
+            return worker.call(call, time_limit=time_limit, **arguments)
+    except BaseException:
+        worker.kill()
+        raise
 
 
 class RemoteEngine(Engine):
@@ -97,6 +110,8 @@ class RemoteEngine(Engine):
 
     def _release(self) -> None:
         self.worker.close()
+        if self.traces:
+            shutil.rmtree(self.traces, ignore_errors=True)
 
     def _run(
         self, sequences: list[RunningSequence], sampling: SamplingParams, observe: Observer | None = None

@@ -100,7 +100,7 @@ def read_report(folder: Path, sizes: dict[str, int] | None = None) -> EngineRepo
     try:
         fields = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
         return EngineReport.from_dict({**fields, "sizes": sizes or fields["sizes"]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineCorrupt(
             f"The report of engine {folder.name!r} cannot be read: {error}.",
             cause="The file was changed or cut after the build.",

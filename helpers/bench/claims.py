@@ -105,7 +105,7 @@ def _best(record: Record) -> dict[str, tuple[list[str], str]]:
     best = {}
     for situation, (metric, samples) in SITUATIONS.items():
         size = _largest(record) if metric == "output tokens/s" else None
-        rows = [row for row in record.measured(size) if row.agrees is not False]
+        rows = [row for row in record.measured(size) if row.agrees is not False and all(samples(row))]
         rows = sorted(rows, key=lambda row: statistics.median(samples(row)))  # noqa: B023
         least = [_floor(record, row) if samples(row) is row.tpot_s else interval(samples(row))[0] for row in rows]
         names = [row.name for row, low in zip(rows, least, strict=True) if low <= interval(samples(rows[0]))[1]]

@@ -6,14 +6,12 @@ machines do not enter one table.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from helpers.errors import InputError, shown
 from helpers.machine.commands import run
 from helpers.machine.load import BUSY
-from helpers.paths import PROJECT, read_text
+from helpers.paths import PROJECT, check_writable, named, read_text, write_text
 from helpers.recipe import BuildRecipe
 
 SCHEMA = 2
@@ -146,7 +144,8 @@ class Row:
 
     @property
     def memory_bytes(self) -> int:
-        return self.device_bytes or self.peak_host_bytes
+        """Of the device that it ran on; 0: not measured."""
+        return self.device_bytes or (0 if self.device == "cuda" else self.peak_host_bytes)
 
     @property
     def first_token_s(self) -> float:
@@ -291,50 +290,21 @@ class Record:
 def keeper(path: str | Path) -> Callable[[Record], Path]:
     """The call that writes a record to `path`. InputError at once if nothing can be written there: a measurement
     takes minutes."""
-    with _writing(_path(path)) as part:
-        part.touch()
-        part.unlink()
+    check_writable(named(path))
     return lambda record: save(record, path)
 
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record as JSON, whole or not at all."""
-    path = _path(path)
-    with _writing(path) as part:
-        part.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+    path = named(path)
+    write_text(path, json.dumps(asdict(record), indent=1) + "\n")
     return path
-
-
-def _path(path: str | Path) -> Path:
-    text = str(path) if isinstance(path, (str, Path)) else "\0"
-    if "\0" in text or re.search("[\ud800-\udc7f\udd00-\udfff]", text):  # what no system takes as a name
-        raise InputError(f"This names no file: {shown(path)}.", fix="Give a path, such as 'record.json'.")
-    return Path(path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """The name to write under until the file is whole. InputError where that fails, and nothing is left."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        part = path.with_name(path.name + ".part")
-        try:
-            yield part
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"The record cannot be written to {path.name!r:.80}: {error.strerror}.",
-            fix="Give a file in a folder that exists and that you may write to.",
-        ) from error
 
 
 def read(path: str | Path) -> Record:
     """A record from its file. Truncated, incomplete, of another schema or with wrong types: refused with what is
     wrong."""
-    path = _path(path)
+    path = named(path)
     try:
         raw = json.loads(read_text(path))
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:

@@ -34,7 +34,7 @@ from helpers.machine import environments, hardware
 from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
-from helpers.paths import user_id
+from helpers.paths import owned_folder, user_id
 from helpers.progress import Progress, say
 from helpers.recipe import COMPILED, BuildRecipe
 
@@ -344,7 +344,9 @@ class Runner:
         self.answers: dict[int, dict[str, Any]] = {}  # tokens and logits of the first request, by batch size
         self.decode_graphs: list[int] = []
         self.worker: Worker | None = None
-        self.cache = tempfile.TemporaryDirectory()  # torch.compile's: what earlier runs left would hide its cost
+        self._folders = contextlib.ExitStack()
+        # torch.compile's cache: what earlier runs left would hide its cost.
+        self.cache = str(self._folders.enter_context(owned_folder("course-bench-")))
 
     def prepare(self, prompts: list[list[int]], sizes: Sequence[int]) -> None:
         """Build if need be, load in a new process, and answer the first request at each batch size."""
@@ -391,7 +393,7 @@ class Runner:
             self.row.build_s, self.row.disk_bytes = engine["seconds"], engine["bytes"]
 
     def _load_arguments(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.to_dict(), "threads": self.threads, "cache": self.cache.name}
+        return {"recipe": self.recipe.to_dict(), "threads": self.threads, "cache": self.cache}
 
     def _start(self) -> Worker:
         started = time.perf_counter()
@@ -410,7 +412,7 @@ class Runner:
 
     def close(self) -> None:
         self.end()
-        self.cache.cleanup()
+        self._folders.close()
 
 
 def _fail(row: Row, error: CourseError) -> None:

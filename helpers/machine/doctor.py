@@ -32,7 +32,7 @@ from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import TOO_SLOW, complaint, run
 from helpers.machine.environments import shown
-from helpers.paths import compilers_folder, engines_folder, engines_folders, lets_programs_run
+from helpers.paths import compilers_folder, engines_folder, engines_folders, lets_programs_run, owned_folder
 
 TIME_LIMIT = 14.0  # seconds for one command; all begin together, after the driver's 5
 LONGEST = 20.0  # seconds for all
@@ -74,7 +74,8 @@ def torch_facts(limit: float = TIME_LIMIT) -> dict[str, Any]:
 
 def _complaint(answer: subprocess.CompletedProcess[str]) -> str:
     if answer.returncode < 0:
-        return f"it crashed (signal {-answer.returncode})"
+        killed = answer.returncode == -9  # SIGKILL
+        return f"it {'was killed, as where memory runs out' if killed else 'crashed'} (signal {-answer.returncode})"
     return complaint(answer.stderr or answer.stdout) or f"exit status {answer.returncode}"
 
 
@@ -134,8 +135,8 @@ def check_compiler() -> Check:
     if torch is None or torch.origin is None:
         return failure(f"{name}: there is no PyTorch to link with", "See the line of PyTorch.")
     headers, libraries = Path(torch.origin).with_name("include"), Path(torch.origin).with_name("lib")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
+    with owned_folder("course-doctor-") as folder:
+        source, library = folder / "probe.cpp", folder / "probe.so"
         source.write_text(_PROBE)
         command = [compiler, str(source), "-o", str(library), "-std=c++17", "-shared", "-fPIC", f"-I{headers}"]
         command += ["-fopenmp"] if sys.platform == "linux" else []

@@ -31,14 +31,16 @@ def plain_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _real_tensors() -> Iterator[None]:
-    """Outside of a FakeTensorMode, as torch's own unset_fake_temporarily, whose module takes long to import."""
+    """Outside of the modes that torch traces in, as its own unset_fake_temporarily: no public function does it. A mode
+    that watches, such as FlopCounterMode, stays."""
     import torch
 
-    mode = torch._C._unset_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    keys = torch._C._TorchDispatchModeKey
+    modes = [torch._C._unset_dispatch_mode(key) for key in (keys.FAKE, keys.FUNCTIONAL, keys.PROXY)]
     try:
         yield
     finally:
-        if mode is not None:
+        for mode in filter(None, modes):
             torch._C._set_dispatch_mode(mode)
 
 
@@ -110,7 +112,7 @@ def is_plain() -> bool:
     return (
         not _inside
         and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
+        and not torch._C._len_torch_dispatch_stack()
         and torch.get_default_dtype() == torch.float32
         and cuda.math_sdp_enabled()
         and cuda.flash_sdp_enabled()

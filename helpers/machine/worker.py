@@ -312,19 +312,21 @@ def _explain_end(code: int, last_words: str, out_of_memory: bool) -> tuple[str, 
     out_of_memory: whether the system has killed a process for want of memory while the worker ran.
     """
     again = "This notebook is unharmed: run the cell again. If it happens again, build something smaller."
-    if code >= 0:
-        return f"exit code {code}", f"Something in it ended the process. Its last words: {last_words or 'none'}", again
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
+    words = f"Its last words: {last_words or 'none'}"
+    if 0 <= code <= 128:
+        return f"exit code {code}", f"Something in it ended the process. {words}", again
+    number = -code if code < 0 else code - 128  # as a shell that starts Python passes it on
+    name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
     if name == "SIGKILL" and out_of_memory:
         return name, "The system ran out of memory and ended it.", "Close other programs, or build something smaller."
-    if name == "SIGKILL":
-        return name, "It was killed from outside; lack of memory is one cause.", again
-    if name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
-        return name, "Somebody or the system ended it from outside.", "Run the cell again."
-    return name, f"A crash in native code. Its last words: {last_words or 'none'}", again
+    causes = {
+        "SIGKILL": "It was killed from outside; lack of memory is one cause.",
+        "SIGXCPU": "It reached the limit on processor time (ulimit -t).",
+        "SIGBUS": f"A file that it reads was cut, or a disk is full; or native code crashed. {words}",
+        "SIGILL": f"Native code asks for instructions that this processor lacks. {words}",
+        **dict.fromkeys(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"), "Somebody or the system ended it from outside."),
+    }
+    return name, causes.get(name, f"A crash in native code. {words}"), again
 
 
 def _oom_kills() -> int:
@@ -365,7 +367,8 @@ def serve(module: str) -> None:
             send(error={"type": type(error).__name__, "what": error.what, "cause": error.cause, "fix": error.fix})
         else:
             what = f"{type(error).__name__} in the worker: {error}"
-            send(error={"type": "WorkerError", "what": what, "cause": "", "fix": ""})
+            cause = errors.why_refused(error) if isinstance(error, OSError) else ""
+            send(error={"type": "WorkerError", "what": what, "cause": cause, "fix": ""})
 
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(incoming, requests), daemon=True).start()

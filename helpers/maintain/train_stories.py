@@ -259,9 +259,7 @@ Licence: Apache-2.0.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.maintain.train_stories", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m helpers.maintain.train_stories")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=5000)
     options = parser.parse_args(arguments)

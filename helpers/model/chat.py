@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError, ModelError, shown
+from helpers.errors import InputError, ModelError, WorkerError, shown, why_refused
 from helpers.paths import PROJECT
 
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant")
+FROM_OUTSIDE = (1, 2, 9, 15)  # signals that end a process for no fault of its own
 TIME_LIMIT_S = 20.0  # a busy machine may take seconds to start Python
 
 
@@ -49,13 +50,19 @@ class ChatTemplate:
         except OSError as error:
             raise ModelError(
                 f"The chat template's process could not be started: {error}.",
-                cause="The system has no room for another process.",
-                fix="Close other programs.",
+                cause=why_refused(error),
+                fix="Close other programs, or start Python again.",
             ) from error
         except subprocess.TimeoutExpired:
             raise _no_prompt(f"it was not done after {TIME_LIMIT_S:.0f} s, and was stopped.") from None
         except subprocess.CalledProcessError as error:
-            last = (error.stderr.decode("utf-8", "replace").strip().splitlines() or ["it was killed."])[-1]
+            if -error.returncode in FROM_OUTSIDE:
+                raise WorkerError(
+                    f"The process that renders the chat template was ended by signal {-error.returncode}.",
+                    cause="The system has no memory left, or somebody stopped it.",
+                    fix="Close other programs, and try again.",
+                ) from None
+            last = (error.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing."])[-1]
             raise _no_prompt(f"its process ended: {last:.200}") from None
         outcome, text = json.loads(done.stdout.rpartition(b"\n")[2])
         if outcome == "refused":

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import EngineCorrupt, ModelError
+from helpers.errors import EngineCorrupt, ModelError, why_refused
 from helpers.paths import read_text
 
 # transformers loads its parts when first asked, and its logger has one level for all threads.
@@ -249,8 +249,8 @@ def cannot_open(path: Path, error: Exception) -> ModelError:
     """The error for a checkpoint's file that the operating system refuses."""
     return ModelError(
         f"{path.name} of {path.parent.name!r} cannot be opened: {(str(error).splitlines() or [''])[0]}.",
-        cause="It is a broken link, no file, not yours to read, or this process has reached a limit (ulimit -a).",
-        fix="Look at the file; or close what you no longer need, and start Python again.",
+        cause=why_refused(error),
+        fix="Mend that, or fetch the checkpoint again.",
     )
 
 

@@ -21,7 +21,7 @@ import filelock
 
 from helpers.access import open_to_readers
 from helpers.digests import file_digest
-from helpers.errors import ModelError
+from helpers.errors import ModelError, is_full, why_refused
 from helpers.model.checkpoint import (
     LEFT_OUT,
     NAMED,
@@ -238,20 +238,15 @@ def _refusals_explained(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        if _is_full(error):
+        if is_full(error):
             raise _disk_full(name, models_folder()) from error
         if not isinstance(error, OSError):
             raise
         raise ModelError(
             f"{name!r} cannot be written: {error}.",
-            cause=f"The folder of models may belong to another user, or be read-only: {models_folder()}.",
+            cause=f"{error.filename or models_folder()}: {why_refused(error)}",
             fix="Set COURSE_MODELS to a folder that you can write.",
         ) from error
-
-
-def _is_full(error: Exception) -> bool:
-    """safetensors says it only in words."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
 
 
 def _disk_full(name: str, folder: Path) -> ModelError:
@@ -294,7 +289,7 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
     except ModelError as error:
         raise ModelError(f"{hub_id!r} was not downloaded. {error.what}", cause=error.cause, fix=error.fix) from error
     except Exception as error:  # huggingface_hub's own errors, and those of whichever HTTP library it uses
-        if _is_full(error):
+        if is_full(error):
             raise _disk_full(hub_id, folder or Path.home()) from error
         other = ("The network failed, or the Hub refused.", "Run the command again.")
         cause, fix = next((words for kind, words in reasons.items() if isinstance(error, kind)), other)

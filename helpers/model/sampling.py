@@ -52,6 +52,8 @@ class SamplingParams:
         _whole("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool):  # a text such as "no" would count as yes
+            raise InputError(f"SamplingParams.ignore_eos is {shown(self.ignore_eos)}.", fix="Give True or False.")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
             raise InputError(f"SamplingParams.stop is {shown(self.stop)}.", fix="Give a text, or a list of texts.")

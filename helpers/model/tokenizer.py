@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import InputError, ModelError
 from helpers.model.chat import ChatTemplate, read_chat_template
-from helpers.model.config import read_json
+from helpers.model.config import cannot_open, read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -168,6 +168,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if not path.exists():
         return None
     try:
+        path.open("rb").close()  # what the system refuses, tokenizers says in words
         backend = tokenizers.Tokenizer.from_file(str(path))
         config = _config(folder)
         if backend.padding:
@@ -182,6 +183,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         chat_template = read_chat_template(folder, config, named)
     except ModelError:
         raise
+    except OSError as error:
+        raise cannot_open(path, error) from error
     except Exception as error:  # the library raises nothing more exact
         cause = f"A file is damaged, or written for a newer library than tokenizers {tokenizers.__version__}."
         fix = "Fetch the checkpoint again, or update tokenizers."

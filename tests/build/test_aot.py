@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -136,13 +137,18 @@ def test_there_is_an_error_that_names_the_space_where_no_folder_is_without(tmp_p
     assert "TMPDIR" in refused.value.fix
 
 
-def test_what_a_killed_build_left_in_the_temporary_folder_goes_with_the_next(tmp_path, monkeypatch):
+@pytest.mark.parametrize("prefix", [".compile-", "aot-engine-"])
+def test_what_was_left_in_the_temporary_folder_by_a_killed_process_goes_with_the_next(
+    tiny_engine, tmp_path, monkeypatch, prefix
+):
+    """Of a build, and of a load."""
     from helpers.backends.aot.backend import _scratch_folder
+    from helpers.backends.aot.loader import Graph
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / "my engines" / ".building-x"
     folder.mkdir(parents=True)
-    killed, new, running = (tmp_path / f".compile-{name}" for name in ("killed", "new", "running"))
+    killed, new, running = (tmp_path / f"{prefix}{name}" for name in ("killed", "new", "running"))
     for left in (killed, new, running):
         left.mkdir()
         (left / "kernel.so").touch()
@@ -150,9 +156,12 @@ def test_what_a_killed_build_left_in_the_temporary_folder_goes_with_the_next(tmp
     with filelock.FileLock(running / ".lock"):
         for left in (killed, running):
             os.utime(left, (0, 0))
-        with _scratch_folder(folder) as scratch:
-            assert Path(scratch).parent == tmp_path
-            assert not killed.exists() and new.exists() and running.exists()
+        if prefix == ".compile-":
+            with _scratch_folder(folder) as scratch:
+                assert Path(scratch).parent == tmp_path
+        else:
+            Graph(Path(shutil.copy(tiny_engine / "decode_b1.pt2", folder)), "cpu").close()
+        assert sorted(tmp_path.glob(f"{prefix}*")) == [new, running]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Every backend beside transformers: the same tokens, whatever the batch, the phase or the way of asking."""
 
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
@@ -313,6 +315,13 @@ def test_tokens_that_cannot_be_appended_are_refused_and_the_right_ones_go_on(tok
         with pytest.raises(InputError):
             engine.decode(given)
     assert engine.decode(torch.tensor([7, 7])).argmax(-1).tolist() == [8, 8]
+
+
+def test_an_engine_is_not_copied_nor_sent_to_another_process():
+    """A copy would use the same cache and know nothing of the other's requests."""
+    for send in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(InputError, match="copied"):
+            send(Scripted([7]))
 
 
 def test_logits_by_hand_stay_as_they_are_when_the_next_come():

@@ -34,7 +34,6 @@ from helpers.errors import (
 from helpers.machine import hardware
 from helpers.maintain import notebooks
 from helpers.paths import engines_folder
-from helpers.recipe import from_dict
 
 RECIPE = BuildRecipe(**limits())
 ROOT = Path(__file__).parents[2]  # for test_shared_store.py
@@ -112,7 +111,7 @@ class Unread:
     flush = write
 
 
-@pytest.mark.parametrize("stream", [Unread(), None])
+@pytest.mark.parametrize("stream", [Unread(), None, SimpleNamespace(write=len)], ids=["unread", "none", "a learner's"])
 def test_a_build_does_not_depend_on_what_it_prints(fake, monkeypatch, stream):
     backend = fake()
     monkeypatch.setattr("sys.stderr", stream)
@@ -164,6 +163,31 @@ def test_a_sound_engine_that_cannot_be_read_now_is_neither_corrupt_nor_built_aga
                 with pytest.raises(StoreError, match=os.strerror(number)):
                     call(folder)
     assert backend.builds == 1 and load(folder) == b"whole"
+
+
+CAUSES = {errno.EMFILE: "ulimit", errno.EROFS: "read-only", errno.EIO: "disk", errno.EACCES: "another user"}
+
+
+@pytest.mark.parametrize("number", CAUSES)
+def test_what_the_system_refuses_has_its_own_cause(fake, engines, monkeypatch, number):
+    """A store that cannot be listed; and the report of an engine, which is not damaged for that."""
+    fake()
+    folder = build(RECIPE, quiet=True)
+    calls = {"iterdir": (engines, store.list_engines), "read_text": (folder / "report.json", lambda: inspect(folder))}
+    for called, (refused, call) in calls.items():
+        plain = getattr(Path, called)
+
+        def refuse(path, *arguments, plain=plain, refused=refused, **settings):
+            if path == refused:
+                raise OSError(number, os.strerror(number), str(path))
+            return plain(path, *arguments, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, called, refuse)
+            with pytest.raises(StoreError) as told:
+                call()
+        assert CAUSES[number] in told.value.cause or "may not read" in told.value.what
+        assert "user" not in told.value.cause or number == errno.EACCES
 
 
 def test_a_build_publishes_files_and_a_manifest_that_describes_them(fake, engines):
@@ -251,6 +275,22 @@ def test_another_build_leaves_one_that_is_going_on_alone(other_build, fake):
     other_build.go()
     other_build.join(60)
     assert other_build.exitcode == 0 and len(store.list_engines()) == 2
+
+
+@FORKS
+def test_a_build_whose_lock_is_deleted_is_left_alone(other_build, fake, engines):
+    """Somebody deletes .locks because a build hangs, or to tidy up."""
+    backend = fake()
+    shutil.rmtree(engines / ".locks")
+    build(RECIPE.replace(precision="bf16"), quiet=True)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="lock was deleted") as told:
+            build(RECIPE, quiet=True)
+        assert ".building-" in told.value.fix
+    other_build.go()
+    other_build.join(60)
+    assert other_build.exitcode == 0 and whole(build(RECIPE, quiet=True)) and backend.builds == 1
+    assert leftovers(engines) == sorted(folder.name for folder in store.list_engines())
 
 
 def test_two_threads_build_side_by_side(fake, engines):

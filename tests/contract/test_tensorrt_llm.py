@@ -264,8 +264,9 @@ def test_generate_stops_at_the_end_token_whether_the_answer_holds_it_or_not(stan
         assert engine.generate([1], GREEDY)[0].token_ids == []
 
 
-def test_text_goes_in_and_out_by_the_engines_own_tokenizer(folder):
+def test_text_goes_in_and_out_by_the_engines_own_tokenizer(folder, capsys):
     with load(folder) as engine:
+        assert "Starting TensorRT-LLM, which can take minutes" in capsys.readouterr().err
         ids = engine.tokenize("Once upon a time")
         answer = engine.generate("Once upon a time", GREEDY)[0]
         assert engine.versions["tensorrt_llm"] == "1.2.1"  # what a benchmark's record says of it

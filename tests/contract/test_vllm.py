@@ -28,8 +28,9 @@ def stand_in(tmp_path, monkeypatch):
     return tmp_path / "settings.json"
 
 
-def test_generate_stream_and_logits(stand_in):
+def test_generate_stream_and_logits(stand_in, capsys):
     with load(BuildRecipe(**LIMITS)) as engine:
+        assert "Starting vLLM, which can take minutes" in capsys.readouterr().err
         sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
         answers = engine.generate(["Once", "Once upon a time"], sampling)
         assert [a.token_ids for a in answers] == [[3, 4, 5, 6, 7]] * 2

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from helpers.bench import tables as comparison
 from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
 from helpers.errors import InputError, RecipeError
 from helpers.machine import gpu_time, hardware, load
+from helpers.maintain import classroom, room
 
 SMALL = Workload(input_len=8, output_len=8, repeats=3, warmup=1)
 
@@ -167,14 +169,21 @@ def test_broken_records_are_refused_with_what_is_wrong(tmp_path, damage):
 
 def test_where_nothing_can_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "no folder" / "a.json", tmp_path, tmp_path / "file" / "a.json", tmp_path / ("a" * 300)):
+    places = [tmp_path / "no folder" / "a.json", tmp_path, tmp_path / "file" / "a.json", tmp_path / ("a" * 300)]
+    if hasattr(os, "mkfifo"):  # as /dev/null, which a file of that name would take away from all
+        os.mkfifo(tmp_path / "pipe")
+        places.append(tmp_path / "pipe")
+    for path in places:
         for call in (records.keeper, partial(records.save, new_record())):
             with pytest.raises(InputError):
                 call(path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    monkeypatch.setattr(benchmark, "run", lambda *_, **__: pytest.fail("it measured"))
-    assert cli.main(["bench", "--out", str(tmp_path / "no folder" / "a.json")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir() if not path.is_fifo()} == {"file"}
+    assert all(path.is_fifo() for path in places[4:])
+    for module, name in ((benchmark, "run"), (room, "timings"), (classroom, "grade")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it measured"))
+    for words in (["bench", "--out"], ["course", "timings", "--out"], ["course", "grade", "x.ipynb", "--gradescope"]):
+        assert cli.main([*words, str(tmp_path / "no folder" / "a.json")]) == 1
+        assert "cannot be written" in capsys.readouterr().err
 
 
 def test_records_merge_only_if_they_did_the_same_work():
@@ -439,6 +448,13 @@ def test_not_measured_by_us_stands_beside_no_measured_row():
     absent = Row("tensorrt_llm", "bf16", 1, "absent", "it is not here")
     last = claims.aspects(new_record(new_row(), absent), {}).rows[-1]
     assert last[0] == "tensorrt_llm" and last[-1] == "it is not here"
+
+
+def test_memory_of_the_host_stands_beside_none_of_a_gpu():
+    """The driver does not always give a GPU's memory back while somebody looks."""
+    rows = new_row(device="cuda", peak_host_bytes=10**6), new_row("pytorch", device="cuda", device_bytes=10**9)
+    record = new_record(*rows, hardware={"name": "b", "device": "cuda"})
+    assert ("little memory", "pytorch fp32: 1,000 MB", "no record") in claims.guide(record, None).rows
 
 
 def test_who_cannot_be_told_apart_leads_together():

@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import re
+import subprocess
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from test_tokenizer import make, saved
 from transformers import AutoTokenizer
 
 from helpers import SamplingParams
-from helpers.errors import InputError, ModelError
+from helpers.errors import InputError, ModelError, WorkerError
 from helpers.model import chat, chat_process
 from helpers.model.chat import ChatTemplate
 from helpers.model.tokenizer import load_tokenizer
@@ -372,6 +373,18 @@ def test_a_template_that_does_not_end_is_ended(source, monkeypatch):
 def test_a_template_that_takes_all_memory_gets_none(source):
     with pytest.raises(ModelError, match="MemoryError|OverflowError"):
         ChatTemplate(source, {}).render([USER])
+
+
+@pytest.mark.parametrize(("number", "kind"), [(9, WorkerError), (15, WorkerError), (11, ModelError), (6, ModelError)])
+def test_a_template_is_blamed_for_a_crash_and_not_for_a_kill_from_outside(monkeypatch, number, kind):
+    """As the system kills where memory runs out."""
+
+    def ended(command, **_):
+        raise subprocess.CalledProcessError(-number, command, stderr=b"")
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    with pytest.raises(kind):
+        ChatTemplate("Hello", {}).render([{"role": "user", "content": "Hello"}])
 
 
 def test_the_date_is_todays():

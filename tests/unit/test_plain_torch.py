@@ -4,6 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.machine.plain_torch import is_plain, plain_torch
 
@@ -26,3 +30,19 @@ def test_settings_stay_plain_until_the_last_thread_is_done(half):
         assert not is_plain()  # whoever comes now must hold them too
         other_thread.submit(second.__exit__, None, None, None).result()
     assert torch.get_default_dtype() == torch.float16 and not is_plain()
+
+
+def test_tensors_are_real_inside_whatever_torch_traces_and_what_watches_goes_on():
+    def plain(x):
+        assert not is_plain()
+        with plain_torch():
+            assert type(torch.ones(2) + 1) is torch.Tensor and (torch.ones(2) + 1).tolist() == [2, 2]
+        return x + 1
+
+    with FakeTensorMode(), FunctionalTensorMode():
+        plain(1)
+        assert type(torch.ones(2)) is not torch.Tensor
+    make_fx(plain)(torch.ones(2))
+    with FlopCounterMode(display=False) as counted, plain_torch():
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    assert is_plain() and counted.get_total_flops() == 16

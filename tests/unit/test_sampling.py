@@ -204,6 +204,8 @@ def test_scores_that_are_no_numbers_have_no_distribution(temperature, value):
         ("max_tokens", 0),
         ("top_k", None),
         ("seed", 2**64),
+        ("ignore_eos", "no"),  # which would count as yes
+        ("ignore_eos", 1),
     ],
 )
 def test_a_wrong_setting_is_refused_naming_it_and_its_value(name, value):

@@ -1,7 +1,9 @@
 """Text to ids and back, for every kind of tokenizer, compared with transformers' own."""
 
+import errno
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,6 +406,20 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_a_build(tmp_path, tin
     with pytest.raises(ModelError, match="tokenizer of 'model' cannot be read") as refused:
         build(BuildRecipe(model=str(folder), **limits(max_input_len=16, max_seq_len=48)), quiet=True)
     assert ("git lfs pull" in refused.value.fix) == (damage is pointer)
+
+
+def test_a_tokenizer_that_the_system_does_not_open_is_not_told_as_damaged(tmp_path, monkeypatch):
+    folder, plain = saved(tmp_path, make("byte-level"), {}), Path.open
+
+    def refuse(path, *arguments, **settings):
+        if path.name == "tokenizer.json":
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return plain(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelError, match="cannot be opened.*Too many open files") as refused:
+        load_tokenizer(folder)
+    assert "ulimit" in refused.value.cause
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
 
-from helpers import cli, errors
+from helpers import basic, build_engine, cli, errors
 from helpers.errors import CourseError
 from helpers.machine import doctor
 from helpers.maintain import notebooks
@@ -123,6 +123,16 @@ def test_a_prompt_that_is_the_options_name_is_a_prompt(capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_programs_explain_themselves_where_python_has_dropped_what_documents_them(monkeypatch, capsys):
+    """As python -OO does."""
+    for program in (basic, build_engine):
+        monkeypatch.setattr(program, "__doc__", None)
+        monkeypatch.setattr(sys, "argv", ["program", "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            program.main()
+    assert capsys.readouterr().out.count("ngine") > 2
+
+
 def test_an_answer_that_cannot_be_written_is_told():
     for words in (["list", "--json"], ["inspect", "nothing", "--json"]):
         with Path("/dev/full").open("w") as full:

@@ -23,7 +23,7 @@ from helpers.machine.worker import Worker
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and sessions are POSIX's")
 
 SERVED = """
-import ctypes, os, sys, time
+import ctypes, errno, os, sys, time
 from helpers.errors import BuildError
 
 def count(n):
@@ -42,6 +42,9 @@ def refuse():
 def fail():
     return 1 / 0
 
+def open_too_many():
+    raise OSError(errno.EMFILE, "Too many open files")
+
 def fill():
     import torch
     torch.zeros(1 << 50)
@@ -55,7 +58,8 @@ CALLS = {
     "surroundings": lambda: dict(os.environ),
     "child": child, "ask": lambda: sys.stdin.read(), "kill": lambda number: os.kill(os.getpid(), number),
     "echo": lambda **given: given, "count": count, "chatter": chatter, "refuse": refuse, "fail": fail, "fill": fill,
-    "hang": lambda: time.sleep(600), "segfault": lambda: ctypes.string_at(0), "exit": lambda: os._exit(3),
+    "open_too_many": open_too_many,
+    "hang": lambda: time.sleep(600), "segfault": lambda: ctypes.string_at(0), "exit": os._exit,
 }
 """
 
@@ -121,10 +125,13 @@ def test_an_error_keeps_its_type_cause_and_fix_and_the_worker_goes_on(worker):
 
 
 @posix
-def test_memory_that_runs_out_in_a_library_is_told_as_that(worker):
+def test_memory_that_runs_out_in_a_library_is_told_as_that_and_a_limit_as_a_limit(worker):
     with pytest.raises(OutOfMemory, match="allocate"):
         worker.call("fill")
     assert worker.call("echo") == {}
+    with pytest.raises(WorkerError, match="Too many open files") as limit:
+        worker.call("open_too_many")
+    assert "ulimit -n" in limit.value.cause
 
 
 def gone(pid, seconds=10):
@@ -168,9 +175,12 @@ def test_what_a_reader_takes_between_two_events_is_not_the_workers_time(worker):
     [
         ("kill", {"number": 9}, "SIGKILL", "lack of memory is one cause"),
         ("kill", {"number": 15}, "SIGTERM", "from outside"),
-        ("kill", {"number": int(signal.SIGBUS)}, "SIGBUS", "crash in native code"),
+        ("kill", {"number": int(signal.SIGBUS)}, "SIGBUS", "disk is full; or native code crashed"),
+        ("kill", {"number": int(signal.SIGXCPU)}, "SIGXCPU", "processor time"),
+        ("kill", {"number": int(signal.SIGILL)}, "SIGILL", "this processor lacks"),
         ("segfault", {}, "SIGSEGV", "crash in native code"),
-        ("exit", {}, "exit code 3", "ended the process"),
+        ("exit", {"status": 3}, "exit code 3", "ended the process"),
+        ("exit", {"status": 128 + 9}, "SIGKILL", "lack of memory is one cause"),  # of a shell that started Python
     ],
 )
 def test_an_end_is_told_by_its_name_and_meaning_and_leaves_no_process(worker, call, arguments, name, cause):

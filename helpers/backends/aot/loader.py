@@ -2,7 +2,7 @@
 and 100 MB).
 
 A .pt2 file is a ZIP archive, and the system loads a library only from a file of its own. So the library is unpacked
-into a temporary folder, which goes as soon as it is in memory: nothing is left even where this process is killed.
+into a temporary folder, which goes as soon as it is in memory; what a killed process left goes with the next load.
 
 What has been loaded stays mapped for good, because a C++ library with unique symbols cannot be unloaded. So a graph
 that an engine has given back, or that was forgotten with its engine, is kept, and the next engine from the same file
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from helpers.errors import BackendUnavailable, CourseError, EngineCorrupt, out_of_memory
-from helpers.paths import lets_programs_run
+from helpers.errors import BackendUnavailable, CourseError, EngineCorrupt, out_of_memory, why_refused
+from helpers.paths import lets_programs_run, owned_folder
 
 _idle: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)  # loaded graphs without an engine, by their file
 
@@ -55,22 +55,21 @@ def _load(path: Path, device: str) -> Any:
             return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
             raise _explain(path, Path(tempfile.gettempdir()), error) from error
-    folder: Path | None = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix="aot-engine-"))
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if not entry.filename.endswith(".cpp"):
-                    (folder / Path(entry.filename).name).write_bytes(archive.read(entry))
-        (library,) = folder.glob("*.so")
-        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-    except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
-        refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
-        refused = refused or os.strerror(errno.EMFILE).lower() in str(error).lower()  # by the linker, in words
-        raise _explain(path, None if refused else folder, error) from error
-    finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        with owned_folder("aot-engine-") as folder:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    for entry in archive.infolist():
+                        if not entry.filename.endswith(".cpp"):
+                            (folder / Path(entry.filename).name).write_bytes(archive.read(entry))
+                (library,) = folder.glob("*.so")
+                return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+            except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
+                refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
+                refused = refused or os.strerror(errno.EMFILE).lower() in str(error).lower()  # by the linker, in words
+                raise _explain(path, None if refused else folder, error) from error
+    except OSError as error:  # of the folder itself
+        raise _explain(path, None, error) from error
 
 
 def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
@@ -81,7 +80,7 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
     if folder is None:
         return BackendUnavailable(
             f"The compiled graph {path.name} cannot be unpacked: {error}.",
-            cause="The temporary folder cannot be written, or this process has reached a limit (ulimit -a).",
+            cause=why_refused(error),
             fix=fix,
         )
     room, runs = shutil.disk_usage(folder).free, lets_programs_run(folder)

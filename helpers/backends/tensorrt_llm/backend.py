@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.backends.job import source_digest
-from helpers.backends.remote import RemoteEngine
+from helpers.backends.remote import RemoteEngine, start
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import layers
 from helpers.digests import file_digest
@@ -267,11 +267,7 @@ def _load_pytorch(recipe: BuildRecipe) -> RemoteEngine:
 def _loaded(recipe: BuildRecipe, folder: Path, config: ModelConfig, call: str, **arguments: Any) -> RemoteEngine:
     tokenizer = load_tokenizer(folder)
     worker = start_worker()
-    try:
-        worker.call(call, time_limit=LOAD_LIMIT_S, **arguments)
-    except BaseException:
-        worker.kill()
-        raise
+    start(worker, "TensorRT-LLM", call, LOAD_LIMIT_S, **arguments)
     engine = RemoteEngine(recipe, tokenizer, config.eos_token_ids, config.vocab_size, worker)
     engine.versions = machine()["versions"]
     return engine

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from helpers.backends.remote import RemoteEngine
+from helpers.backends.remote import RemoteEngine, start
 from helpers.machine.environments import need_python
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
@@ -37,14 +37,10 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
     checkpoint.check(recipe.max_seq_len)
     checkpoint.check_sole_weights("vLLM")
     tokenizer = load_tokenizer(checkpoint.folder)
-    worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
     traces = Path(tempfile.gettempdir()) / f"vllm-traces-{uuid4().hex}"  # vLLM makes it with the first trace
-    try:
-        arguments = {"profiler_config": PROFILER | {"torch_profiler_dir": str(traces)}, **settings(recipe, checkpoint)}
-        versions = worker.call("load", time_limit=START_LIMIT_S, settings=arguments)
-    except BaseException:
-        worker.kill()
-        raise
+    arguments = {"profiler_config": PROFILER | {"torch_profiler_dir": str(traces)}, **settings(recipe, checkpoint)}
+    worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
+    versions = start(worker, "vLLM", "load", START_LIMIT_S, settings=arguments)
     engine = RemoteEngine(recipe, tokenizer, checkpoint.config.eos_token_ids, checkpoint.config.vocab_size, worker)
     engine.versions, engine.traces = versions, traces
     return engine
