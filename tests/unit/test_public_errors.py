@@ -205,8 +205,8 @@ BACKENDS_OPTIONS = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS_OPTIONS)
-@pytest.mark.promise("Any argument works or is refused in our words", 150, 10_000)
-@SETTINGS_OF_A_WALK
+@pytest.mark.promise("Any argument works or is refused in our words", 150, 2000)
+@settings(SETTINGS_OF_A_WALK, max_examples=how_many(150, 2000))
 @given(data=st.data())
 def test_options_of_each_backend(backend, data):
     options = data.draw(st.dictionaries(st.sampled_from(BACKENDS_OPTIONS[backend]), odd, max_size=3))
