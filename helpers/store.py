@@ -201,10 +201,10 @@ def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = (), *, thor
     file through the system changes its times. `thorough` reads all: it finds what a failing disk changes by itself.
     """
     with reading(folder):
-        for name, entry in manifest["files"].items():
-            if only and name not in only:
-                continue
-            path = folder / name
+        for name in only or manifest["files"]:
+            path, entry = folder / name, manifest["files"].get(name)
+            if entry is None:
+                raise _corrupt(folder, f"its manifest does not list {name}")
             if path.is_symlink() or not path.is_file():
                 raise _corrupt(folder, f"{name} is {'only a link' if path.is_symlink() else 'missing'}")
             same = path.stat().st_size == entry["bytes"] and file_digest(path, reread=thorough) == entry["sha256"]

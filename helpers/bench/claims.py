@@ -5,8 +5,9 @@ Each judgement is a sentence with its figures and a verdict. It holds for the ma
 Figures are intervals. What every run measured lies between its least and its largest sample: the true median is in
 there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). Contenders take turns, so a ratio of
 two is taken round by round, and what disturbed a whole round falls out of it. What was measured once or twice (build,
-start and memory are measured once) is taken as known to no better than 10 %. A verdict is only given where the whole
-interval is on one side.
+start and memory are measured once) is taken as known to no better than 10 %; and beside other work on the machine, a
+time may have been as much longer as that took of the cores. A verdict is only given where the whole interval is on one
+side.
 
 On a GPU there is one more uncertainty. A contender that waits for its host takes another time on another host, however
 often it is measured on this one. So its time is only known to lie between what its GPU works in a step and the longest
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from helpers.bench.records import HOST_BOUND, TOLERANCE, Record, Row
@@ -44,6 +46,12 @@ SITUATIONS: dict[str, tuple[str, Callable[[Row], Sequence[float]]]] = {
 def interval(samples: Sequence[float]) -> Interval:
     least, most = min(samples), max(samples)
     return (least, most) if len(samples) > 2 else (0.9 * least, 1.1 * most)
+
+
+def seconds(record: Record, samples: Sequence[float]) -> Interval:
+    """The same of times, in this record."""
+    least, most = interval(samples)
+    return (least, most) if len(samples) > 2 else (least / (1 + record.host.other_work / record.host.cores), most)
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
@@ -107,8 +115,9 @@ def _best(record: Record) -> dict[str, tuple[list[str], str]]:
         size = _largest(record) if metric == "output tokens/s" else None
         rows = [row for row in record.measured(size) if row.agrees is not False and all(samples(row))]
         rows = sorted(rows, key=lambda row: statistics.median(samples(row)))  # noqa: B023
-        least = [_floor(record, row) if samples(row) is row.tpot_s else interval(samples(row))[0] for row in rows]
-        names = [row.name for row, low in zip(rows, least, strict=True) if low <= interval(samples(rows[0]))[1]]
+        known = interval if metric == "memory, MB" else partial(seconds, record)
+        least = [_floor(record, row) if samples(row) is row.tpot_s else known(samples(row))[0] for row in rows]
+        names = [row.name for row, low in zip(rows, least, strict=True) if low <= known(samples(rows[0]))[1]]
         shown = METRICS[memory_metric(record) if metric == "memory, MB" else metric]
         figure = f"{shown(record, rows[0])} {metric.rpartition(' ')[2]}" if rows else "nothing that agrees with PyTorch"
         best[situation] = names, f"{' or '.join(names) or 'none'}: {figure}" + (f" at batch {size}" if size else "")
@@ -127,7 +136,7 @@ def judge(record: Record) -> dict[str, tuple[str, str]]:
         "2 to 5 times faster than vLLM": _faster(record, *vllm) if vllm else missing,
         "lower memory usage than eager PyTorch": _memory(*eager) if eager else missing,
         "vLLM uses more memory": _memory(*vllm) if vllm else missing,
-        "a build takes 10 to 30 minutes": _build(engine) if engine else missing,
+        "a build takes 10 to 30 minutes": _build(record, engine) if engine else missing,
         "the first inference is slower": _first(engine) if engine else missing,
         "batching helps throughput": _batching(record, engine) if engine else missing,
         "int8 without loss of accuracy": _accuracy(record),
@@ -203,8 +212,9 @@ def _memory(engine: Row, other: Row) -> tuple[str, str]:
     return (figures, _verdict(ratio([theirs], [mine]), 1)) if mine and theirs else NOT_MEASURED
 
 
-def _build(engine: Row) -> tuple[str, str]:
-    return f"{engine.build_s / 60:.1f} minutes", _verdict(interval([engine.build_s / 60]), 10, 30, below="less")
+def _build(record: Record, engine: Row) -> tuple[str, str]:
+    minutes = engine.build_s / 60
+    return f"{minutes:.1f} minutes", _verdict(seconds(record, [minutes]), 10, 30, below="less")
 
 
 def _first(engine: Row) -> tuple[str, str]:

@@ -784,6 +784,16 @@ def test_a_checkpoint_that_changes_while_an_engine_is_built_from_it_publishes_no
     assert leftovers(engines) == []
 
 
+def test_a_report_that_no_build_wrote_is_not_read(fake):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    manifest = store.read_manifest(folder)
+    del manifest["files"]["report.json"]
+    store.save_manifest(folder, manifest)
+    with pytest.raises(EngineCorrupt, match="does not list report.json"):
+        inspect(folder)
+
+
 def test_a_tensorrt_plan_is_not_looked_for_in_another_backends_engine(fake, engines):
     fake()
     folder = build(RECIPE, quiet=True)

@@ -463,6 +463,16 @@ def test_who_cannot_be_told_apart_leads_together():
     assert guide["one answer, each next word soon (TPOT)"] == "aot fp32 or pytorch fp32: 1.50 (1.00) ms"
 
 
+@pytest.mark.parametrize(("other_work", "leads"), [(0.0, "aot fp32: "), (1.5, "aot fp32 or pytorch fp32: ")])
+def test_what_was_measured_once_beside_other_work_is_told_apart_by_less(other_work, leads):
+    rows = new_row(start_s=2.0, build_s=30 * 60.0), new_row("pytorch", start_s=3.0)
+    record = new_record(*rows, host=Host("a processor", 2, other_work))
+    guide = {row[0]: row[1] for row in claims.guide(record, None).rows}
+    assert guide["a process that starts often (first token, built before)"].startswith(leads)
+    judged = claims.judge(new_record(new_row(build_s=12 * 60.0), host=Host("a processor", 2, other_work)))
+    assert judged["a build takes 10 to 30 minutes"][1] == (claims.CANNOT_TELL if other_work else "yes")
+
+
 @pytest.fixture
 def two_machines():
     """A record of a CPU, and one of a GPU that has vLLM too."""
