@@ -108,7 +108,7 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
     it. None for any other."""
     words = str(error).lower()
     known = "out of memory", "can't allocate memory", "cannot allocate memory"
-    if not (isinstance(error, MemoryError) or any(one in words for one in known)):
+    if "static tls" in words or not (isinstance(error, MemoryError) or any(one in words for one in known)):
         return None
     return OutOfMemory(
         f"Memory ran out: {(str(error).splitlines() or ['Python had none left.'])[0]}",

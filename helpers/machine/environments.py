@@ -19,9 +19,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
+
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.machine import commands, hardware
 from helpers.paths import PROJECT
+from helpers.progress import held
 
 UNFINISHED = ".unfinished"  # a file in an environment that is still being made
 
@@ -276,13 +279,16 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
             "      Note: NVIDIA's guide asks for the CUDA Toolkit 13 and CUDA_HOME; neither is here. Going on without."
         )
     target = folder(name)
-    try:
-        interpreter = _install(name, target, find_python(name, python), explain)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        print(f"Removed the unfinished {target.name}.", flush=True)
-        raise
-    (target / UNFINISHED).unlink()
+    with held(filelock.FileLock(f"{target}.lock"), f"makes {target.name}"):
+        if ready := python_of(name):  # made by the process that this one has waited for
+            return ready
+        try:
+            interpreter = _install(name, target, find_python(name, python), explain)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            print(f"Removed the unfinished {target.name}.", flush=True)
+            raise
+        (target / UNFINISHED).unlink()
     return interpreter
 
 

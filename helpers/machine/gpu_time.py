@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers.errors import InputError
+from helpers.paths import owned_folder
 
 WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of Kineto's trace events
 # A gap up to this long between two pieces of work is the GPU's own: it goes on to what is queued already, or to the
@@ -37,11 +37,11 @@ def traced(call: Callable[[], Any]) -> GpuTime:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with tempfile.TemporaryDirectory() as folder:
+    with owned_folder("course-trace-") as folder:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             call()
             torch.cuda.synchronize()
-        path = Path(folder) / "trace.json"
+        path = folder / "trace.json"
         profiler.export_chrome_trace(str(path))
         return read(path)
 

@@ -603,7 +603,8 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
     for error, ours in (
         (OSError(errno.EMFILE, "Too many open files"), BackendUnavailable),
         (OSError(errno.EFBIG, "File too large"), BackendUnavailable),
-        (RuntimeError("libx.so: cannot allocate memory in static TLS block"), OutOfMemory),
+        (RuntimeError("libx.so: cannot allocate memory in static TLS block"), BackendUnavailable),
+        (RuntimeError("libx.so: failed to map segment: cannot allocate memory"), OutOfMemory),
         (RuntimeError("libx.so: cannot open shared object file: Too many open files"), BackendUnavailable),
     ):
         with monkeypatch.context() as patch:

@@ -7,10 +7,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 
 from helpers import backends, cli
@@ -284,6 +287,21 @@ def test_what_a_killed_attempt_left_is_made_anew(wheels, project):
     (project / ".venv-vllm" / environments.UNFINISHED).touch()
     wheels("__version__ = '0.25.1'")
     assert environments.installed_version(environments.create("vllm"), "vllm") == "0.25.1"
+
+
+def test_two_that_make_the_same_environment_take_turns(project):
+    """The second would delete what the first has fetched."""
+    target, lock = project / ".venv-vllm", filelock.FileLock(project / ".venv-vllm.lock")
+    target.mkdir()
+    (target / environments.UNFINISHED).touch()
+    with ThreadPoolExecutor(1) as other, lock:
+        waiting = other.submit(environments.create, "vllm")
+        time.sleep(1.5)
+        assert (target / environments.UNFINISHED).exists() and not waiting.done()
+        python = script(target / "bin" / "python", "echo 0.25.1")
+        (target / environments.UNFINISHED).unlink()
+        lock.release()
+        assert waiting.result(30) == python
 
 
 def test_a_folder_of_somebody_else_is_not_deleted(wheels, project):

@@ -83,6 +83,12 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
             cause=why_refused(error),
             fix=fix,
         )
+    if "static tls" in str(error).lower():
+        return BackendUnavailable(
+            f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
+            cause="Libraries that were loaded before take all room that the loader has for their threads' own data.",
+            fix="Start Python again, and load the engine before other libraries.",
+        )
     room, runs = shutil.disk_usage(folder).free, lets_programs_run(folder)
     if not runs or room < 2 * path.stat().st_size:
         lacks = f"has {room / 1e6:.1f} MB free" if runs else "lets no program run (noexec)"
