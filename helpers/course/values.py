@@ -35,7 +35,8 @@ def number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{shown(value)} is not a number. Give one alone, without its unit, such as 2.5.")
+        what = "a number" if not isinstance(value := plain(value), list) else f"one number, but a row of {len(value)}"
+        raise InputError(f"{shown(value)} is not {what}. Give one alone, without its unit, such as 2.5.")
     return result
 
 
@@ -47,21 +48,21 @@ def whole(value: Any) -> int:
     return int(result)
 
 
-def numbers(value: Any) -> list[float]:
-    """A row of numbers: a list, tuple, array, tensor or generator of them, flat."""
+def numbers(value: Any, read: Callable[[Any], float] = number) -> list[float]:
+    """A row of numbers: a list, tuple, array, tensor or generator of them, flat. read: `whole` for whole ones."""
     items = plain(value)
     while isinstance(items, list) and len(items) == 1 and isinstance(items[0], list):  # a batch of one row
         items = items[0]
     if not isinstance(items, list):
         raise InputError(f"{shown(value)} is not a row of numbers.")
-    return [number(item) for item in items]
+    return [read(item) for item in items]
 
 
 def choice(value: Any, options: Sequence[str]) -> str:
     """Which of the options a text names, in upper or lower case, with any signs between its words, and with other words
     around it: "the seed", "max_batch_size=4". A text that names two is no choice."""
     key = _words(value)
-    named = [option for option in options if f" {_words(option)} " in f" {key} "]
+    named = [option for option in options if f" {_words(option)} " in f" {key} " or _letters(option) == _letters(value)]
     longest = max(named, key=len, default="")
     if named and all(_words(option) in _words(longest) for option in named):  # "int8" is named by "aot int8" too
         return longest
@@ -97,6 +98,11 @@ def _words(value: Any) -> str:
     value = _alone(value)
     name = getattr(value, "name", None) or getattr(value, "__name__", None) or value
     return re.sub(r"[\W_]+", " ", name if isinstance(name, str) else shown(name)).strip().casefold()
+
+
+def _letters(value: Any) -> str:
+    """The same without spaces: "Engine mismatch" is EngineMismatch."""
+    return _words(value).replace(" ", "")
 
 
 # ---- figures that were read from a table ------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def exists(folder, manifest):
 
 
 RIGHT = {
-    "05.1": ["EngineMismatch", "enginemismatch", EngineMismatch, np.str_("EngineMismatch")],
+    "05.1": ["EngineMismatch", "enginemismatch", "Engine mismatch", EngineMismatch, np.str_("EngineMismatch")],
     "05.2": [3, 3.0, "3", np.int64(3), torch.tensor([3])],
     "05.3": [
         end_at,

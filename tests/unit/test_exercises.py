@@ -179,18 +179,30 @@ def test_never_is_right_where_a_token_saves_nothing_and_else_the_saving_is_shown
     assert "What can win the build back?" in str(checked("04.4", -300, record=record))
 
 
+def right(number, *arguments):
+    return ANSWERS[number[:2]].RIGHT[number][0](*arguments)
+
+
 @pytest.mark.parametrize(
     ("number", "answer", "words"),
     [
         ("01.2", lambda q, k, v: (q, k, v), "one tensor"),
         ("01.5", lambda sizes: 0.3, "Right is 0.900"),
+        ("00.1", [1, 434, 14], "a row of 3"),
+        ("02.4", lambda *shape: 8 * right("02.4", *shape), "bits"),
+        ("02.4", lambda *shape: right("02.4", *shape) / 2, "half"),
+        ("02.5", lambda rows, columns: rows * columns + 4, "not only the matrix"),
+        ("06.4", lambda reference, logits: right("06.4", logits, reference), "other side"),
+        ("06.4", lambda reference, logits: len(logits) * right("06.4", reference, logits), "sum over the tokens"),
+        ("06.4", lambda reference, logits: right("06.4", reference, logits) / logits.shape[1], "over the vocabulary"),
+        ("06.4", lambda reference, logits: right("06.4", reference, logits) / math.log(2), "bits"),
         ("08.1", -11, "no sign"),
         ("08.3", 66, "10^6"),
         ("08.4", 10.5, "no half parts"),
     ],
 )
-def test_a_usual_mistake_is_named(number, answer, words):
-    assert words in str(checked(number, answer, **given_for(number, None)))
+def test_a_usual_mistake_is_told_as_what_it_is(engine, number, answer, words):
+    assert words in str(checked(number, answer, **given_for(number, engine)))
 
 
 def test_what_the_learners_function_does_to_its_arguments_changes_nothing(engine):
@@ -199,7 +211,7 @@ def test_what_the_learners_function_does_to_its_arguments_changes_nothing(engine
         ids.clear()
         return [5]
 
-    assert "[5, 7, 2, 9, 2], [2] it gives [5.0]. Right is [5, 7]" in str(check("05.3", cut))
+    assert "[5, 7, 2, 9, 2], [2] it gives [5]. Right is [5, 7]" in str(check("05.3", cut))
 
 
 def test_an_interrupt_goes_through():

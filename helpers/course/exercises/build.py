@@ -38,8 +38,9 @@ def cache_size(answer: Any) -> None:
         return 2 * layers * heads * size * length * batch * 4
 
     mistakes = {
-        "It has room for the keys or the values, and both are kept.": lambda *shape: right(*shape) / 2,
+        "That is half: keys and values are kept, and a number has 4 bytes.": lambda *shape: right(*shape) / 2,
         "Those are numbers; each takes 4 bytes.": lambda *shape: right(*shape) / 4,
+        "Those are bits.": lambda *shape: right(*shape) * 8,
     }
     same_as(answer, right, [(6, 2, 64, 256, 1), (30, 3, 64, 2048, 4), (1, 1, 1, 1, 1)], whole, mistakes)
 
@@ -49,6 +50,7 @@ def int8_size(answer: Any) -> None:
     mistakes = {
         "The scales are missing: without them the numbers mean nothing.": lambda rows, columns: rows * columns,
         "There is a scale for each row, not for each column.": lambda rows, columns: rows * columns + 4 * columns,
+        "Each row has a scale, not only the matrix.": lambda rows, columns: rows * columns + 4,
     }
     shapes = [(256, 128), (1024, 256), (3, 5)]
     same_as(answer, lambda rows, columns: rows * columns + 4 * rows, shapes, whole, mistakes)

@@ -71,4 +71,4 @@ def threads(answer: Any) -> None:
 
     few = {1: 2.03, 2: 2.01, 16: 3.04}, {16: 1.0, 8: 1.04, 4: 1.06}, {4: 1.0}
     more = {1: 8.0, 2: 4.1, 4: 2.2, 8: 2.19}, {8: 3.0, 1: 9.0, 2: 5.0}
-    same_as(answer, right, [(times,) for times in (*few, *more)], number)
+    same_as(answer, right, [(times,) for times in (*few, *more)], whole)

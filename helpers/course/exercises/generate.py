@@ -49,8 +49,8 @@ def sure_temperature(answer: Any, engine: Engine, prompt: str) -> str:
     expect(temperature > 0, "temperature=0 takes the likeliest token without a draw. Find one above 0.")
     params = SamplingParams(temperature=temperature)
     favourite = float(next_token_distribution(engine.logits(prompt), params, engine.tokenize(prompt)).max())
-    expect(favourite >= 0.9, f"At temperature {temperature:g} the favourite has a probability of {favourite:.2f}.")
-    return f"The favourite has a probability of {favourite:.2f} there."
+    expect(favourite >= 0.9, f"At temperature {temperature:g} the favourite has a probability of {favourite:.3f}.")
+    return f"The favourite has a probability of {favourite:.3f} there."
 
 
 @judge("03.4")
@@ -80,7 +80,7 @@ def second_best(answer: Any, engine: Engine) -> None:
         return ids[-count:]
 
     cases = [(engine, "Once upon a time", 8), (engine, "Hello, my name is", 1)]
-    same_as(answer, right, cases, lambda tokens: [whole(token) for token in numbers(tokens)])
+    same_as(answer, right, cases, lambda tokens: numbers(tokens, whole))
 
 
 class FaultyEngine:

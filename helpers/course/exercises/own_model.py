@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,16 @@ def kl_divergence(answer: Any) -> None:
         reference, logits = (torch.randn(tokens, vocabulary, generator=generator) for _ in range(2))
         theirs, mine = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
         right = (theirs.exp() * (theirs - mine)).sum(-1).mean().item()
+        reverse = (mine.exp() * (mine - theirs)).sum(-1).mean().item()
         value = number(call(answer, reference, logits))
+        mistakes = {
+            "That is weighed with the other side's probabilities.": reverse,
+            "The mean is taken over the tokens; over the vocabulary it is a sum.": right / vocabulary,
+            "That is the sum over the tokens, not their mean.": right * tokens,
+            "Those are bits: the logarithm is the natural one.": right / math.log(2),
+        }
+        for words, usual in mistakes.items():
+            expect(abs(value - usual) > 1e-3 * usual or abs(value - right) <= 1e-3 * right, words)
         case = f"For {tokens} tokens and a vocabulary of {vocabulary}"
         expect(abs(value - right) <= 1e-3 * right, f"{case} it gives {value:.4f}; right is {right:.4f}.")
 

@@ -37,7 +37,7 @@ def end_at(answer: Any) -> None:
         return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
     cases = [([5, 7, 2, 9, 2], [2]), ([5, 7], [2]), ([2, 5], [2]), ([8, 3, 4, 2], [2, 3]), ([], [2])]
-    same_as(answer, right, cases, numbers)
+    same_as(answer, right, cases, lambda ids: numbers(ids, whole))
 
 
 @judge("05.4")
