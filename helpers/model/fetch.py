@@ -262,7 +262,7 @@ def _disk_full(name: str, folder: Path) -> ModelError:
 
 def _download(hub_id: str, folder: Path | None = None) -> Path:
     """A checkpoint from the Hub, into its cache or a folder: configuration, tokenizer, safetensors only."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     reasons = {
         errors.GatedRepoError: (
@@ -290,8 +290,11 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
         raise ModelError(f"{hub_id!r} was not downloaded. {error.what}", cause=error.cause, fix=error.fix) from error
     except Exception as error:  # huggingface_hub's own errors, and those of whichever HTTP library it uses
         if is_full(error):
-            raise _disk_full(hub_id, folder or Path.home()) from error
-        other = ("The network failed, or the Hub refused.", "Run the command again.")
+            cache = Path(constants.HF_HUB_CACHE)
+            raise _disk_full(hub_id, folder or next(p for p in (cache, *cache.parents) if p.exists())) from error
+        file = getattr(error, "filename", None)  # an error of an HTTP library can be an OSError, too
+        why = f"{file}: {why_refused(error)}" if file else "The network failed, or the Hub refused."
+        other = (why, "Run the command again.")
         cause, fix = next((words for kind, words in reasons.items() if isinstance(error, kind)), other)
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(

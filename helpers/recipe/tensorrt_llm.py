@@ -204,14 +204,18 @@ def check_calibration(recipe: RecipeFields, checkpoint: Path) -> None:
 
 def _dataset_problem(dataset: str) -> str:
     """What keeps a data set from being loaded, and loaded as data only; "" if nothing does."""
-    folder = Path(dataset).expanduser()
+    try:
+        folder = Path(dataset).expanduser()
+        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:  # RuntimeError: "~name" of nobody here
+        return f"it cannot be read ({error})"
     if dataset == CALIBRATION_NAME:
         return "a folder or file of that name is here and would be taken for it" if folder.exists() else ""
-    if not folder.is_dir():
+    if there is None:
         return "it is no folder"
     if name := next((name for name in OTHER_LAYOUTS if name in str(folder.resolve()).lower()), ""):
         return f"its path contains {name!r}, which stands for a layout of its own"
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name != CALIBRATION_FILE)
+    others = [name for name in there if name != CALIBRATION_FILE]
     if others:  # a script would be run, a README can name other files, a second data file can be another split
         return f"beside {CALIBRATION_FILE} it holds {others[0]!r}"
     try:

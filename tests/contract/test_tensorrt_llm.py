@@ -133,6 +133,8 @@ def test_calibration_downloads_nothing_without_being_asked(standin, texts):
         (lambda folder: (folder / "README.md").touch(), "README.md"),  # its header can name any file
         (lambda folder: (folder / "test.jsonl").touch(), "test.jsonl"),
         (lambda folder: (folder / "train.jsonl").unlink(), "no readable"),
+        (lambda folder: Path("~nobody-of-that-name/texts"), "cannot be read"),
+        (lambda folder: folder / ("a" * 300), "cannot be read"),
         (lambda folder: (folder / "train.jsonl").write_text(""), "entry 1"),
         (
             lambda folder: (folder / "train.jsonl").write_text('{"article": "A"}\n'),

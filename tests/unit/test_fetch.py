@@ -449,7 +449,11 @@ def hub_errors():
         "name": (errors.HFValidationError("Repo id must be in the form"), "owner/name"),
         "offline": (errors.LocalEntryNotFoundError("Cannot find"), "cannot be reached"),
         "server": (errors.HfHubHTTPError("502 Server Error", response=answer), "refused"),
-        "network": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "network"),
+        "network": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "network failed"),
+        "cache": (
+            PermissionError(errno.EACCES, "Permission denied", "hub/models"),
+            "hub/models: It belongs to another",
+        ),
     }
 
 
@@ -467,7 +471,7 @@ def failing(monkeypatch):
     return patch
 
 
-@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "network"])
+@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "network", "cache"])
 def test_a_download_that_fails_says_why_and_what_to_do(failing, name):
     error, words = hub_errors()[name]
     failing(error)
@@ -476,8 +480,9 @@ def test_a_download_that_fails_says_why_and_what_to_do(failing, name):
     assert words in refused.value.cause and refused.value.fix
 
 
-def test_a_full_disk_is_told_of_the_hubs_cache_too(failing):
+def test_a_full_disk_is_told_of_the_hubs_cache_too(failing, monkeypatch):
     failing(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-that-name").expanduser())  # a container without a home
     with pytest.raises(ModelError, match="disk is full") as refused:
         fetch.get("owner/name")
     assert "HF_HOME" in refused.value.fix

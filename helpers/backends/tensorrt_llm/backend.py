@@ -7,6 +7,7 @@ manifest. No machine of ours could install TensorRT-LLM: this was tested by cont
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from functools import cache
@@ -84,10 +85,13 @@ def check_available() -> None:
 def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """TensorRT-LLM's config.json holds its own version and no more; a plan depends on the GPU and on TensorRT too."""
     here = machine()
-    texts = Path(settings(recipe)["calib_dataset"]).expanduser() / CALIBRATION_FILE
+    texts = ""
+    with contextlib.suppress(OSError, RuntimeError):  # what cannot be read is refused by the build
+        file = Path(settings(recipe)["calib_dataset"]).expanduser() / CALIBRATION_FILE
+        texts = file_digest(file) if calibrated(recipe) and file.is_file() else ""
     return {
         "recipe": {"device": "cuda", "decode_batch_sizes": []},
-        "calibration": file_digest(texts) if calibrated(recipe) and texts.is_file() else "",
+        "calibration": texts,
         "architecture": architecture(here),
         "device_name": here["gpu"],
         "versions": here["versions"],
