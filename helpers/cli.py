@@ -241,15 +241,15 @@ def _verify(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
 
     whole: list[str] = []
-    damaged: dict[str, str] = {}
+    damaged: dict[str, str] = {}  # or not to be read, which keeps no other from being looked at
     for folder in [store.find(name) for name in settings.engine] or store.list_engines():
         try:
             store.verify(folder, store.read_manifest(folder), thorough=True)
             whole.append(folder.name)
             print(f"whole    {folder.name}")
-        except EngineCorrupt as error:
+        except CourseError as error:
             damaged[folder.name] = error.what
-            print(f"damaged  {error}")
+            print(f"{'damaged' if isinstance(error, EngineCorrupt) else 'not read':<8} {error}")
     return {"ok": not damaged, "whole": whole, "damaged": damaged}
 
 

@@ -727,6 +727,23 @@ def test_a_large_file_that_changes_by_itself_is_found_on_request(fake, engines, 
         store.verify(folder, manifest, thorough=True)
 
 
+def test_an_engine_that_cannot_be_read_keeps_no_other_from_being_verified(fake, monkeypatch, capsys):
+    fake()
+    first, second = (build(RECIPE.replace(precision=precision), quiet=True) for precision in ("fp32", "bf16"))
+    (second / "graph.pt2").write_bytes(b"WHOLE")
+    plain = store.verify
+
+    def refuse(folder, *arguments, **settings):
+        if folder == first:
+            raise StoreError("You may not read it.")
+        plain(folder, *arguments, **settings)
+
+    monkeypatch.setattr(store, "verify", refuse)
+    assert cli.main(["verify"]) == 1
+    shown = capsys.readouterr().out
+    assert "not read You may not" in shown and f"damaged  Engine {second.name!r}" in shown
+
+
 # ---- the recipe of an engine ------------------------------------------------------------------------------
 
 
