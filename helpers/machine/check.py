@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from helpers.errors import printable
+
 
 @dataclass(frozen=True)
 class Check:
@@ -16,7 +18,7 @@ class Check:
     name: str = ""
 
     def __str__(self) -> str:
-        line = f"{self.status:<8} {self.name:<22} {self.found}"
+        line = printable(f"{self.status:<8} {self.name:<22} {self.found}")
         return f"{line}\n{'':<9}Fix: {self.fix}" if self.fix else line
 
 

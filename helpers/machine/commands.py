@@ -80,7 +80,7 @@ def complaint(words: str) -> str:
     else the last."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"\berror: |cannot find", line)]
-    return [*lines[-1:], *telling[:1]][-1] if lines else ""
+    return [*lines[-1:], *telling[:1]][-1][:500] if lines else ""
 
 
 def kill_all(process: subprocess.Popen[Any]) -> None:

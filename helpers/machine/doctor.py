@@ -30,7 +30,7 @@ from typing import Any
 from helpers.errors import BackendUnavailable, CourseError
 from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
-from helpers.machine.commands import TOO_SLOW, complaint, run
+from helpers.machine.commands import MISSING, TOO_SLOW, complaint, run
 from helpers.machine.environments import shown
 from helpers.paths import compilers_folder, engines_folder, engines_folders, lets_programs_run, owned_folder
 
@@ -132,9 +132,9 @@ def check_compiler() -> Check:
     other = next((path for path in map(shutil.which, ("g++", "clang++")) if path and path != compiler), None)
     fix = f"export CXX={other}" if other else "Install g++ and, if CXX is set, unset it."
     torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
-        return failure(f"{name}: there is no PyTorch to link with", "See the line of PyTorch.")
-    headers, libraries = Path(torch.origin).with_name("include"), Path(torch.origin).with_name("lib")
+    headers, libraries = (Path(torch and torch.origin or "").parent / name for name in ("include", "lib"))
+    if not (headers / "torch").is_dir():
+        return failure(f"{name}: there is no PyTorch to link with", "See the lines of PyTorch and of the packages.")
     with owned_folder("course-doctor-") as folder:
         source, library = folder / "probe.cpp", folder / "probe.so"
         source.write_text(_PROBE)
@@ -166,7 +166,7 @@ def check_torch() -> Check:
     if "torch" not in facts:
         if "no answer" in facts["error"]:
             return warning(facts["error"], "Run this again: the first import on a fresh machine is slow.")
-        return failure(facts["error"], "Install it: make setup")
+        return failure(facts["error"], "See the lines of the memory and the packages. If they are OK: make setup")
     build = f"CUDA {facts['cuda']}" if facts["cuda"] else "CPU build"
     line = f"{facts['torch']}, {build}"
     version = tuple(int(part) for part in facts["torch"].split("+")[0].split(".")[:2])
@@ -179,12 +179,17 @@ def check_torch() -> Check:
         fix = "Does nvidia-smi list a GPU? If so, this build of PyTorch needs a newer driver, or an older CUDA build."
         return failure(f"{line}, but it finds no usable GPU", fix)
     if "error" in facts:
-        return failure(f"{line}: {facts['error']}", "Run nvidia-smi: is the GPU in order, is it free?")
+        fix = "Run nvidia-smi: is the GPU in order, is it free? Without a GPU: see the line of the memory."
+        return failure(f"{line}: {facts['error']}", fix)
     return ok(line)
 
 
 def check_driver() -> Check:
-    return judge_driver(hardware.driver(), torch_facts().get("cuda"))
+    version = hardware.driver()
+    if not version and (answer := run(["nvidia-smi"], 3)).returncode != MISSING:
+        fix = "Restart the machine, or install its driver anew; start a container with --gpus all."
+        return warning(f"nvidia-smi is here, but names no driver: {_complaint(answer)}", fix)
+    return judge_driver(version, torch_facts().get("cuda"))
 
 
 def judge_driver(version: str, cuda: str | None) -> Check:
@@ -253,8 +258,8 @@ def check_temporary_folder() -> Check:
     """Compilers and the loader of engines write there, and run what they have written."""
     fix = "export TMPDIR=FOLDER, one that can be written and that has room."
     named = os.environ.get("TMPDIR")
-    if named and not Path(named).is_dir():
-        return failure(f"TMPDIR names {named}, which is not a folder", fix)
+    if named and not (Path(named).is_dir() and os.access(named, os.W_OK)):
+        return failure(f"TMPDIR names {named}, which is not a folder that can be written", fix)
     folder = Path(tempfile.gettempdir())
     if not lets_programs_run(folder):
         return failure(f"{folder} lets no program run (noexec)", "export TMPDIR=FOLDER, one without noexec.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -53,13 +54,10 @@ def resolve_device(device: str = "auto") -> str:
 def driver() -> str:
     """The NVIDIA driver's version, or "" where there is none: from nvidia-smi, else from the kernel."""
     answer = commands.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], 5)
-    if answer.returncode == 0 and answer.stdout.strip():
-        return answer.stdout.split()[0]
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split()
-    except OSError:
-        return ""
-    return next((word for word in words if word[:1].isdigit() and "." in word), "")
+    words = answer.stdout.split()[:1] if answer.returncode == 0 else []
+    with contextlib.suppress(OSError):
+        words += Path("/proc/driver/nvidia/version").read_text().split()
+    return next((word for word in words if re.match(r"\d+\.", word)), "")
 
 
 @cache

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -263,6 +264,20 @@ def test_what_torch_and_the_driver_say(pretend, check, driver, facts, status, wo
     assert line.status == status and words in line.found + line.fix and bool(line.fix) == (status != "OK")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="scripts of a Unix shell")
+@pytest.mark.parametrize("says", ["echo 'it failed'; exit 9", "printf 'failed\\033[2J\\n'", "sleep 60"])
+def test_an_nvidia_smi_that_names_no_driver_is_a_warning(monkeypatch, tmp_path, says):
+    """As after an update of the system's kernel: no driver is loaded, and the machine has a GPU all the same."""
+    for module in (doctor, commands):
+        monkeypatch.setattr(module, "run", lambda command, _, run=commands.run: run(command, 0.5))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script(tmp_path / "nvidia-smi", says)
+    monkeypatch.setattr(hardware, "driver", hardware.driver.__wrapped__)
+    check = doctor.check_driver()
+    assert check.status == "warning" and re.search("failed|no answer", check.found) and "Restart" in check.fix
+    assert "\x1b" not in str(check)
+
+
 def test_a_torch_that_crashes_or_hangs_or_is_missing_is_one_line(monkeypatch):
     monkeypatch.setattr(hardware, "driver", lambda: "")
     cases = [
@@ -323,6 +338,9 @@ def test_a_folder_that_cannot_be_used_is_a_failure(monkeypatch, tmp_path, check)
     monkeypatch.setenv(variable, str(tmp_path / "file"))
     line = doctor._guarded(check)
     assert line.status == "failure" and "file" in line.found and variable in line.fix
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # Python takes another one, and says nothing
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert "TMPDIR" in doctor.check_temporary_folder().found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mount options are read on Linux")
