@@ -137,10 +137,11 @@ SWITCHES = {"all on": Fusion(), **{f"{name} off": Fusion(**{name: False}) for na
 def folders(built, checkpoint):
     """A model whose weights take longer to read than its kernels take to start, once for each switch of fusion."""
     shape = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": LAYERS, "vocab_size": 2048}
+    shape |= {"max_position_embeddings": 256}
     folder = checkpoint("llama", **shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BUNDLED / name, folder / name)
-    options = limits(max_batch_size=1, device="cuda", options={"time_kernels": True})
+    options = limits(max_batch_size=1, device="cuda")
     with ThreadPoolExecutor(max(1, hardware.free_cores() // 4)) as pool:
         building = {
             name: pool.submit(built, BuildRecipe(str(folder), fusion=fusion, **options))
@@ -171,7 +172,7 @@ def test_kernels_of_an_engine_are_those_that_the_profiler_counts(engines, folder
     generated = [k.details["launch"] for k in report.kernels if k.kind == "generated"]
     assert Counter(ours + generated) == written(names)
     assert all(name.startswith(PREFIX) for name in ours) and all(name.startswith("triton_") for name in generated)
-    assert all(name.startswith("aoti_torch_") for name in library)
+    assert not any(map(lab.WRITTEN.match, library))
     assert bool(library) == (graph == "prefill" or switch == "kernels off")
     assert sum(row[2] for row in lab.costs(report).rows) == len(report.kernels)
     assert all(len(k.details["seconds"]) == lab.ROUNDS and min(k.details["seconds"]) > 0 for k in report.kernels)

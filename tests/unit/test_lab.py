@@ -6,6 +6,7 @@ import shutil
 import textwrap
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -97,6 +98,51 @@ def test_another_number_of_launches_is_refused(kernels):
 def test_the_embedding_that_torch_looks_up_is_no_launch():
     first = Kernel("g", "embedding", "library", ("embedding",), "float32", {"bytes": 0, "outside": {}})
     assert len(profile.with_seconds(replace(report(), kernels=[first, *report().kernels]), LAUNCHED).kernels) == 3
+
+
+def event(name, start, *kernels, parent=None, gpu=False, took=1.0):
+    """What torch.profiler makes of a call on the host, with the kernels that it launched; or of what ran on a GPU."""
+    types = torch.autograd.DeviceType
+    return SimpleNamespace(
+        name=name,
+        kernels=[SimpleNamespace(name=kernel) for kernel in kernels],
+        cpu_parent=parent,
+        device_type=types.CUDA if gpu else types.CPU,
+        is_user_annotation=False,
+        time_range=SimpleNamespace(start=start, elapsed_us=lambda: took),
+    )
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["generated launches are told too", "they are not"])
+def test_on_a_gpu_a_librarys_kernels_count_for_the_call_that_launched_them(told):
+    """A split product is two kernels, and sits in calls of calls; a copy before the graph, and a sum after it, are
+    none of the graph's. Some versions of torch record the calls of generated kernels, others do not."""
+    product = event("aoti_torch_cuda_mm_out", 3)
+    host = [
+        event("aten::copy_", 1, "Memcpy HtoD"),
+        *([event("triton_norm", 2, "triton_norm")] if told else []),
+        *(product, event("aten::mm", 4, "gemm", "splitKreduce", parent=product)),
+        *(event("aoti_torch_cuda_mm_out", 5, "gemm"), event("aten::sum", 6, "reduce")),
+    ]
+    names = ("Memcpy HtoD", "triton_norm", "gemm", "splitKreduce", "gemm", "_early_attend", "reduce")
+    gpu = [event(name, 10 + at, gpu=True, took=2.0**at) for at, name in enumerate(names)]
+    ran = profile.gpu_launches([*host, *gpu], profile.COMPILED)
+    expected = {"triton_norm": 2, "aoti_torch_cuda_mm_out": 4 + 8, "second": 16, "_early_attend": 32}
+    assert [name for name, _ in ran] == [name.replace("second", "aoti_torch_cuda_mm_out") for name in expected]
+    assert [took for _, took in ran] == pytest.approx([took * 1e-6 for took in expected.values()])
+    # Eager PyTorch: each operation that Python calls, but for those that only move.
+    host = [event("aten::to", 1), event("aten::linear", 3), event("aten::add", 5, "add")]
+    host += [event("aten::copy_", 2, "Memcpy HtoD", parent=host[0]), event("aten::mm", 4, "gemm", parent=host[1])]
+    gpu = [event(name, 10 + at, gpu=True) for at, name in enumerate(("Memcpy HtoD", "gemm", "add"))]
+    events = sorted([*host, *gpu], key=lambda each: each.time_range.start)
+    assert [name for name, _ in profile.gpu_launches(events, profile.ATEN)] == ["aten::linear", "aten::add"]
+    assert not profile.gpu_launches(host, profile.ATEN)
+    # From compiled code: nothing is known of who called.
+    names = ("triton_norm", "gemm", "cublasLt::splitKreduce_kernel", "gemm", "triton_other")
+    gpu = [event(name, at, gpu=True, took=2.0**at) for at, name in enumerate(names)]
+    ran = profile.gpu_launches(gpu, profile.COMPILED)
+    assert [name for name, _ in ran] == ["triton_norm", "gemm", "gemm", "triton_other"]
+    assert [took for _, took in ran] == pytest.approx([1e-6, 6e-6, 8e-6, 16e-6])
 
 
 def test_each_operation_stands_below_what_it_reads_and_in_its_last_kernel():

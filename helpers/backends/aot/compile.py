@@ -76,7 +76,7 @@ def compile_part(
     (part,) = (part for part in parts if part.file == file)
     what = file if into == folder else f"{file} for {threads}"
     yield f"export {what}"
-    timed = asked.options.get("time_kernels", False)
+    timed = device == "cpu" and asked.options.get("time_kernels", False)  # a profiler sees a GPU's kernels anyway
     # A timed library copies the traces of each kernel whenever it is launched: whole ones take milliseconds a step.
     with contextlib.nullcontext() if timed else whole_stack_traces():
         program = part.export(_weights(folder, device))

@@ -82,8 +82,9 @@ def compile_module(
         inductor(*inputs)  # the last of the compilers is done
         files = [path for path in Path(folder).rglob("*") if path.is_file()]
         (wrapper,) = [text for text in (p.read_text() for p in files if p.suffix == ".py") if " def call(" in text]
-        machine_code = [path for path in files if path.suffix in (".so", ".cubin")]
-        targets = sum(map(compiled_for, machine_code), Counter())
+        # Beside a GPU's kernels, the libraries are what starts them.
+        kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
+        targets = sum(map(compiled_for, kinds[0] or kinds[1]), Counter())
     return Compiled(inductor, with_code(recorder.report(), _sources(wrapper)), stages, targets)
 
 

@@ -1,7 +1,8 @@
 """How long each kernel takes, from torch.profiler: of an engine, of a compiled module, and of eager PyTorch as the
 "before".
 
-    report = profile(engine, inspect(folder).of("decode_b1"))    # an `aot` engine built with {"time_kernels": True}
+    report = profile(engine, inspect(folder).of("decode_b1"))    # on a CPU, of an `aot` engine built to be timed:
+                                                                 # options={"time_kernels": True}
     before = profile(load(recipe.replace(backend="pytorch")))    # the same report: each operation is a kernel
 """
 
@@ -28,6 +29,7 @@ from helpers.errors import BackendUnavailable, InputError
 ROUNDS = 9
 COMPILED = re.compile(r"(graph_\d+_)?cpp_fused|aoti_torch_|triton_")  # what compiled code launches
 ATEN = re.compile(r"(graph_\d+_)?cpp_fused|triton_|aten::")  # in a compiled module, the library is called by ATen
+SECOND = re.compile(r".*splitK_?reduce", re.IGNORECASE)  # launched by the product before it, to add up its parts
 WRITTEN = re.compile(f"triton_|{PREFIX}")  # on a GPU: a kernel that the compiler wrote, or one of ours
 BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
 FREE = {f"aten::{name}" for name in (*InductorRecorder.FREE, *BOOKKEEPING)}
@@ -51,7 +53,7 @@ def launches(step: Callable[[], Any], pattern: re.Pattern[str], rounds: int = RO
                 torch.cuda.synchronize()
         events = sorted(profiler.events() or (), key=lambda event: event.time_range.start)
         calls = [e for e in events if _caller(e, pattern) is e and e.name not in FREE]
-        every.append(_on_gpu(events, pattern) or [(e.name, e.cpu_time * 1e-6) for e in calls])
+        every.append(gpu_launches(events, pattern) or [(e.name, e.cpu_time * 1e-6) for e in calls])
     return every
 
 
@@ -64,9 +66,10 @@ def _caller(event: Any, pattern: re.Pattern[str]) -> Any:
     return caller
 
 
-def _on_gpu(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str, float]]:
+def gpu_launches(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str, float]]:
     """What ran on a GPU, in order. A library may launch several kernels in one call: together they are one here. What
-    was launched by a call whose name does not fit is left out."""
+    was launched by a call whose name does not fit is left out. Of calls from compiled code the profiler knows nothing;
+    there, a kernel that ends another's work goes with it."""
     gpu = torch.autograd.DeviceType.CUDA
     calls: list[tuple[Any, list[str]]] = []  # of a library, in order, with the names of what each launched
     for event in events:
@@ -88,9 +91,12 @@ def _on_gpu(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str, floa
             calls = calls if calls[0][1] else calls[1:]
         if caller is None or caller.name in FREE:
             continue
-        before = ran.pop()[1] if caller is last else 0.0
-        ran.append((caller.name, before + event.time_range.elapsed_us() * 1e-6))
-        last = caller
+        took = event.time_range.elapsed_us() * 1e-6
+        if caller is last or (caller is event and ran and SECOND.match(event.name)):
+            ran[-1] = ran[-1][0], ran[-1][1] + took
+        else:
+            ran.append((caller.name, took))
+            last = caller
     return ran
 
 
@@ -126,8 +132,9 @@ def with_seconds(report: EngineReport, every: Iterable[list[tuple[str, float]]])
     if len(columns) != len(kernels):
         raise BackendUnavailable(
             f"The profiler saw {len(columns)} launches in a step, and the report lists {len(kernels)} kernels.",
-            cause="An engine's kernels can only be told apart if it was built for it.",
-            fix='Build it with options={"time_kernels": True}.',
+            cause="On a CPU an engine's kernels can only be told apart if it was built for it. On a GPU a library may "
+            "launch several in one call.",
+            fix='On a CPU, build it with options={"time_kernels": True}.',
         )
     timed = [
         replace(kernel, details={**kernel.details, "seconds": [took for _, took in column], "launch": column[0][0]})
