@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import engines_folder, read_text, user_id
+from helpers.paths import check_is_file, engines_folder, read_text, user_id
 from helpers.progress import Progress
 
 # In the learner's own store: path -> [what the file was like, its digest]. Each user's own, and readable by no other:
@@ -29,6 +29,7 @@ def file_digest(path: Path, *, reread: bool = False) -> str:
     the same: use it on request, and before a file is refused for its digest, because the memory could be wrong.
     """
     path = path.resolve()
+    check_is_file(path)
     before = _stamp(path)
     if before[0] < LARGE:
         return _sha256(path)

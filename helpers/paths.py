@@ -70,11 +70,18 @@ def read_text(path: Path) -> str:
     """The text of a file that a person or a build wrote. OSError for what is no file: a pipe or a device may never end.
     ValueError for one that is larger than any such text, and that memory might not hold."""
     size = path.stat().st_size
-    if not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "this is no file, but a pipe or a device", str(path))
+    check_is_file(path)
     if size > LARGEST_TEXT:
         raise ValueError(f"it has {size / 1e6:.0f} MB")
     return path.read_text(encoding="utf-8")
+
+
+def check_is_file(path: Path) -> None:
+    """OSError for what is there and no file: to read a pipe or a device may never end, and memory would not hold it."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "this is no file, but a pipe or a device", str(path))
 
 
 def named(path: str | Path) -> Path:
@@ -102,8 +109,7 @@ def check_writable(path: Path) -> None:
 def _writing(path: Path) -> Iterator[Path]:
     """The name to write under until the file is whole; nothing is left of it."""
     try:
-        if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced by the file
-            raise OSError(errno.EINVAL, "a folder, a pipe or a device is there")
+        check_is_file(path)  # a device such as /dev/null would be replaced
         part = path.with_name(path.name + ".part")
         try:
             yield part
@@ -117,15 +123,15 @@ def _writing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def owned_folder(prefix: str) -> Iterator[Path]:
-    """A folder of this process in the temporary folder, gone after the block. What killed processes have left under
-    that prefix goes first: one that is at work holds the lock in its folder, or is about to take it."""
+def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
+    """A folder of this process in that place or the temporary folder, gone after the block. What killed processes have
+    left under that prefix goes first: one that is at work holds the lock in its folder, or is about to take it."""
     import filelock
 
-    place = Path(tempfile.gettempdir())
+    place = place or Path(tempfile.gettempdir())
     for left in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
-            if time.time() - left.stat().st_mtime > 60:
+            if is_left_behind(left):
                 with filelock.FileLock(left / ".lock", timeout=0):
                     shutil.rmtree(left)
     with (
@@ -152,6 +158,11 @@ def compilers_folder(first: Path) -> Path | None:
         if is_one_word(str(place)) and os.access(place, os.W_OK) and lets_programs_run(place):
             return place
     return None
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether something temporary is older than the moment in which its maker takes its lock, or is done."""
+    return time.time() - path.stat().st_mtime > 60
 
 
 def user_id() -> str:

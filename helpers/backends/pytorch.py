@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +65,11 @@ class PyTorchEngine(Engine):
         self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
         self.cache: Any = None
         self.mask = self.positions = torch.empty(0)
+
+    def _guarded(self, phase: Callable[..., Any], *arguments: Any) -> Any:
+        """transformers makes tensors without naming a device."""
+        with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            return super()._guarded(phase, *arguments)
 
     @torch.inference_mode()
     def _prefill(self, prompts: list[list[int]]) -> Tensor:

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.machine import commands, hardware
 from helpers.paths import PROJECT
@@ -278,6 +276,8 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
         print(
             "      Note: NVIDIA's guide asks for the CUDA Toolkit 13 and CUDA_HOME; neither is here. Going on without."
         )
+    import filelock  # a worker imports this module too, and other environments need not have it
+
     target = folder(name)
     with held(filelock.FileLock(f"{target}.lock"), f"makes {target.name}"):
         if ready := python_of(name):  # made by the process that this one has waited for

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import InputError, ModelError, WorkerError, shown, why_refused
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, read_text
 
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant")
@@ -82,7 +82,7 @@ def read_chat_template(folder: Path, config: dict[str, Any], tokens: dict[str, s
     tokenizer_config.json, which may hold several by name. Of these, "default" is the one for plain conversations."""
     source = config.get("chat_template")
     if (folder / TEMPLATE_FILE).exists():
-        source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        source = read_text(folder / TEMPLATE_FILE)
     if isinstance(source, list):
         source = {template["name"]: template["template"] for template in source}
     if isinstance(source, dict):

@@ -21,7 +21,7 @@ from helpers.model.config import (
     read_json,
     unsupported,
 )
-from helpers.paths import models_folder
+from helpers.paths import check_is_file, models_folder
 
 if TYPE_CHECKING:
     import torch
@@ -239,6 +239,7 @@ def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_is_file(path)
         path.open("rb").close()  # for safetensors, what cannot be opened is not there
         file = safe_open(path, framework="pt", device=device)
     except SafetensorError as error:

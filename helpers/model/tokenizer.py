@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.errors import InputError, ModelError
 from helpers.model.chat import ChatTemplate, read_chat_template
 from helpers.model.config import cannot_open, read_json
+from helpers.paths import check_is_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -168,6 +169,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if not path.exists():
         return None
     try:
+        check_is_file(path)
         path.open("rb").close()  # what the system refuses, tokenizers says in words
         backend = tokenizers.Tokenizer.from_file(str(path))
         config = _config(folder)

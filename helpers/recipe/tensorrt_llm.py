@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import RecipeError
+from helpers.paths import check_is_file
 from helpers.recipe.fields import RecipeFields, not_allowed
 from helpers.recipe.options import check_options, refuse_cpu
 
@@ -219,6 +220,7 @@ def _dataset_problem(dataset: str) -> str:
     if others:  # a script would be run, a README can name other files, a second data file can be another split
         return f"beside {CALIBRATION_FILE} it holds {others[0]!r}"
     try:
+        check_is_file(folder / CALIBRATION_FILE)
         with (folder / CALIBRATION_FILE).open(encoding="utf-8") as lines:
             texts = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError, RecursionError):

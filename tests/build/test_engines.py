@@ -466,6 +466,19 @@ def test_a_model_without_tokenizer_takes_ids_only(checkpoint):
             engine.generate("text")
 
 
+def test_transformers_makes_its_tensors_on_the_default_device_that_torch_starts_with():
+    """As compiled code needs it too: on another one, torch_compile fails, after half a minute."""
+    with load(BuildRecipe(backend="pytorch", device="cpu")) as engine:
+        forward, devices = engine.forward, []
+        engine.forward = lambda *given: devices.append(torch.get_default_device().type) or forward(*given)
+        torch.set_default_device("meta")
+        try:
+            engine.generate([3, 14], replace(GREEDY, max_tokens=3))
+        finally:
+            torch.set_default_device(None)
+    assert devices == ["cpu"] * 3
+
+
 def test_torch_compile_is_not_loaded_where_nothing_would_be_compiled():
     with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailable, match="switched off"):
         load(BuildRecipe(backend="torch_compile", device="cpu"))

@@ -352,6 +352,9 @@ def test_a_file_that_is_not_onnx(tmp_path, content):
     (tmp_path / "wrong.onnx").write_bytes(content)
     with pytest.raises(BuildError, match="not an ONNX file"):
         build_onnx(tmp_path / "wrong.onnx", quiet=True)
+    for path, words in (("/dev/zero", "a device"), (tmp_path, "Is a directory")):  # memory does not hold the first
+        with pytest.raises(BuildError, match=words):
+            build_onnx(path, quiet=True)
 
 
 def test_an_operator_that_tensorrt_lacks():

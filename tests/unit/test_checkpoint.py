@@ -21,9 +21,10 @@ from helpers import BuildRecipe, SamplingParams, backends, load
 from helpers.backends import pytorch
 from helpers.errors import EngineCorrupt, ModelError, OutOfMemory
 from helpers.model import checkpoint as checkpoints
-from helpers.model.checkpoint import check_weights, find_checkpoint, read_tensors
+from helpers.model.checkpoint import BUNDLED, check_weights, find_checkpoint, read_tensors
 from helpers.model.config import FIELDS, MODEL_FILE, SIZES, load_config, read_config, save_config
 from helpers.model.sampling import Sampler
+from helpers.model.tokenizer import load_tokenizer
 from helpers.model.weights import rope_tables
 
 # ---- configurations of public models ----------------------------------------------------------------------
@@ -673,6 +674,27 @@ def test_a_process_without_file_handles_is_told_so(tmp_path, room):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     os.close(taken[0])
     assert len(told) == (3 if room == 0 else len(told)) and all("Too many open files" in what for what in told)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name on this system")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_or_a_device_in_a_files_place_is_not_waited_for(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "model", "llama")
+    shutil.copy(BUNDLED / "tokenizer.json", folder)
+    config = read_config(folder)
+    found = find_checkpoint(str(folder))
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        put(folder / name)
+        told = []
+        for call in (found.digest, found.tokenizer_digest, lambda: check_weights(folder, config),
+                     lambda: load_tokenizer(folder), lambda: find_checkpoint(str(folder))):  # fmt: skip
+            try:
+                call()
+            except ModelError as error:
+                told.append(str(error))
+        assert told and all("a pipe or a device" in words for words in told)
 
 
 def test_an_adapter_that_is_laid_into_a_checkpoints_folder_makes_it_another(tmp_path):

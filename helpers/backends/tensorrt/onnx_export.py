@@ -24,7 +24,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from helpers.errors import BuildError
+from helpers.errors import BuildError, why_refused
+from helpers.paths import check_is_file
 
 OPSET = 21  # the first with blocks in DequantizeLinear; TensorRT 10 and later read it
 IR_VERSION = 10  # of ONNX files that belongs to that opset
@@ -109,10 +110,14 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
+        check_is_file(path)
         model = onnx.load(path, load_external_data=weights)
     except FileNotFoundError:
         raise BuildError(f"There is no file {path.name!r}.", fix="Check the path.") from None
-    except (DecodeError, OSError, ValueError) as error:
+    except OSError as error:
+        what = f"{path.name!r} cannot be opened: {error.strerror}."
+        raise BuildError(what, cause=why_refused(error), fix="Give an ONNX file that you may read.") from error
+    except (DecodeError, ValueError) as error:
         raise _no_onnx(path) from error
     if not model.graph.node or not model.opset_import:
         raise _no_onnx(path)
