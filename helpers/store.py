@@ -37,7 +37,7 @@ from helpers.errors import (
     shown,
     why_refused,
 )
-from helpers.paths import engines_folder, engines_folders, locks_folder, own_store_first, read_text
+from helpers.paths import engines_folder, engines_folders, is_left_behind, locks_folder, own_store_first, read_text
 from helpers.progress import held
 
 MANIFEST = "manifest.json"
@@ -395,7 +395,7 @@ def _sweep(root: Path) -> None:
         _delete(left)  # who is at work on one does without it
     for left in locks.glob("doctor-*"):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 60:  # a doctor is done in 20 s
+            if is_left_behind(left):  # a doctor is done in 20 s
                 _delete(left)
     for path in root.glob(".building-*"):
         lock = _lock(path.name.removeprefix(".building-"))
