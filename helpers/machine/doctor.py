@@ -202,9 +202,7 @@ def judge_driver(version: str, cuda: str | None) -> Check:
         fix = f"Install driver {needed} or newer, or a PyTorch that is built for an older CUDA."
         return failure(f"{version}: too old for this PyTorch, which is built for CUDA {cuda}", fix)
     if branch < OLDEST_DRIVER[13]:
-        fix = (
-            f"TensorRT-LLM 1.2.1 and vLLM are built for CUDA 13: install driver {OLDEST_DRIVER[13]} or newer for them."
-        )
+        fix = f"TensorRT-LLM 1.2.1 and vLLM are built for CUDA 13: install driver {OLDEST_DRIVER[13]} or newer."
         return warning(version, fix)
     return ok(version)
 
@@ -245,9 +243,7 @@ def check_memory() -> Check:
 def check_engines(needed: float = 0) -> Check:
     """The learner's own store: it can be written, and has room for the course's engines, and for a recipe that needs so
     many bytes. The other stores, which are only read, are named."""
-    fix = (
-        "Delete what you do not need (helpers list, helpers remove ENGINE), or let COURSE_ENGINES name another folder."
-    )
+    fix = "Delete what you do not need (helpers list, helpers remove ENGINE), or set COURSE_ENGINES to another folder."
     own, *others = engines_folders()
     check = _check_folder(own, fix, needed)
     stores = [f"{shown(folder)} ({'writable' if os.access(folder, os.W_OK) else 'read-only'})" for folder in others]
@@ -304,9 +300,8 @@ def check_threads() -> Check:
 def check_processes() -> Check:
     """How many processes, threads and files this process may still have."""
     room, files = limits.processes(), limits.open_files()
-    line = (
-        f"{'no limit on' if room is None else f'room for {room}'} processes and threads, {files or 'no limit on'} files"
-    )
+    more = "no limit on" if room is None else f"room for {room}"
+    line = f"{more} processes and threads, {files or 'no limit on'} files"
     if room is not None and room < PROCESSES:
         fix = "ulimit -u 4096 in the terminal that starts Python; in a container: docker run --pids-limit 4096."
         return (failure if room < PROCESSES / 4 else warning)(line, fix)
