@@ -295,4 +295,5 @@ def test_what_a_phone_and_a_dark_page_show(visit, width, scheme):
         too_wide = """cell => [...cell.querySelectorAll('.widget-inline-hbox, .widget-html-content p')].filter(
             part => part.getBoundingClientRect().right > innerWidth + 1).length"""
         assert cell(page, number).evaluate(too_wide) == 0
+    assert cell(page, 1).locator("img").bounding_box()["width"] > 400  # its words are legible, and the page scrolls it
     assert page.problems == []

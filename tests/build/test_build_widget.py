@@ -1,14 +1,17 @@
 """The build explorer: it builds what its controls say, and a build that is stopped leaves nothing."""
 
 import asyncio
+import time
 
 import pytest
 
 pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
 
+from jupyter_client.manager import start_new_kernel
+
 from helpers import store
 from helpers.course.widgets import build_explorer
-from helpers.paths import engines_folder
+from helpers.paths import PROJECT, engines_folder
 
 LIMITS = {"device": "cpu", "max_batch_size": 1, "max_input_len": 16, "max_seq_len": 48}
 
@@ -39,6 +42,26 @@ def test_a_build_that_is_stopped_leaves_nothing(tiny_llama, tmp_path, monkeypatc
     assert "Cancelled" in explorer.log.value and "not built yet" in explorer.output.value
     assert store.list_engines() == [] and list(engines_folder().glob(".building-*")) == []
     assert not explorer.button.disabled and explorer.errors.outputs == ()
+
+
+def test_a_build_ends_with_its_kernel(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    manager, client = start_new_kernel(startup_timeout=120)
+    explorer = f"build_explorer(model={str(tiny_llama)!r}, **{LIMITS})"
+    client.execute(f"from helpers.course.widgets import build_explorer\nex = {explorer}\nex.button.click()")
+    until(lambda: list(tmp_path.glob(".building-*/*")))
+    client.stop_channels()
+    manager.shutdown_kernel()  # as Restart does it: the kernel is asked to end
+    until(lambda: not list(tmp_path.glob(".building-*")))
+    assert store.list_engines() == []
+
+
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_build_that_fails_says_why_in_the_widget(tiny_llama, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ class BatchingSimulator(Panel):
 
         super().__init__()
         self.sources = sources
-        wide = w.Layout(width="40em", max_width="98%")
+        wide = w.Layout(width="60em", max_width="98%")
         self.source = control("Dropdown", "step times of", options=list(sources), layout=wide)
         self.batching = control("Dropdown", "batching", options=[("in-flight", True), ("static", False)])
         self.cache = control("Dropdown", "KV cache", options=[("paged", True), ("contiguous", False)])

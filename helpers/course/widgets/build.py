@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import html
 import os
 import signal
@@ -25,6 +26,8 @@ from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
 from helpers.recipe.fields import OPTIMIZATION_LEVELS
 
+# A notebook's kernel ignores interrupts between cells, and what it starts would ignore them too.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import helpers.__main__"
 PATIENCE = 15.0  # seconds that a cancelled build may take to clear away what it has written
 
 
@@ -71,13 +74,15 @@ class BuildExplorer(RecipePanel):
             paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "helpers", "build", str(file)],
+                    [sys.executable, "-c", INTERRUPTIBLE, "build", str(file)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
                     **commands.OWN_SESSION,
                 )
+            # Nobody waits for it once the kernel is gone.
+            atexit.register(process.send_signal, signal.SIGINT if commands.POSIX else signal.SIGTERM)
             try:
                 while process.poll() is None and not self._stopping:
                     seconds = time.monotonic() - started

@@ -68,7 +68,9 @@ def as_html(thing: Any) -> str:
     data, _ = mime_bundle(thing)
     if "image/png" in data:
         alt = html.escape(data["text/plain"], quote=True)
-        return f"<img alt='{alt}' style='max-width:100%' src='data:image/png;base64,{data['image/png']}'>"
+        style = "style='max-width:100%;min-width:32em'"  # a phone scrolls what it could not make legible
+        image = f"<img alt='{alt}' {style} src='data:image/png;base64,{data['image/png']}'>"
+        return f"<div style='width:0;min-width:100%;overflow-x:auto'>{image}</div>"
     table = f"<div class='jp-RenderedHTMLCommon' style='overflow-x:auto'>{data['text/html']}</div>"
     # As wide as the page, and not as the table.
     return f"<div style='width:0;min-width:100%;line-height:1.4'>{above}{table}</div>"

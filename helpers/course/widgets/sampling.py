@@ -57,7 +57,7 @@ class Side:
         self.tokens.observe(lambda _: self.open(), names="index")
         self.choices: list[Choice] = []
         parts = [self.temperature, self.top_p, self.text, self.tokens, self.chart]
-        self.view = w.VBox(parts, layout=w.Layout(flex="1 1 24em"))
+        self.view = w.VBox(parts, layout=w.Layout(flex="1 1 24em", padding="0 1em 0 0"))
         self.clear()
 
     def clear(self) -> None:
