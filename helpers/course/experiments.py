@@ -13,6 +13,7 @@ from typing import Any
 from helpers.course.values import plain
 from helpers.display import Picture, Table, grouped_bars
 from helpers.errors import CourseError, InputError, shown
+from helpers.paths import write_text
 
 Grid = Mapping[str, Sequence[Any]]
 Row = dict[str, Any]
@@ -26,9 +27,7 @@ def read_rows(file: Path | str) -> list[Row]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"The rows of {Path(file).name!r} cannot be read: {error}.", fix="Name another file."
-        ) from None
+        raise InputError(f"{Path(file).name!r} cannot be read: {error}.", fix="Name another file.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{Path(file).name!r} holds no rows of an experiment.", fix="Name another file.")
     return rows
@@ -65,18 +64,12 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
 
 def write_rows(rows: list[Row], file: Path | str) -> None:
     """JSON and CSV, each whole or not at all."""
-    file, text = Path(file), io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    file, text = Path(file), io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    for path, content in ((file.with_suffix(".csv"), text.getvalue()), (file, json.dumps(rows, indent=1) + "\n")):
-        part = path.with_name(f"{path.name}.part")
-        try:
-            part.write_text(content, encoding="utf-8", newline="")
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise InputError(f"{path.name!r} cannot be written: {error.strerror}.", fix="Name another file.") from error
+    write_text(file.with_suffix(".csv"), text.getvalue())
+    write_text(file, json.dumps(rows, indent=1) + "\n")
 
 
 def rows_table(rows: list[Row], caption: str) -> Table:

@@ -62,7 +62,7 @@ def choice(value: Any, options: Sequence[str]) -> str:
     """Which of the options a text names, in upper or lower case, with any signs between its words, and with other words
     around it: "the seed", "max_batch_size=4". A text that names two is no choice."""
     key = _words(value)
-    named = [option for option in options if f" {_words(option)} " in f" {key} " or _letters(option) == _letters(value)]
+    named = [o for o in options if f" {_words(o)} " in f" {key} " or _words(o).replace(" ", "") == key.replace(" ", "")]
     longest = max(named, key=len, default="")
     if named and all(_words(option) in _words(longest) for option in named):  # "int8" is named by "aot int8" too
         return longest
@@ -98,11 +98,6 @@ def _words(value: Any) -> str:
     value = _alone(value)
     name = getattr(value, "name", None) or getattr(value, "__name__", None) or value
     return re.sub(r"[\W_]+", " ", name if isinstance(name, str) else shown(name)).strip().casefold()
-
-
-def _letters(value: Any) -> str:
-    """The same without spaces: "Engine mismatch" is EngineMismatch."""
-    return _words(value).replace(" ", "")
 
 
 # ---- figures that were read from a table ------------------------------------------------------------------------
