@@ -122,10 +122,12 @@ def test_stop_ends_the_text_and_other_clicks_are_ignored_meanwhile(explorer, mon
         explorer.sides[0].temperature.value = 0.1  # a slider that was moved before it was off
         assert chart.value == before and not explorer.stop_button.disabled
         explorer.stop_button.click()
+        assert explorer.stop_button.description == "Stopping" and explorer.stop_button.disabled  # seen at once
         await explorer.task
 
     asyncio.run(click())
     assert 3 <= len(shown) <= 5 and explorer.stop_button.disabled and not explorer.button.disabled
+    assert explorer.stop_button.description == "Stop"
 
 
 def test_moving_a_slider_moves_the_distribution(explorer):
@@ -159,6 +161,7 @@ def test_there_is_a_picture_for_readers_without_a_kernel(explorer):
     data, about = explorer._repr_mimebundle_()
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert widgets.START in data["text/plain"] and about["image/png"]["alt"] == data["text/plain"]
+    assert about["image/png"]["unconfined"]  # JupyterLab then scrolls it on a phone, where its words would be too small
     assert "application/vnd.jupyter.widget-view+json" in data
 
 
