@@ -139,7 +139,9 @@ def test_the_search_index_has_each_section_with_its_text(course):
 
 def test_a_picture_keeps_its_text_and_a_table_its_caption():
     data = {"image/png": "iVBORw0KGgo=", "text/plain": "a picture"}
-    picture = nbformat.v4.new_output("display_data", data=data, metadata={"image/png": {"alt": "Bars: 1 & 2"}})
+    picture = nbformat.v4.new_output(
+        "display_data", data=data, metadata={"image/png": {"alt": "Bars: 1 & 2", "unconfined": True}}
+    )
     html = Table("Sizes & names", ("", "MB"), [("a", "1.5")])._repr_html_()
     table = nbformat.v4.new_output("display_data", data={"text/html": html, "text/plain": "a table"})
     _, page = page_of(nbformat.v4.new_code_cell("1", outputs=[picture, table]))
