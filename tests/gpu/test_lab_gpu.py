@@ -16,7 +16,7 @@ from helpers import BuildRecipe, inspect, load
 from helpers.backends.aot.early_start import PREFIX
 from helpers.course.lab import profile as lab
 from helpers.course.lab.binary import compiled_for
-from helpers.course.lab.code import beside, generated_loops, with_code
+from helpers.course.lab.code import beside, generated_loops
 from helpers.course.lab.compiled import compile_module
 from helpers.machine import hardware
 from helpers.model.checkpoint import BUNDLED
@@ -204,9 +204,10 @@ def test_bytes_of_a_decode_step_are_the_weights_and_little_more(engines, folders
 
 def test_the_triton_source_of_an_engines_kernel_has_the_models_lines(folders):
     report = inspect(folders["all on"]).of("prefill")
-    report = with_code(report, generated_loops(folders["all on"], "prefill"))
-    kernel = max((k for k in report.kernels if k.kind == "generated"), key=lambda k: len(k.fused))
-    rows = beside(kernel, report).rows
+    written = [k for k in report.kernels if k.kind != "library"]
+    sources = zip(written, generated_loops(folders["all on"], "prefill"), strict=True)
+    kernel, code = max(sources, key=lambda pair: len(pair[0].fused))
+    rows = beside(kernel, report, code).rows
     kinds = {operation.name: operation.op for operation in report.operations}
     ops = [op for _, op, _ in rows if op]
     assert rows[0][0].startswith("def triton_") and len(ops) > 2

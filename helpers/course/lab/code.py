@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 import zipfile
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from helpers.backends.report import EngineReport, Kernel
 from helpers.display import Table
-from helpers.errors import InputError
 
 # How the generated C++ and Triton write an operation; all others are written as calls of their name.
 SIGNS = {
@@ -70,21 +67,6 @@ def generated_loops(folder: Path, graph: str) -> list[str]:
     source = region.sub(lambda match: match[1].replace("\n    ", "\n"), programs.get("kernel", ""))
     loops = [textwrap.dedent(block.split("\n    }", 1)[0]) for block in source.split("\n    {\n")[1:]]
     return loops or triton_sources(programs.get("wrapper", ""))
-
-
-def with_code(report: EngineReport, sources: Sequence[str]) -> EngineReport:
-    """The report of one graph with the sources of its kernels: of all that no library has, in order."""
-    written = [at for at, kernel in enumerate(report.kernels) if kernel.kind in ("generated", "ours")]
-    if len(written) != len(sources):
-        raise InputError(
-            f"There are {len(sources)} sources for {len(written)} kernels, so nobody can tell which is whose.",
-            cause="Layers of a deep model are compiled once for all, and one function may hold several kernels.",
-            fix="Look at a model of fewer layers, or build the engine with options={'time_kernels': True}.",
-        )
-    kernels = list(report.kernels)
-    for at, source in zip(written, sources, strict=True):
-        kernels[at] = replace(kernels[at], details={**kernels[at].details, "code": source})
-    return replace(report, kernels=kernels)
 
 
 def triton_sources(program: str) -> list[str]:

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
-from helpers.course.lab.code import with_code
 from helpers.machine import hardware
 
 # Where Inductor shows the graph on its way, in order.
@@ -85,7 +84,7 @@ def compile_module(
         # Beside a GPU's kernels, the libraries are what starts them.
         kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
         targets = sum(map(compiled_for, kinds[0] or kinds[1]), Counter())
-    return Compiled(inductor, with_code(recorder.report(), _sources(wrapper)), stages, targets)
+    return Compiled(inductor, _with_code(recorder.report(), wrapper), stages, targets)
 
 
 def _kinds(graph: torch.fx.Graph) -> list[str]:
@@ -107,8 +106,12 @@ def _keep_every_result(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
 
 
-def _sources(wrapper: str) -> list[str]:
-    """The source of each generated kernel that the program calls, in order."""
+def _with_code(report: EngineReport, wrapper: str) -> EngineReport:
+    """The report with each generated kernel's source, taken from the program that calls them in this order."""
     sources = dict(re.findall(r"^(\w+) = async_compile\.\w+\(.*?r?'''(.*?)'''", wrapper, re.DOTALL | re.MULTILINE))
-    calls = re.findall(rf"^\s+({'|'.join(sources) or '$^'})(?:\.run)?\(", wrapper, re.MULTILINE)
-    return [sources[name] for name in calls]
+    calls = iter(re.findall(rf"^\s+({'|'.join(sources) or '$^'})(?:\.run)?\(", wrapper, re.MULTILINE))
+    kernels = [
+        replace(k, details={**k.details, "code": sources[next(calls)]}) if k.kind == "generated" else k
+        for k in report.kernels
+    ]
+    return replace(report, kernels=kernels)
