@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from helpers import backends
-from helpers.backends.aot.graphs import WEIGHT_BITS, compute_dtype
+from helpers.backends.aot.graphs import cache_length, compute_dtype
 from helpers.backends.aot.stored import stored_bytes
 from helpers.display import Table
 from helpers.engine import locate
@@ -25,18 +25,17 @@ class Memory:
     """Bytes that an engine holds from its start to its end. What a step computes comes on top."""
 
     weights: int
-    packed: int  # the copy in the order in which a CPU's products read it
     kv_cache: int  # for max_batch_size sequences of max_seq_len tokens
     unread: int  # of the weights: what a decode step leaves alone, such as an embedding table of its own
     sequences: int
 
     @property
     def all(self) -> int:
-        return self.weights + self.packed + self.kv_cache
+        return self.weights + self.kv_cache
 
     def most_sequences(self, room: float) -> int:
         """How many sequences of the full length fit into so many bytes, beside the weights."""
-        return max(0, int((room - self.weights - self.packed) // (self.kv_cache // self.sequences)))
+        return max(0, int((room - self.weights) // (self.kv_cache // self.sequences)))
 
     def least_seconds(self, bandwidth: float, sequences: int = 1) -> float:
         """Of a decode step with full caches: each weight is read once, and each sequence's cache."""
@@ -50,27 +49,19 @@ def memory(recipe: BuildRecipe, device: str) -> Memory:
     config = find_checkpoint(recipe.model).config
     width = compute_dtype(recipe, device).itemsize
     short = recipe.replace(max_batch_size=1, decode_batch_sizes=(), max_input_len=1, max_seq_len=3)
-    weights, packed = _stored(short, device)
-    rope = 2 * config.head_dim * width  # bytes of one row of its tables
-    # One row is read of the embedding table, unless the head is the same table: a narrow head is another.
-    own_table = recipe.precision in WEIGHT_BITS or not config.tie_word_embeddings
-    unread = config.vocab_size * config.hidden_size * width if own_table else 0
-    return Memory(
-        weights + (recipe.max_seq_len - short.max_seq_len) * rope,
-        packed,
-        config.kv_cache_bytes(recipe.max_batch_size, recipe.max_seq_len + 1, width),
-        unread + recipe.max_seq_len * rope,
-        recipe.max_batch_size,
-    )
+    weights, unread = _stored(short, device)
+    length = cache_length(recipe, device)
+    longer = (length - cache_length(short, device)) * 2 * config.head_dim * width  # bytes of the rope tables
+    cache = config.kv_cache_bytes(recipe.max_batch_size, length + 1, width)
+    return Memory(weights + longer, cache, unread + longer, recipe.max_batch_size)
 
 
 @cache
 def _stored(recipe: BuildRecipe, device: str) -> tuple[int, int]:
-    """Bytes of weights and packed copy. All layers are alike, so two models of one and two layers tell those of any."""
+    """Bytes of all weights and of those unread. All layers are alike, so models of one and two layers tell any's."""
     config = find_checkpoint(recipe.model).config
     one, two = (stored_bytes(recipe, replace(config, num_hidden_layers=n), device) for n in (1, 2))
-    more = config.num_hidden_layers - 1
-    return one[0] + more * (two[0] - one[0]), one[1] + more * (two[1] - one[1])
+    return one[0] + (config.num_hidden_layers - 1) * (two[0] - one[0]), one[1]
 
 
 @cache
@@ -92,7 +83,7 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
     for name, device, size, reads in machines:
         takes, room = memory(recipe, device), size * (1 - SPARE)
         least = takes.least_seconds(reads, recipe.max_batch_size) * 1e3
-        sizes = map(in_words, (size, takes.weights + takes.packed, takes.kv_cache, takes.all))
+        sizes = map(in_words, (size, takes.weights, takes.kv_cache, takes.all))
         fits = "yes" if takes.all <= room else "no"
         rows.append((name, *sizes, fits, f"{takes.most_sequences(room):,}", _ms(least)))
     return Table(
@@ -112,7 +103,7 @@ def plan(recipe: BuildRecipe, speed: float | None = None) -> Table:
         state = f"built already: {locate(recipe).name}"
     except EngineNotFound:
         state = "not built yet"
-    sizes = {"weights": takes.weights, "packed copy of them": takes.packed, "KV cache": takes.kv_cache}
+    sizes = {"weights": takes.weights, "KV cache": takes.kv_cache}
     rows = [(name, in_words(taken)) for name, taken in {**sizes, "in memory together": takes.all}.items()]
     for batch in sorted({1, recipe.max_batch_size}):
         least = takes.least_seconds(speed, batch) * 1e3

@@ -44,8 +44,7 @@ def _purpose(name: str) -> str:
     known = {
         "manifest.json": "what it was built from, for which machine, every file's hash",
         "report.json": "operations before fusion, kernels after",
-        "weights.safetensors": "the weights, once",
-        "packed.safetensors": "the same weights once more, in the order the kernels read them",
+        "weights.safetensors": "the weights, once, in the order the kernels read them",
         "model.json": "the model's shape, and which tokens end a text",
         "tensorrt_llm/config.json": "TensorRT-LLM's own: its version, the model, the build settings",
         "tensorrt_llm/rank0.engine": "TensorRT's plan, with the weights in it",
@@ -56,15 +55,16 @@ def _purpose(name: str) -> str:
         "chat_template.jinja": "a conversation to one prompt",
     }
     batch = name.partition(".")[0].rpartition("_b")[2]
+    part = ", what follows the layers" if name.endswith(".end.pt2") else ""
     phase = "reading a prompt" if name.startswith("prefill") else f"one step of decoding, batch of up to {batch}"
-    return known.get(name, f"compiled code: {phase}" if name.endswith(".pt2") else "")
+    return known.get(name, f"compiled code: {phase}{part}" if name.endswith(".pt2") else "")
 
 
 def part_sizes(report: EngineReport) -> dict[str, int]:
     """Bytes of an engine by what they are for."""
-    parts = {"weights": 0, "packed copy": 0, "compiled code": 0, "the rest": 0}
+    parts = {"weights": 0, "compiled code": 0, "the rest": 0}
     for name, size in report.sizes.items():
-        key = {"weights.safetensors": "weights", "packed.safetensors": "packed copy"}.get(name, "the rest")
+        key = "weights" if name == "weights.safetensors" else "the rest"
         parts["compiled code" if name.endswith((".pt2", ".plan", ".engine")) else key] += size
     return parts
 

@@ -224,8 +224,8 @@ CORNERS = [
 
 @pytest.fixture
 def exported(checkpoint, monkeypatch):
-    """exported(recipe): each graph's name, what an engine runs for it, the weights, a cache. Nothing is compiled: the
-    libraries are torch.export's programs."""
+    """exported(recipe): each graph's name, what an engine runs for it, the weights before they are packed, a cache.
+    Nothing is compiled: the libraries are torch.export's programs."""
     from torch.utils._pytree import tree_structure, tree_unflatten
 
     from helpers.backends.aot import graphs, phase, stored
@@ -247,15 +247,16 @@ def exported(checkpoint, monkeypatch):
         found = find_checkpoint(recipe.model)
         weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
         dtype = weights["norm"].dtype
-        weights |= rope_tables(found.config, recipe.max_seq_len, dtype)
+        weights |= rope_tables(found.config, graphs.cache_length(recipe, "cpu"), dtype)
+        packed = stored.packed(weights, recipe, "cpu")
         for name in graphs.graph_names(recipe, "cpu"):
             cache = graphs.empty_cache(recipe, found.config, "cpu", dtype, graphs.sequences(name))
-            parts = graphs.parts_of(name, recipe, found.config, weights, cache)
+            parts = graphs.parts_of(name, recipe, found.config, packed, cache)
             for part in parts:
                 inputs = (dict.fromkeys(part.calls[0], 0), *part.inputs)
-                programs[f"{part.file}.pt2"] = part.export(weights).module(), tree_structure(inputs)
+                programs[f"{part.file}.pt2"] = part.export(packed).module(), tree_structure(inputs)
             entry = {"parts": {part.file: part.calls for part in parts}}
-            yield name, entry, phase.Phase(Path(), name, entry, found.config, weights), weights, cache
+            yield name, entry, phase.Phase(Path(), name, entry, found.config, packed), weights, cache
 
     return graphs_of
 
@@ -276,10 +277,12 @@ def test_every_recipe_can_be_exported_and_serves_all_its_lengths(checkpoint, exp
     recipe = BuildRecipe(str(checkpoint("llama", num_hidden_layers=4)), device="cpu", **corner)
     config = find_checkpoint(recipe.model).config
     for name, entry, graph, weights, cache in exported(recipe):
-        assert [len(calls) for calls in entry["parts"].values()] == ([4 // run, 1] if run else [1])
         prefill = name.startswith("prefill")
+        layers = 1 if prefill and graphs.packs(recipe, "cpu") else run
+        assert [len(calls) for calls in entry["parts"].values()] == ([4 // layers, 1] if layers else [1])
         reference = (llama.Prefill if prefill else llama.Decode)(config)
-        for limit in {1, 2, recipe.max_input_len} if prefill else {2, 3, recipe.max_seq_len}:
+        widths = {graphs.prefill_width(recipe, "cpu", length) for length in (1, 2, recipe.max_input_len)}
+        for limit in widths if prefill else {2, 3, recipe.max_seq_len}:
             with torch.no_grad():
                 check_graph(name, graph.run, reference, weights, cache, limit)
 
@@ -295,13 +298,13 @@ def test_a_run_of_layers_with_another_runs_weights_is_refused(checkpoint, export
     monkeypatch.setattr(graphs, "LAYERS_OF_A_RUN", 1)
     recipe = tiny(checkpoint("llama"))
     config = find_checkpoint(recipe.model).config
-    for name, entry, _, weights, cache in exported(recipe):
+    for name, entry, graph, weights, cache in exported(recipe):
         first, second = entry["parts"][name]
         assert first != second
         entry["parts"][name] = [second, first]
         reference = (llama.Prefill if name == "prefill" else llama.Decode)(config)
         with torch.no_grad(), pytest.raises(BuildError, match="computes something else"):
-            check_graph(name, Phase(Path(), name, entry, config, weights).run, reference, weights, cache, 16)
+            check_graph(name, Phase(Path(), name, entry, config, graph.all_weights).run, reference, weights, cache, 16)
 
 
 def test_layers_that_differ_in_more_than_numbers_are_compiled_whole(checkpoint, exported, monkeypatch):
@@ -434,12 +437,10 @@ def test_the_size_of_the_weights_is_known_before_a_build(checkpoint, tmp_path, p
 
     found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=tied)))
     recipe = BuildRecipe(found.name, precision=precision, optimization_level=level, max_input_len=16, max_seq_len=48)
-    plain, packed = stored.stored_bytes(recipe, found.config, "cpu")
+    size, _ = stored.stored_bytes(recipe, found.config, "cpu")
     weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
-    stored.save_weights(weights, recipe, found.config, tmp_path)
-    for name, size in ((stored.WEIGHTS, plain), (stored.PACKED, packed)):
-        written = (tmp_path / name).stat().st_size if (tmp_path / name).exists() else 0
-        assert size <= written <= size + 4096
+    stored.save_weights(stored.packed(weights, recipe, "cpu"), recipe, found.config, "cpu", tmp_path)
+    assert size <= (tmp_path / stored.WEIGHTS).stat().st_size <= size + 4096
 
 
 # ---- threads ----------------------------------------------------------------------------------------------

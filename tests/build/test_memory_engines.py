@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import BuildRecipe, load, store
-from helpers.backends.aot.stored import PACKED, WEIGHTS
+from helpers.backends.aot.stored import WEIGHTS
 from helpers.course.memory import memory, plan
 
 HEADER = 64 * 1024  # of a file of tensors: names and shapes, and what rounds them up
@@ -19,10 +19,10 @@ def test_an_engine_takes_what_was_counted(which, request):
     with load(folder) as engine:
         takes = memory(engine.recipe, "cpu")
         files = {name: entry["bytes"] for name, entry in store.read_manifest(folder)["files"].items()}
-        assert 0 <= files[WEIGHTS] - takes.weights < HEADER and 0 <= files[PACKED] - takes.packed < HEADER
+        assert 0 <= files[WEIGHTS] - takes.weights < HEADER
         assert tensor_bytes(engine.cache) == takes.kv_cache
         held = {tensor.data_ptr(): tensor for tensor in engine.weights.values()}  # a tied head is held once
-        assert tensor_bytes(held.values()) == takes.weights + takes.packed
+        assert tensor_bytes(held.values()) == takes.weights
         assert dict(plan(engine.recipe, speed=1e9).rows)["engine"] == f"built already: {folder.name}"
 
 
@@ -31,6 +31,6 @@ def test_narrow_weights_take_what_was_counted(built):
     folder = built(recipe)
     size = store.read_manifest(folder)["files"][WEIGHTS]["bytes"]
     takes = memory(recipe, "cpu")
-    assert 0 <= size - takes.weights < HEADER and takes.packed == 0
+    assert 0 <= size - takes.weights < HEADER
     with load(folder) as engine:
         assert tensor_bytes(engine.cache) == takes.kv_cache

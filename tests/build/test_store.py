@@ -681,7 +681,7 @@ def test_a_file_that_no_build_wrote_is_refused(fake, engines, tmp_path):
     folder = build(RECIPE, quiet=True)
     (tmp_path / "file").write_text("x")
     for name, make in {
-        "packed.safetensors": lambda path: path.write_bytes(b"other weights"),
+        "more.safetensors": lambda path: path.write_bytes(b"other weights"),
         "below/graph.pt2": lambda path: (path.parent.mkdir(), path.write_text("x")),
         "link": lambda path: path.symlink_to(tmp_path / "file"),
         "linked folder": lambda path: path.symlink_to(tmp_path, target_is_directory=True),

@@ -22,7 +22,7 @@ def test_two_layers_tell_what_all_take(device, precision, changes):
     for model in ("stories", "dummy:tinyllama-1.1b"):
         recipe = BuildRecipe(model=model, precision=precision, **changes)
         takes = memory(recipe, device)
-        assert (takes.weights, takes.packed) == stored_bytes(recipe, find_checkpoint(model).config, device)
+        assert (takes.weights, takes.unread) == stored_bytes(recipe, find_checkpoint(model).config, device)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
@@ -49,7 +49,7 @@ def test_what_fits_is_what_there_is_room_for():
         BuildRecipe(model="dummy:llama-3.1-8b", precision="bf16", max_batch_size=4, max_seq_len=4096), "cuda"
     )
     most = takes.most_sequences(24e9 * 0.9)
-    fixed, each = takes.weights + takes.packed, takes.kv_cache / 4
+    fixed, each = takes.weights, takes.kv_cache / 4
     assert fixed + most * each <= 24e9 * 0.9 < fixed + (most + 1) * each and most > 0
     assert takes.most_sequences(takes.weights - 1) == 0
 
@@ -76,7 +76,6 @@ def test_the_plan_of_a_recipe_adds_up_and_follows_it():
     one, four = said(), said(max_batch_size=4)
     assert one["engine"] == "not built yet" and "least time of a step, batch 4" in four
     assert one["weights"] == four["weights"] and one["KV cache"] < four["KV cache"]
-    assert plan(BuildRecipe(optimization_level=0), speed=20e9).rows[1][1] == "0.0 MB"  # level 0 packs nothing
 
 
 def test_another_backends_memory_is_not_guessed():

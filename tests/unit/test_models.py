@@ -141,11 +141,12 @@ def test_joining_projections_changes_no_logit(checkpoint, joined):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])  # of x: a packed product takes four, two or one at once
 @pytest.mark.parametrize("columns", [32, 30])  # a whole number of 32-bit words of int8, and not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("product", ["library", "rows", "packed"])
-def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, monkeypatch):
+def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, rows, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     stored = torch.randint(-127, 128, (48, columns)).to(dtype)
     stored[:, :4], stored[:, 4:8] = torch.tensor([-127, 127, -1, 0]), torch.tensor([0, -127, 127, -1])
@@ -157,7 +158,7 @@ def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, 
         weights |= pack(weights, "it")
         packed = weights["it.weight.packed"]
         assert packed.shape[-1] == (8 if vectors == "AVX2" and packed.dtype == torch.float32 else 16)
-    x = torch.randn(3, columns)
+    x = torch.randn(rows, columns)
     expected = torch.nn.functional.linear(x, stored * scale[:, None], weights["it.bias"])
     torch.testing.assert_close(matmul(weights, "it", x, product), expected, rtol=1e-5, atol=1e-3)
 
@@ -179,9 +180,10 @@ def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
         assert (error <= step * 0.501).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("product", ["library", "rows", "packed"])
-def test_the_forms_of_a_product_with_int4_weights_give_the_same(product, vectors, monkeypatch):
+def test_the_forms_of_a_product_with_int4_weights_give_the_same(product, vectors, rows, monkeypatch):
     """Every number from 0 to 15 stands at every place of a word, and groups differ in step and least value."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     numbers = (torch.arange(48)[:, None] + 5 * torch.arange(96)) % 16  # [N, K]; 5 and 16 have no common factor
@@ -193,7 +195,7 @@ def test_the_forms_of_a_product_with_int4_weights_give_the_same(product, vectors
     if product == "packed":
         weights |= pack(weights, "it")
         assert weights["it.weight.packed"].shape[-1] == (8 if vectors == "AVX2" else 16)
-    x = torch.randn(3, 96)
+    x = torch.randn(rows, 96)
     plain = (numbers.view(48, 3, 32) * step[..., None].float() - least[..., None].float()).flatten(1)
     torch.testing.assert_close(dense(weights, "it", torch.float32), plain, rtol=0, atol=0)
     expected = torch.nn.functional.linear(x, plain, weights["it.bias"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.backends.aot.graphs import empty_cache
 from helpers.backends.aot.products import Decode
-from helpers.backends.aot.stored import convert_weights
+from helpers.backends.aot.stored import convert_weights, packed
 from helpers.backends.aot.verify import check_graph
 from helpers.errors import BuildError
 from helpers.model import llama
@@ -118,9 +118,9 @@ def test_the_check_of_a_build_takes_rounding_for_what_it_is(folder, precision):
     weights = convert_weights(recipe, read_tensors(checkpoint, config), config, "cpu")
     weights |= rope_tables(config, 128, weights["norm"].dtype)
     cache = empty_cache(recipe, config, "cpu", weights["norm"].dtype, 1)
-    module = Decode(config, "packed", True)
+    module, right = Decode(config, "packed", True), packed(weights, recipe, "cpu")
     with torch.no_grad():
-        check_graph("right", lambda *inputs: module(weights, *inputs), llama.Decode(config), weights, cache, 128)
-        wrong = weights | {"layers.7.attention_norm": weights["layers.7.attention_norm"] * 1.5}
+        check_graph("right", lambda *inputs: module(right, *inputs), llama.Decode(config), weights, cache, 128)
+        wrong = right | {"layers.7.attention_norm": weights["layers.7.attention_norm"] * 1.5}
         with pytest.raises(BuildError, match="computes something else"):
             check_graph("wrong", lambda *inputs: module(wrong, *inputs), llama.Decode(config), weights, cache, 128)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from helpers import BuildRecipe
 from helpers.backends.aot.graphs import empty_cache
-from helpers.backends.aot.products import Decode, Prefill, pack
-from helpers.backends.aot.stored import convert_weights
+from helpers.backends.aot.products import Decode, Prefill
+from helpers.backends.aot.stored import convert_weights, packed
 from helpers.backends.aot.verify import check_graph, relative_error
 from helpers.errors import BuildError
 from helpers.model import llama
@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
     eos_token_ids=(2,),
 )
 LONGEST = 1200
-PHASES = [(Prefill, "library"), (Decode, "library"), (Decode, "rows"), (Decode, "packed")]
+PHASES = [(Prefill, "library"), (Prefill, "packed"), (Decode, "library"), (Decode, "rows"), (Decode, "packed")]
 
 
 def weights_of(precision):
@@ -62,15 +62,17 @@ def check(kind, product, precision="fp32", damage=None, batch=3, limit=32, swap=
     module = kind(CONFIG, product, True)
     for name, function in (swap or {}).items():
         setattr(module, name, function(module))
+    recipe = BuildRecipe(precision=precision, device="cpu", max_input_len=32, max_seq_len=LONGEST)
     damaged = dict(weights)
     for name, value in (damage(weights) if damage else {}).items():
         assert name in weights and not torch.equal(value, weights[name])
         damaged[name] = value
+    if product == "packed":
+        damaged = packed(damaged, recipe, "cpu")
 
     def run(*inputs):
         return module(damaged, *inputs)
 
-    recipe = BuildRecipe(precision=precision, device="cpu", max_input_len=32, max_seq_len=LONGEST)
     cache = empty_cache(recipe, CONFIG, "cpu", weights["norm"].dtype, batch)
     reference = (llama.Prefill if kind is Prefill else llama.Decode)(CONFIG)
     with torch.no_grad():
@@ -92,9 +94,8 @@ def scaled(name, factor=1.2):
     return lambda weights: {name: weights[name] * factor}
 
 
-def forms(name):
-    """A weight in both of its forms: which of them a graph reads is its product's business."""
-    return lambda weights: {n: weights[n].flip(0) for n in (f"{name}.weight", f"{name}.weight.packed") if n in weights}
+def upside_down(name):
+    return lambda weights: {name: weights[name].flip(0)}
 
 
 def one_row_of_scales(weights):
@@ -107,7 +108,10 @@ DAMAGED_WEIGHTS = {
     "rotation backwards": lambda weights: {"rope.sin": -weights["rope.sin"]},
     "rotation off by one": lambda weights: {name: weights[name].roll(1, 0) for name in ("rope.cos", "rope.sin")},
     "no rotation": lambda w: {"rope.cos": torch.ones_like(w["rope.cos"]), "rope.sin": torch.zeros_like(w["rope.sin"])},
-    **{f"weight {name}": forms(name) for name in ("layers.0.qkv", "layers.1.o", "layers.0.gate_up", "head")},
+    **{
+        f"weight {name}": upside_down(f"{name}.weight")
+        for name in ("layers.0.qkv", "layers.1.o", "layers.0.gate_up", "head")
+    },
     **{f"bias {name}": scaled(f"{name}.bias") for name in ("layers.0.qkv", "layers.1.down")},
     **{f"norm {name}": scaled(name) for name in ("layers.1.attention_norm", "layers.0.mlp_norm", "norm")},
     **{f"norm of heads {name}": scaled(f"layers.1.{name}") for name in ("q_norm", "k_norm")},
@@ -130,14 +134,12 @@ def test_one_damaged_scale_of_int8_weights_is_refused(kind, product):
 
 
 def int4_damaged(kind, change):
-    """One number that a group of int4 weights shares, or one word of it, in both forms."""
+    """One number that a group of int4 weights shares, or one word of it."""
 
     def damage(weights):
-        name = f"layers.1.down.{kind}"
-        damaged = weights | {name: weights[name].clone()}
-        damaged[name][5, 1] = change(damaged[name][5, 1])
-        changed = {name: damaged[name]} | pack(damaged, "layers.1.down")
-        return {name: tensor for name, tensor in changed.items() if not torch.equal(tensor, weights[name])}
+        tensor = weights[f"layers.1.down.{kind}"].clone()
+        tensor[5, 1] = change(tensor[5, 1])
+        return {f"layers.1.down.{kind}": tensor}
 
     return damage
 

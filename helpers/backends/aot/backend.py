@@ -12,17 +12,15 @@ import errno
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from helpers.backends.aot.engine import AotEngine
-from helpers.backends.aot.graphs import compute_dtype, graph_names, layers_of_a_run
+from helpers.backends.aot.graphs import compute_dtype, graph_module, graph_names, layers_of_a_run
 from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
@@ -31,7 +29,7 @@ from helpers.machine import doctor, hardware
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint
 from helpers.model.config import ModelConfig
-from helpers.paths import compilers_folder
+from helpers.paths import compilers_folder, owned_folder
 from helpers.progress import Progress
 from helpers.recipe import BuildRecipe
 
@@ -102,11 +100,11 @@ def load(recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]) -> AotEngi
 def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int]:
     """About how many seconds a build takes, and how many bytes the engine: told to the user before it starts."""
     graphs = len(graph_names(recipe, device))
-    weights = stored_bytes(recipe, config, device)
-    layers = layers_of_a_run(config, device, {})
-    compiled = graphs + len(thread_counts(recipe, device)) - 1
-    seconds = compiled * (8 + 1.6 * layers + (6 if layers < config.num_hidden_layers else 0))
-    return 8 + seconds / _jobs(graphs, sum(weights), device), sum(weights) + graphs * 2_500_000
+    weights, _ = stored_bytes(recipe, config, device)
+    decode = 8 + 1.6 * (layers := layers_of_a_run(graph_module(STEP, recipe, config, device), device, {}))
+    decode += 6 if layers < config.num_hidden_layers else 0
+    seconds = 16 + decode * (graphs - 1 + len(thread_counts(recipe, device)) - 1)
+    return 8 + seconds / _jobs(graphs, weights, device), weights + graphs * 2_500_000
 
 
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -114,10 +112,10 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
     hardware.compiler()
     device = hardware.resolve_device(recipe.device)
     names, counts = graph_names(recipe, device), thread_counts(recipe, device)
-    jobs = _jobs(len(names), sum(stored_bytes(recipe, checkpoint.config, device)), device)
+    jobs = _jobs(len(names), stored_bytes(recipe, checkpoint.config, device)[0], device)
     given = {**recipe.to_dict(), "model": checkpoint.full_name}
-    common = {"recipe": given, "device": device, "folder": str(folder)}
     with _scratch_folder(folder) as scratch, _Compilers(jobs) as compilers:
+        common = {"recipe": given, "device": device, "folder": str(folder)}
         own = {"scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
 
         def compile_all(what: str, todo: list[tuple[str, int, str]]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -135,7 +133,7 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                     raise doctor.named_cause(error) from error
 
         try:
-            (graphs,) = compilers.run("weights", [{**common, "graphs": names}], progress.phase)
+            (graphs,) = compilers.run("weights", [{**common, "graphs": names, "scratch": scratch}], progress.phase)
             threads, step_seconds, reports, rest = counts[0], [], {}, names
             if len(counts) > 1:
                 trials = [(STEP, count, f"{scratch}/{count}-threads") for count in counts]
@@ -148,7 +146,8 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                 rest = [name for name in names if name != STEP]
             reports |= compile_all(f"{len(rest)} graphs", [(name, threads, str(folder)) for name in rest])
             with _shown(progress, f"verify {len(names)} graphs", jobs) as show:
-                compilers.run("verify", [{"name": n, "entry": graphs[n], **common} for n in names], show)
+                calls = [{"name": name, "entry": graphs[name], "scratch": scratch, **common} for name in names]
+                compilers.run("verify", calls, show)
         except (WorkerError, BuildError) as error:
             room = min(shutil.disk_usage(path).free for path in (folder, scratch))
             if "no space left" in str(error).lower() or room < 10e6:  # a compiler that lacks room does not say so
@@ -221,22 +220,8 @@ def _scratch_folder(folder: Path) -> Iterator[str]:
             cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
             fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
         )
-    if place != folder:
-        _sweep(place)
-    with (
-        tempfile.TemporaryDirectory(prefix=".compile-", dir=place, ignore_cleanup_errors=True) as scratch,
-        filelock.FileLock(f"{scratch}/.lock"),
-    ):
-        yield scratch
-
-
-def _sweep(place: Path) -> None:
-    """Delete what killed builds have left there. One that goes on holds its lock, or is about to take it."""
-    for left in place.glob(".compile-*"):
-        with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
-            if time.time() - left.stat().st_mtime > 60:
-                with filelock.FileLock(left / ".lock", timeout=0):
-                    shutil.rmtree(left)
+    with owned_folder(".compile-", place) as scratch:
+        yield str(scratch)
 
 
 class _Compilers:

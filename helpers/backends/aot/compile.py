@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from helpers.backends.aot.graphs import Part, empty_cache, graph_module, parts_of, sequences
+from helpers.backends.aot.graphs import Part, empty_cache, graph_module, packs, parts_of, prefill_width, sequences
 from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.products import Decode, Prefill
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
-from helpers.backends.aot.stored import convert_weights, read_weights, save_weights
+from helpers.backends.aot.stored import convert_weights, packed, read_weights, save_weights
 from helpers.backends.aot.verify import check_graph
 from helpers.backends.report import Kernel, Operation
 from helpers.errors import BuildError
@@ -41,13 +41,16 @@ TURN_SECONDS = 0.1  # at least, of each turn
 TRIAL_SECONDS = 15.0  # after so many there is no further turn: steps are slow, or other work disturbs them
 
 
-def prepare_weights(recipe: dict[str, Any], device: str, folder: str, graphs: list[str]) -> Any:
-    """Save the checkpoint's tensors as the graphs read them. Returns what loading has to know of each graph."""
+def prepare_weights(recipe: dict[str, Any], device: str, folder: str, scratch: str, graphs: list[str]) -> Any:
+    """Save the checkpoint's tensors as the graphs read them, and where these are packed, in the scratch folder as they
+    were, to verify the graphs with. Returns what loading has to know of each graph."""
     asked, config = from_dict(recipe), load_config(Path(folder))
     yield "load weights"
     weights = convert_weights(asked, read_tensors(find_checkpoint(asked.model), config), config, device)
     yield "save weights"
-    save_weights(weights, asked, config, Path(folder))
+    if packs(asked, device):
+        save_weights(weights, asked, config, device, Path(scratch))
+    save_weights(packed(weights, asked, device), asked, config, device, Path(folder))
     entries = {}
     for name in graphs:
         parts, module = _parts_of(name, asked, device, folder)
@@ -132,17 +135,20 @@ def time_threads(
     return [statistics.median(took) for took in seconds]
 
 
-def verify_graph(name: str, entry: dict[str, Any], recipe: dict[str, Any], device: str, folder: str) -> Iterator[str]:
+def verify_graph(
+    name: str, entry: dict[str, Any], recipe: dict[str, Any], device: str, folder: str, scratch: str
+) -> Iterator[str]:
     """BuildError unless the graph, compiled, computes what the decoder says."""
     yield f"verify {name}"
     asked, config, weights = from_dict(recipe), load_config(Path(folder)), _weights(folder, device)
     prefill = name.startswith("prefill")
     reference = (llama.Prefill if prefill else llama.Decode)(config)
-    limit = asked.max_input_len if prefill else asked.max_seq_len
+    limit = prefill_width(asked, device, asked.max_input_len) if prefill else asked.max_seq_len
+    plain = _weights(scratch, device) if packs(asked, device) else weights
     graph = Phase(Path(folder), name, entry, config, weights)
     kv_cache = empty_cache(asked, config, device, weights["norm"].dtype, sequences(name))
     with torch.no_grad():
-        check_graph(name, graph.run, reference, weights, kv_cache, limit)
+        check_graph(name, graph.run, reference, plain, kv_cache, limit)
     graph.close()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers.backends.answers import NOT_A_TOKEN
 from helpers.backends.aot.early_start import CAPABILITY, start_early
-from helpers.backends.aot.graphs import empty_cache, prefill_batch
+from helpers.backends.aot.graphs import empty_cache, prefill_batch, prefill_width
 from helpers.backends.aot.phase import Phase
 from helpers.backends.aot.stored import read_weights
 from helpers.backends.base import Engine
@@ -75,7 +75,7 @@ class AotEngine(Engine):
     def _read_group(self, graph: str, slot: int, prompts: list[list[int]]) -> Tensor:
         """Logits [B, V]; keys and values go to the slots from `slot` on."""
         lengths = [len(prompt) for prompt in prompts]
-        width = max(2, *lengths)  # the graphs take two tokens or more
+        width = prefill_width(self.recipe, self.device, max(lengths))
         # Filled up with a token of its own: another one's numbers could be too large, and NaN passes any mask.
         tokens = torch.tensor([prompt + prompt[-1:] * (width - len(prompt)) for prompt in prompts], device=self.device)
         ends = torch.tensor(lengths, device=self.device)

@@ -2,27 +2,29 @@
 
 A graph of few layers is compiled whole. Of a deeper model's, a run of a few layers is compiled once and called once for
 each such run, since its layers differ in nothing but their weights; what follows the layers is compiled beside it.
+Where the products of prefill are generated too, which takes long, a run is one layer: of a prompt, calls do not count.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from helpers.backends.aot.products import Decode, Prefill
+from helpers.backends.aot.products import TILE, Decode, Prefill
 from helpers.model import llama
 from helpers.model.config import ModelConfig
-from helpers.model.weights import INT4, Weights
+from helpers.model.weights import Weights
 from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_BITS = {"int8": 8, "int4": 4}  # weight-only precisions
 PREFILL_BATCH = 8  # prompts that a GPU reads at once, if they have no more than MAX_NUM_TOKENS tokens together
 MAX_NUM_TOKENS = 8192  # TensorRT-LLM's default
-SMALL_BATCH = 4  # up to here a generated product reads the weights as fast as a library's, and fuses
+SMALL_BATCH = 4  # up to here a product over weights as they are stored is as fast as a library's, and fuses
 # On a CPU. Each layer more takes seconds to compile; each call more takes a decode step some microseconds.
 LAYERS_OF_A_WHOLE_GRAPH = 8  # a model of up to so many layers is compiled whole
 LAYERS_OF_A_RUN = 6  # a deeper one in runs of at most so many
@@ -49,28 +51,30 @@ def prefill_batch(recipe: BuildRecipe, device: str) -> int:
     return max(1, min(PREFILL_BATCH, recipe.max_batch_size, MAX_NUM_TOKENS // recipe.max_input_len))
 
 
-def product_form(recipe: BuildRecipe, device: str, batch: int) -> str:
-    """Which form of the matrix product a decode graph gets (see products.matmul)."""
-    if recipe.optimization_level == 0 or not recipe.fusion.kernels:
-        return "library"
-    if device == "cuda":
-        return "rows" if batch == 1 else "library"
-    if batch > SMALL_BATCH:
-        return "library"
-    return "rows" if recipe.optimization_level == 1 else "packed"
-
-
 def packs(recipe: BuildRecipe, device: str) -> bool:
-    """Whether the engine keeps a packed copy of its weights."""
-    return any(product_form(recipe, device, size) == "packed" for size in recipe.all_decode_batch_sizes)
+    """Whether the engine's weights are packed: then all of its graphs read them so (see products.matmul)."""
+    return device == "cpu" and recipe.optimization_level >= 2 and recipe.fusion.kernels
+
+
+def prefill_width(recipe: BuildRecipe, device: str, longest: int) -> int:
+    """How many tokens a prompt is filled up to, at least two: with packed weights, whole tiles."""
+    tile = TILE if packs(recipe, device) else 1
+    return tile * max(2, math.ceil(longest / tile))
+
+
+def cache_length(recipe: BuildRecipe, device: str) -> int:
+    """How many positions an engine has: max_seq_len, or more where the longest prompt is filled up to more."""
+    return max(recipe.max_seq_len, prefill_width(recipe, device, recipe.max_input_len))
 
 
 def graph_module(name: str, recipe: BuildRecipe, config: ModelConfig, device: str) -> Prefill | Decode:
-    size = sequences(name)
+    fused, size = recipe.fusion.kernels, sequences(name)
     if name.startswith("prefill"):
-        return Prefill(config, "library", recipe.fusion.kernels)
-    kind = _decode_class(recipe, config, device, size)
-    return kind(config, product_form(recipe, device, size), recipe.fusion.kernels)
+        return Prefill(config, "packed" if packs(recipe, device) else "library", fused)
+    product = "packed" if packs(recipe, device) else "library"
+    if recipe.optimization_level > 0 and fused and product != "packed":
+        product = "rows" if size <= (1 if device == "cuda" else SMALL_BATCH) else "library"
+    return _decode_class(recipe, config, device, size)(config, product, fused)
 
 
 def sequences(name: str) -> int:
@@ -90,20 +94,11 @@ def _decode_class(recipe: BuildRecipe, config: ModelConfig, device: str, batch: 
     return gpu_decoder.GpuDecodeOne if one else gpu_decoder.GpuDecode
 
 
-def weights_for(module: Prefill | Decode, weights: Weights) -> Weights:
-    """The weights that this graph reads: the packed copy or the plain one, not both."""
-    if module.product != "packed":
-        return {k: v for k, v in weights.items() if not k.endswith(".packed")}
-    copied = {k.removesuffix(".weight.packed") for k in weights if k.endswith(".weight.packed")}
-    plain = {f"{name}.{kind}" for name in copied for kind in INT4}
-    return {k: v for k, v in weights.items() if k not in plain}
-
-
 def empty_cache(
     recipe: BuildRecipe, config: ModelConfig, device: str, dtype: torch.dtype, sequences: int
 ) -> llama.Cache:
-    """One entry more than max_seq_len: slices of it then never cover it whole, which export would special-case."""
-    shape = (sequences, config.num_key_value_heads, recipe.max_seq_len + 1, config.head_dim)
+    """One entry more than needed: slices of it then never cover it whole, which export would special-case."""
+    shape = (sequences, config.num_key_value_heads, cache_length(recipe, device) + 1, config.head_dim)
     return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * config.num_hidden_layers)]
 
 
@@ -156,17 +151,16 @@ def parts_of(name: str, recipe: BuildRecipe, config: ModelConfig, weights: Weigh
     """The whole graph, or two parts: a run of layers, called once for each run, and what follows the last one."""
     device = cache[0].device.type
     module = graph_module(name, recipe, config, device)
-    needed = weights_for(module, weights)
     (tokens, *numbers), (of_tokens, *of_numbers) = _example(name, recipe, cache)
-    layers = layers_of_a_run(config, device, needed)
+    layers = layers_of_a_run(module, device, weights)
     if layers == config.num_hidden_layers:
         varies = (of_tokens, *of_numbers, [None] * len(cache))
-        return [Part(name, module, [list(needed)], (tokens, *numbers, cache), varies)]
+        return [Part(name, module, [list(weights)], (tokens, *numbers, cache), varies)]
     run = graph_module(name, recipe, replace(config, num_hidden_layers=layers), device)
-    behind = [key for key in needed if key == "norm" or key.startswith("head.")]
-    rope = [key for key in needed if key.startswith("rope.")]
+    behind = [key for key in weights if key == "norm" or key.startswith("head.")]
+    rope = [key for key in weights if key.startswith("rope.")]
     calls = [
-        rope + [_in_layer(at + _layer(key), key) for key in needed if -1 < _layer(key) < layers]
+        rope + [_in_layer(at + _layer(key), key) for key in weights if -1 < _layer(key) < layers]
         for at in range(0, config.num_hidden_layers, layers)
     ]
     x = module.embed(weights, tokens)
@@ -179,18 +173,20 @@ def parts_of(name: str, recipe: BuildRecipe, config: ModelConfig, weights: Weigh
     ]
 
 
-def layers_of_a_run(config: ModelConfig, device: str, needed: Weights) -> int:
+def layers_of_a_run(module: Prefill | Decode, device: str, weights: Weights) -> int:
     """All, unless compiling one run for several saves time, and they differ in nothing but the numbers."""
-    count = config.num_hidden_layers
-    if device == "cuda" or count <= LAYERS_OF_A_WHOLE_GRAPH:
+    count = module.config.num_hidden_layers
+    single = isinstance(module, Prefill) and module.product == "packed"
+    whole, most = (1, 1) if single else (LAYERS_OF_A_WHOLE_GRAPH, LAYERS_OF_A_RUN)
+    if device == "cuda" or count <= whole:
         return count
     kinds: list[list[tuple]] = [[] for _ in range(count)]
-    for key, weight in needed.items():
+    for key, weight in weights.items():
         if (layer := _layer(key)) >= 0:
             kinds[layer].append((_in_layer(0, key), weight.shape, weight.dtype))
     if any(kind != kinds[0] for kind in kinds):
         return count
-    return max(size for size in range(1, LAYERS_OF_A_RUN + 1) if count % size == 0)
+    return max(size for size in range(1, most + 1) if count % size == 0)
 
 
 def _layer(weight: str) -> int:
@@ -213,10 +209,12 @@ def _example(name: str, recipe: BuildRecipe, cache: llama.Cache) -> tuple[list[T
     size, device = len(cache[0]), cache[0].device
     numbers = torch.zeros(size, dtype=torch.long, device=device)
     if name.startswith("prefill"):
-        length = max(2, min(5, recipe.max_input_len))
-        most = recipe.max_input_len
-        open_length = {1: torch.export.Dim("length", min=2, max=most)} if most > 2 else None
-        return [numbers[:, None].repeat(1, length), numbers + 2], [open_length, None]
+        tile = prefill_width(recipe, device.type, 1) // 2
+        most = prefill_width(recipe, device.type, recipe.max_input_len) // tile
+        length = torch.export.Dim("tiles", min=2, max=most) if most > 2 else None
+        if length and tile > 1:
+            length = tile * length
+        return [numbers[:, None].repeat(1, tile * min(5, most)), numbers + 2], [{1: length} if length else None, None]
     span = torch.arange(recipe.max_seq_len, device=device)
     if device.type == "cuda":
         return [numbers, numbers.clone(), span], [None, None, None]

@@ -8,6 +8,7 @@ Shapes: M rows of the input, K columns, N rows of the weight, P rows of a packed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -18,6 +19,8 @@ from helpers.model import llama
 from helpers.model.config import ModelConfig
 from helpers.model.llama import scale_and_bias
 from helpers.model.weights import GROUP, INT4, WORD, Weights, int4_numbers
+
+TILE = 4  # rows of x that one loop over a packed weight takes; 8 need all registers of AVX2 and gain little elsewhere
 
 
 class Formed(llama.Decoder):
@@ -54,17 +57,19 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
     "rows"     writes it as products and sums over the checkpoint's layout; the compiler generates the loop and
                fuses its neighbours into it; best for one row
     "packed"   the same over blocks of P weight rows side by side ([N/P, K, P]; see `pack`), so that one vector
-               register holds P outputs and nothing is summed across lanes
+               register holds P outputs and nothing is summed across lanes; up to TILE rows of x meet each block that
+               is loaded
 
     int8 and int4 weights are widened inside the generated loop: what is read from memory is one byte, or 5 bits, a
     weight.
     """
     if product == "library":
         y = F.linear(*_widened(weights, name, x))
-    elif product == "packed" and f"{name}.weight.packed" in weights:
+    elif f"{name}.weight.packed" in weights:
         y = _packed(weights, name, x)
     elif f"{name}.step" in weights:
-        y = _int4(x, *(weights[f"{name}.{kind}"][..., None] for kind in INT4))  # blocks of one row
+        (y,) = _int4([x], *(weights[f"{name}.{kind}"][..., None] for kind in INT4))  # blocks of one row
+        y = y.transpose(0, 1).flatten(1)
     else:
         weight = weights[f"{name}.weight"].to(x.dtype)
         y = (weight[:, None] * x).sum(-1).transpose(0, 1)  # the weight's rows outermost: each is read once
@@ -72,14 +77,26 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
 
 
 def _packed(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x [M, K] and a packed weight: [M, N]."""
+    """x [M, K] and a packed weight: [M, N].
+
+    R rows of x are R sums in one loop: what is loaded, and widened, of the weight serves them all.
+    """
     blocks = weights[f"{name}.weight.packed"]
+    at_once = next(rows for rows in (TILE, 2, 1) if x.shape[0] % rows == 0)  # R
+    rows = x.unflatten(0, (-1, at_once)).unbind(1)  # R times [M/R, K]
     if f"{name}.shared.packed" in weights:
-        return _int4(x, blocks.view(torch.int32), *_halves(weights[f"{name}.shared.packed"]))
-    words = f"{name}.scale" in weights and blocks.dtype == torch.float32
-    parts = _bytes(blocks, x) if words else _columns(blocks, x)
-    products = (part[:, None] * entries[None, :, :, None] for part, entries in parts)
-    return reduce(torch.add, products).sum(2).transpose(0, 1).flatten(1)  # [N/P, M, P], [M, N/P, P], [M, N]
+        sums = _int4(rows, blocks.view(torch.int32), *_halves(weights[f"{name}.shared.packed"]))
+    else:
+        words = f"{name}.scale" in weights and blocks.dtype == torch.float32
+        parts = _bytes(blocks, x.dtype) if words else _columns(blocks, x)
+        sums = [_sum_of_products(parts, row) for row in rows]
+    return torch.stack(sums, 2).flatten(1, 2).transpose(0, 1).flatten(1)  # [N/P, M/R, R, P], [M, N/P, P], [M, N]
+
+
+def _sum_of_products(parts: list[Tensor], x: Tensor) -> Tensor:
+    """Parts of blocks [N/P, K/4, P] and the entries of x [M, K] that they meet: [N/P, M, P]."""
+    entries = (x[None, :, j :: len(parts), None] for j in range(len(parts)))  # [1, M, K/4, 1]
+    return reduce(torch.add, (part[:, None] * entry for part, entry in zip(parts, entries, strict=True))).sum(2)
 
 
 def _as_words(weight: Tensor) -> bool:
@@ -93,39 +110,44 @@ def _as_words(weight: Tensor) -> bool:
     return torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
-def _bytes(words: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of four int8 columns in each 32-bit word, the first, second, third and fourth, and the entries of x they meet.
+def _bytes(words: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Of four int8 columns in each 32-bit word, the first, second, third and fourth.
 
-    words: [N, K/4] or [N/P, K/4, P], typed float32, because only that is loaded at once; x: [M, K].
+    words: [N, K/4] or [N/P, K/4, P], typed float32, because only that is loaded at once.
     """
     bits = words.view(torch.int32)
-    return [((bits << 24 - 8 * j >> 24).to(x.dtype), x[:, j::4]) for j in range(4)]  # the lowest byte comes first
+    return [(bits << 24 - 8 * j >> 24).to(dtype) for j in range(4)]  # the lowest byte comes first
 
 
-def _columns(blocks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Blocks [N/P, K, P] and x [M, K] in four parts of every fourth column; whole where 4 does not divide K.
+def _columns(blocks: Tensor, x: Tensor) -> list[Tensor]:
+    """Blocks [N/P, K, P] for x [M, K] in four parts of every fourth column; whole where 4 does not divide K.
 
     Each addition to a sum waits for the one before, two to four cycles. With four parts, a step of the generated loop
     adds up four products by themselves and then one number to the sum: a quarter of the waiting.
     """
-    if x.shape[1] % 4:
-        return [(blocks.to(x.dtype), x)]
-    return [(blocks[:, j::4].to(x.dtype), x[:, j::4]) for j in range(4)]
+    count = 1 if x.shape[1] % 4 else 4
+    return [blocks[:, j::count].to(x.dtype) for j in range(count)]
 
 
-def _int4(x: Tensor, words: Tensor, step: Tensor, least: Tensor) -> Tensor:
-    """x [M, K] and blocks of int4 weights, words [N/P, K/8, P], step and least [N/P, K/32, P]: [M, N].
+def _int4(rows: Sequence[Tensor], words: Tensor, step: Tensor, least: Tensor) -> list[Tensor]:
+    """Several x [M, K] and blocks of int4 weights, words [N/P, K/8, P], step and least [N/P, K/32, P].
+
+    Returns for each x [N/P, M, P].
 
     w = q * s + m, so a group's part of a row's product is s * sum(q * x) + m * sum(x). It is added up a word at a time:
     of m * sum(x), a quarter with each of the four.
     """
     words = words.unflatten(1, (-1, GROUP // WORD))[:, None]  # [N/P, 1, K/32, 4, P]
-    step, least = (shared[:, None, :, None].to(x.dtype) for shared in (step, least))  # [N/P, 1, K/32, 1, P]
-    entries = x.unflatten(1, (-1, GROUP // WORD, WORD))  # [M, K/32, 4, 8]
-    sums = x.unflatten(1, (-1, GROUP)).sum(2) / (GROUP // WORD)  # [M, K/32]
-    products = (q.to(x.dtype) * entries[..., j, None] for j, q in enumerate(int4_numbers(words)))
-    y = reduce(torch.add, products) * step + least * sums[..., None, None]
-    return y.sum((2, 3)).transpose(0, 1).flatten(1)  # [N/P, M, P], [M, N/P, P], [M, N]
+    dtype = rows[0].dtype
+    step, least = (shared[:, None, :, None].to(dtype) for shared in (step, least))  # [N/P, 1, K/32, 1, P]
+    numbers = [q.to(dtype) for q in int4_numbers(words)]
+    results = []
+    for x in rows:
+        entries = x.unflatten(1, (-1, GROUP // WORD, WORD))  # [M, K/32, 4, 8]
+        sums = x.unflatten(1, (-1, GROUP)).sum(2) / (GROUP // WORD)  # [M, K/32]
+        products = (q * entries[..., j, None] for j, q in enumerate(numbers))
+        results.append((reduce(torch.add, products) * step + least * sums[..., None, None]).sum((2, 3)))
+    return results
 
 
 def _halves(pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,14 +171,14 @@ def _widened(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         step, least = (each.to(x.dtype) for each in shared)
         parts = [(q * step + least, x[:, j::WORD]) for j, q in enumerate(int4_numbers(weight))]
     elif _as_words(weight):
-        parts = _bytes(weight.view(torch.float32), x)
+        parts = [(part, x[:, j::4]) for j, part in enumerate(_bytes(weight.view(torch.float32), x.dtype))]
     else:
         return x, weight.to(x.dtype)
     return torch.cat([entries for _, entries in parts], -1), torch.cat([part for part, _ in parts], -1)
 
 
 def pack(weights: Weights, name: str) -> Weights:
-    """The packed copy of a product's weights: [N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`) or
+    """The packed form of a product's weights: [N, K] to blocks [N/P, K, P], of words [N/P, K/4, P] (see `_as_words`) or
     of int4's [N/P, K/8, P], with step and least value of each group in one word [N/P, K/32, P]; none where P does not
     divide N.
 
