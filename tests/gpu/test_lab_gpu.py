@@ -239,6 +239,7 @@ def test_switches_of_fusion_change_the_code_and_not_the_result(engines, folders)
 def test_eager_pytorch_on_the_gpu_is_told_by_operations(folders):
     with load(BuildRecipe(str(folders["model"]), backend="pytorch", **limits(device="cuda"))) as model:
         report = lab.profile(model)
+    print("eager:", *(k.name for k in report.kernels))
     assert sum(k.name == "linear" for k in report.kernels) == 7 * LAYERS + 1  # seven in each layer, and the head
     times = lab.by_work(report)
     assert times["products"] > 0 and times["the rest"] > 0

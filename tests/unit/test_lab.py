@@ -40,7 +40,8 @@ def report() -> EngineReport:
     return EngineReport("aot", operations, kernels)
 
 
-LAUNCHED = [[("a", 1e-6), ("b", 9e-6), ("c", 2e-6)], [("a", 3e-6), ("b", 9e-6), ("c", 2e-6)]]
+A, B, C = "cpp_fused_a", "aoti_torch_b", "cpp_fused_c"
+LAUNCHED = [[(A, 1e-6), (B, 9e-6), (C, 2e-6)], [(A, 3e-6), (B, 9e-6), (C, 2e-6)]]
 
 
 def timed() -> EngineReport:
@@ -87,6 +88,23 @@ def test_seconds_go_to_the_kernels_in_order():
     assert profile.by_work(timed()) == pytest.approx(
         {"norms": 2e-6, "products": 9e-6, "attention": 2e-6, "the rest": 0}
     )
+
+
+def test_a_library_call_that_comes_earlier_or_later_than_listed_keeps_its_own_seconds():
+    launched = [[(B, 9e-6), (A, 1e-6), (C, 2e-6)]]
+    assert [kernel.details["seconds"] for kernel in profile.with_seconds(report(), launched).kernels] == [
+        [1e-6],
+        [9e-6],
+        [2e-6],
+    ]
+
+
+def test_a_round_in_which_eager_pytorch_did_something_else_is_left_out():
+    usual, other = [("aten::mm", 1e-6), ("aten::add", 2e-6)], [("aten::mm", 5e-6)]
+    timed = profile._eager([usual, other, usual])
+    assert [(k.name, k.details["seconds"]) for k in timed.kernels] == [("mm", [1e-6] * 2), ("add", [2e-6] * 2)]
+    with pytest.raises(BackendUnavailable, match="same operations"):
+        profile._eager([usual, other])
 
 
 @pytest.mark.parametrize("kernels", [[], report().kernels[:2], [*report().kernels, report().kernels[0]]])
@@ -138,11 +156,18 @@ def test_on_a_gpu_a_librarys_kernels_count_for_the_call_that_launched_them(told)
     assert [name for name, _ in profile.gpu_launches(events, profile.ATEN)] == ["aten::linear", "aten::add"]
     assert not profile.gpu_launches(host, profile.ATEN)
     # From compiled code: nothing is known of who called.
-    names = ("triton_norm", "gemm", "cublasLt::splitKreduce_kernel", "gemm", "triton_other")
+    names = (
+        "triton_norm",
+        "gemm",
+        "cublasLt::splitKreduce_kernel",
+        "Memcpy DtoD (Device -> Device)",
+        "gemm",
+        "triton_other",
+    )
     gpu = [event(name, at, gpu=True, took=2.0**at) for at, name in enumerate(names)]
     ran = profile.gpu_launches(gpu, profile.COMPILED)
     assert [name for name, _ in ran] == ["triton_norm", "gemm", "gemm", "triton_other"]
-    assert [took for _, took in ran] == pytest.approx([1e-6, 6e-6, 8e-6, 16e-6])
+    assert [took for _, took in ran] == pytest.approx([1e-6, 6e-6, 24e-6, 32e-6])
 
 
 def test_each_operation_stands_below_what_it_reads_and_in_its_last_kernel():

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -27,8 +28,10 @@ from helpers.display import Table
 from helpers.errors import BackendUnavailable, InputError
 
 ROUNDS = 9
-COMPILED = re.compile(r"(graph_\d+_)?cpp_fused|aoti_torch_|triton_")  # what compiled code launches
-ATEN = re.compile(r"(graph_\d+_)?cpp_fused|triton_|aten::")  # in a compiled module, the library is called by ATen
+GENERATED = re.compile(r"(graph_\d+_)?cpp_fused|triton_")
+COMPILED = re.compile(f"{GENERATED.pattern}|aoti_torch_")  # what compiled code launches
+ATEN = re.compile(f"{GENERATED.pattern}|aten::")  # in a compiled module, the library is called by ATen
+FIRST = re.compile(r"Mem(cpy|set) |void scal_kernel")  # launched by the product after it, to fill its output
 SECOND = re.compile(r".*splitK_?reduce", re.IGNORECASE)  # launched by the product before it, to add up its parts
 WRITTEN = re.compile(f"triton_|{PREFIX}")  # on a GPU: a kernel that the compiler wrote, or one of ours
 BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
@@ -69,7 +72,7 @@ def _caller(event: Any, pattern: re.Pattern[str]) -> Any:
 def gpu_launches(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str, float]]:
     """What ran on a GPU, in order. A library may launch several kernels in one call: together they are one here. What
     was launched by a call whose name does not fit is left out. Of calls from compiled code the profiler knows nothing;
-    there, a kernel that ends another's work goes with it."""
+    there, a kernel that begins or ends another's work goes with it."""
     gpu = torch.autograd.DeviceType.CUDA
     calls: list[tuple[Any, list[str]]] = []  # of a library, in order, with the names of what each launched
     for event in events:
@@ -80,7 +83,7 @@ def gpu_launches(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str,
                 calls.append((caller, []))
             calls[-1][1].extend(names)
     ran: list[tuple[str, float]] = []
-    last = None
+    last, begun = None, 0.0
     for event in events:
         if event.device_type != gpu or event.is_user_annotation:
             continue
@@ -92,11 +95,13 @@ def gpu_launches(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str,
         if caller is None or caller.name in FREE:
             continue
         took = event.time_range.elapsed_us() * 1e-6
-        if caller is last or (caller is event and ran and SECOND.match(event.name)):
+        if caller is event and FIRST.match(event.name):
+            begun += took
+        elif caller is last or (caller is event and ran and SECOND.match(event.name)):
             ran[-1] = ran[-1][0], ran[-1][1] + took
         else:
-            ran.append((caller.name, took))
-            last = caller
+            ran.append((caller.name, begun + took))
+            last, begun = caller, 0.0
     return ran
 
 
@@ -124,31 +129,44 @@ def _graph_alone(engine: AotEngine, graph: str, ids: list[int]) -> Callable[[], 
     return lambda: engine.graphs[graph].run(*inputs, cache)
 
 
-def with_seconds(report: EngineReport, every: Iterable[list[tuple[str, float]]]) -> EngineReport:
-    """Launches happen in the order of the report's kernels; BackendUnavailable unless there are equally many."""
+def with_seconds(report: EngineReport, every: list[list[tuple[str, float]]]) -> EngineReport:
+    """Launches of one kind happen in the order of the report's kernels; BackendUnavailable unless there are equally
+    many."""
     apart = report.backend == "aot" and report.kernels and report.kernels[0].name == "embedding"
     kernels = report.kernels[1:] if apart else report.kernels  # torch looks the embedding up, before the graph
-    columns = list(zip(*every, strict=True))
-    if len(columns) != len(kernels):
+    columns = list(zip(*every, strict=True)) if len({len(launched) for launched in every}) == 1 else []
+    by_kind: dict[str, list[Any]] = {"generated": [], "ours": [], "library": []}
+    for column in columns:
+        by_kind[_kind(column[0][0])].append(column)
+    if any(len(launched) != sum(k.kind == kind for k in kernels) for kind, launched in by_kind.items()):
         raise BackendUnavailable(
             f"The profiler saw {len(columns)} launches in a step, and the report lists {len(kernels)} kernels.",
             cause="On a CPU an engine's kernels can only be told apart if it was built for it. On a GPU a library may "
             "launch several in one call.",
             fix='On a CPU, build it with options={"time_kernels": True}.',
         )
-    timed = [
-        replace(kernel, details={**kernel.details, "seconds": [took for _, took in column], "launch": column[0][0]})
-        for kernel, column in zip(kernels, columns, strict=True)
-    ]
+    timed = []
+    for kernel in kernels:
+        column = by_kind[kernel.kind].pop(0)
+        seconds = [took for _, took in column]
+        timed.append(replace(kernel, details={**kernel.details, "seconds": seconds, "launch": column[0][0]}))
     return replace(report, kernels=timed)
+
+
+def _kind(launch: str) -> str:
+    if launch.startswith(PREFIX):
+        return "ours"
+    return "generated" if GENERATED.match(launch) else "library"
 
 
 def _eager(every: list[list[tuple[str, float]]]) -> EngineReport:
     """Each operation that Python calls is a kernel of its own."""
-    names = [[name.removeprefix("aten::") for name, _ in launched] for launched in every]
-    if any(each != names[0] for each in names):
+    names, often = Counter(tuple(name for name, _ in launched) for launched in every).most_common(1)[0]
+    if often <= len(every) / 2:
         raise BackendUnavailable("Eager PyTorch did not launch the same operations in each step.", fix="Run it again.")
-    operations = [Operation("decode", f"{op}_{at}", op, "") for at, op in enumerate(names[0])]
+    every = [launched for launched in every if tuple(name for name, _ in launched) == names]
+    ops = [name.removeprefix("aten::") for name in names]
+    operations = [Operation("decode", f"{op}_{at}", op, "") for at, op in enumerate(ops)]
     kernels = [Kernel("decode", o.op, "library", (o.name,), "") for o in operations]
     return with_seconds(EngineReport("pytorch", operations, kernels), every)
 
