@@ -151,6 +151,7 @@ def test_on_a_gpu_a_librarys_kernels_count_for_the_call_that_launched_them(told)
     # Eager PyTorch: each operation that Python calls, but for those that only move.
     host = [event("aten::to", 1), event("aten::linear", 3), event("aten::add", 5, "add")]
     host += [event("aten::copy_", 2, "Memcpy HtoD", parent=host[0]), event("aten::mm", 4, "gemm", parent=host[1])]
+    host.append(event(profile.PROFILERS_OWN, 3, "Memcpy HtoD", parent=host[2]))
     gpu = [event(name, 10 + at, gpu=True) for at, name in enumerate(("Memcpy HtoD", "gemm", "add"))]
     events = sorted([*host, *gpu], key=lambda each: each.time_range.start)
     assert [name for name, _ in profile.gpu_launches(events, profile.ATEN)] == ["aten::linear", "aten::add"]

@@ -31,13 +31,14 @@ class InductorRecorder:
         self.graph = graph
         self.operations: list[Operation] = []
         self.kernels: list[Kernel] = []
-        self.library: set[Any] = set()  # what library calls do
+        self.calls: set[Any] = set()  # what library calls do, and kernels of ours
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.virtualized import V
 
         calls = [m for n in nodes for m in n.get_nodes() if _is_extern(m) and m.node is not None]
-        self.library = {call.node.get_origin_node() for call in calls}
+        ours = {n for n in V.graph.graph.nodes if n.op == "call_function" and _is_ours(n)}
+        self.calls = {call.node.get_origin_node() for call in calls} | ours
         self.operations = [o for n in V.graph.graph.nodes if self._is_work(n) for o in self._operations(n)]
         self.kernels = [k for k in map(self._kernel, nodes) if k.kind != "nothing"]
         return nodes
@@ -89,13 +90,15 @@ class InductorRecorder:
 
         members = scheduled.get_nodes()
         extern = any(map(_is_extern, members))
-        does = {o for m in members for o in _origins(m) if self._is_work(o) and (extern or o not in self.library)}
+        does = {o for m in members for o in _origins(m) if self._is_work(o) and (extern or o not in self.calls)}
         origins = {n.name: n for n in V.graph.graph.nodes if n in does}  # in the order of the graph
+        ours = [node for node in origins.values() if extern and _is_ours(node)]
+        if ours:  # Inductor names with it what made its inputs, and that comes before it
+            origins = {ours[-1].name: ours[-1]}
         names = [operation.name for node in origins.values() for operation in self._operations(node)]
         ops = sorted({_op_name(o) for o in origins.values()})
         # Taking one result of a call that has several is scheduled like a call, and does nothing either.
         nothing = not names or all(type(m).__name__ == "NopKernelSchedulerNode" for m in members)
-        ours = any(map(_is_ours, origins.values()))
         kind = "nothing" if nothing else "ours" if ours else "library" if extern else "generated"
         dtype = next((str(m.node.get_dtype()).removeprefix("torch.") for m in members if _has_dtype(m)), "")
         details = {} if nothing else _traffic(scheduled)

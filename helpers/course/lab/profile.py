@@ -33,6 +33,7 @@ COMPILED = re.compile(f"{GENERATED.pattern}|aoti_torch_")  # what compiled code 
 ATEN = re.compile(f"{GENERATED.pattern}|aten::")  # in a compiled module, the library is called by ATen
 FIRST = re.compile(r"Mem(cpy|set) |void scal_kernel")  # launched by the product after it, to fill its output
 SECOND = re.compile(r".*splitK_?reduce", re.IGNORECASE)  # launched by the product before it, to add up its parts
+PROFILERS_OWN = "Activity Buffer Request"  # an event that repeats the kernels of the call that it happens in
 WRITTEN = re.compile(f"triton_|{PREFIX}")  # on a GPU: a kernel that the compiler wrote, or one of ours
 BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
 FREE = {f"aten::{name}" for name in (*InductorRecorder.FREE, *BOOKKEEPING)}
@@ -74,24 +75,21 @@ def gpu_launches(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str,
     was launched by a call whose name does not fit is left out. Of calls from compiled code the profiler knows nothing;
     there, a kernel that begins or ends another's work goes with it."""
     gpu = torch.autograd.DeviceType.CUDA
-    calls: list[tuple[Any, list[str]]] = []  # of a library, in order, with the names of what each launched
-    for event in events:
-        names = [kernel.name for kernel in event.kernels if not WRITTEN.match(kernel.name)]
-        if names and event.device_type != gpu:
-            caller = _caller(event, pattern)
-            if not (calls and calls[-1][0] is caller):
-                calls.append((caller, []))
-            calls[-1][1].extend(names)
+    launched = [  # by a library, in order: each kernel's name and the call
+        (kernel.name, _caller(event, pattern))
+        for event in events
+        if event.device_type != gpu and event.name != PROFILERS_OWN
+        for kernel in event.kernels
+        if not WRITTEN.match(kernel.name)
+    ]
     ran: list[tuple[str, float]] = []
     last, begun = None, 0.0
     for event in events:
         if event.device_type != gpu or event.is_user_annotation:
             continue
-        caller = event
-        if calls and event.name in calls[0][1]:
-            caller = calls[0][0]
-            calls[0][1].remove(event.name)
-            calls = calls if calls[0][1] else calls[1:]
+        at = next((at for at, (name, _) in enumerate(launched) if name == event.name), None)
+        caller = event if at is None else launched[at][1]
+        launched = launched if at is None else launched[at + 1 :]
         if caller is None or caller.name in FREE:
             continue
         took = event.time_range.elapsed_us() * 1e-6
@@ -114,7 +112,7 @@ def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "O
     if report is None:
         return _eager(launches(step, ATEN))
     if isinstance(engine, AotEngine) and engine.device == "cuda":
-        step = _graph_alone(engine, graph, ids)
+        return with_seconds(report, launches(_graph_alone(engine, graph, ids), ATEN))  # some calls are known by ATen
     return with_seconds(report, launches(step, COMPILED))
 
 
