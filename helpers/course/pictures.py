@@ -44,7 +44,7 @@ def _purpose(name: str) -> str:
     known = {
         "manifest.json": "what it was built from, for which machine, every file's hash",
         "report.json": "operations before fusion, kernels after",
-        "weights.safetensors": "the weights, once, in the order the kernels read them",
+        "weights.safetensors": "the weights, in the order the kernels read them",
         "model.json": "the model's shape, and which tokens end a text",
         "tensorrt_llm/config.json": "TensorRT-LLM's own: its version, the model, the build settings",
         "tensorrt_llm/rank0.engine": "TensorRT's plan, with the weights in it",

@@ -101,9 +101,9 @@ def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[flo
     """About how many seconds a build takes, and how many bytes the engine: told to the user before it starts."""
     graphs = len(graph_names(recipe, device))
     weights, _ = stored_bytes(recipe, config, device)
-    decode = 8 + 1.6 * (layers := layers_of_a_run(graph_module(STEP, recipe, config, device), device, {}))
+    decode = 12 + 2.5 * (layers := layers_of_a_run(graph_module(STEP, recipe, config, device), device, {}))
     decode += 6 if layers < config.num_hidden_layers else 0
-    seconds = 16 + decode * (graphs - 1 + len(thread_counts(recipe, device)) - 1)
+    seconds = 26 + decode * (graphs - 1 + len(thread_counts(recipe, device)) - 1)
     return 8 + seconds / _jobs(graphs, weights, device), weights + graphs * 2_500_000
 
 

@@ -32,7 +32,7 @@ GENERATED = re.compile(r"(graph_\d+_)?cpp_fused|triton_")
 COMPILED = re.compile(f"{GENERATED.pattern}|aoti_torch_")  # what compiled code launches
 ATEN = re.compile(f"{GENERATED.pattern}|aten::")  # in a compiled module, the library is called by ATen
 FIRST = re.compile(r"Mem(cpy|set) |void scal_kernel")  # launched by the product after it, to fill its output
-SECOND = re.compile(r".*splitK_?reduce", re.IGNORECASE)  # launched by the product before it, to add up its parts
+SECOND = re.compile(r".*(splitK_?reduce|reduce_1Block)", re.IGNORECASE)  # by the one before it, to add up its parts
 PROFILERS_OWN = "Activity Buffer Request"  # an event that repeats the kernels of the call that it happens in
 WRITTEN = re.compile(f"triton_|{PREFIX}")  # on a GPU: a kernel that the compiler wrote, or one of ours
 BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
@@ -132,7 +132,7 @@ def with_seconds(report: EngineReport, every: list[list[tuple[str, float]]]) -> 
     many."""
     apart = report.backend == "aot" and report.kernels and report.kernels[0].name == "embedding"
     kernels = report.kernels[1:] if apart else report.kernels  # torch looks the embedding up, before the graph
-    columns = list(zip(*every, strict=True)) if len({len(launched) for launched in every}) == 1 else []
+    columns = list(zip(*_usual(every), strict=True))
     by_kind: dict[str, list[Any]] = {"generated": [], "ours": [], "library": []}
     for column in columns:
         by_kind[_kind(column[0][0])].append(column)
@@ -151,6 +151,13 @@ def with_seconds(report: EngineReport, every: list[list[tuple[str, float]]]) -> 
     return replace(report, kernels=timed)
 
 
+def _usual(every: list[list[tuple[str, float]]]) -> list[list[tuple[str, float]]]:
+    """The rounds in which the same was launched as in most. None if most differ."""
+    counts = Counter(tuple(name for name, _ in launched) for launched in every)
+    names, often = counts.most_common(1)[0]
+    return [r for r in every if tuple(name for name, _ in r) == names] if often > len(every) / 2 else []
+
+
 def _kind(launch: str) -> str:
     if launch.startswith(PREFIX):
         return "ours"
@@ -159,11 +166,10 @@ def _kind(launch: str) -> str:
 
 def _eager(every: list[list[tuple[str, float]]]) -> EngineReport:
     """Each operation that Python calls is a kernel of its own."""
-    names, often = Counter(tuple(name for name, _ in launched) for launched in every).most_common(1)[0]
-    if often <= len(every) / 2:
+    every = _usual(every)
+    if not every:
         raise BackendUnavailable("Eager PyTorch did not launch the same operations in each step.", fix="Run it again.")
-    every = [launched for launched in every if tuple(name for name, _ in launched) == names]
-    ops = [name.removeprefix("aten::") for name in names]
+    ops = [name.removeprefix("aten::") for name, _ in every[0]]
     operations = [Operation("decode", f"{op}_{at}", op, "") for at, op in enumerate(ops)]
     kernels = [Kernel("decode", o.op, "library", (o.name,), "") for o in operations]
     return with_seconds(EngineReport("pytorch", operations, kernels), every)
