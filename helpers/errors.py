@@ -132,15 +132,18 @@ def why_refused(error: Exception) -> str:
         "It lies on a disk that is read-only.": "EROFS",
         "This process has as many files open as it may (ulimit -n): close some engines.": "EMFILE ENFILE",
         "The disk is full, or a limit on space is reached.": "ENOSPC EDQUOT EFBIG",
+        "There is no room for another process or for more memory.": "EAGAIN ENOMEM",
+        "The disk or its network fails.": "EIO ESTALE ENXIO ENODEV",
         "The path is misspelt, a broken link, or leads to something else.": (
             "ENOENT ENOTDIR EEXIST EISDIR ELOOP ENAMETOOLONG EINVAL"
         ),
     }
+    number = getattr(error, "errno", None)
     for cause, names in reasons.items():
-        numbers = [getattr(errno, name) for name in names.split()]
-        if getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers):
+        numbers = [getattr(errno, name) for name in names.split() if hasattr(errno, name)]
+        if number in numbers or (number is None and any(os.strerror(each) in str(error) for each in numbers)):
             return cause
-    return "The disk or its network fails."
+    return ""
 
 
 def not_finite(tokens: int) -> NumericsError:

@@ -313,10 +313,10 @@ def _explain_end(code: int, last_words: str, out_of_memory: bool) -> tuple[str, 
     """
     again = "This notebook is unharmed: run the cell again. If it happens again, build something smaller."
     words = f"Its last words: {last_words or 'none'}"
-    if 0 <= code <= 128:
-        return f"exit code {code}", f"Something in it ended the process. {words}", again
     number = -code if code < 0 else code - 128  # as a shell that starts Python passes it on
-    name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+    name = next((known.name for known in signal.Signals if known == number), "")
+    if code >= 0 and not name:
+        return f"exit code {code}", f"Something in it ended the process. {words}", again
     if name == "SIGKILL" and out_of_memory:
         return name, "The system ran out of memory and ended it.", "Close other programs, or build something smaller."
     causes = {
@@ -326,7 +326,7 @@ def _explain_end(code: int, last_words: str, out_of_memory: bool) -> tuple[str, 
         "SIGILL": f"Native code asks for instructions that this processor lacks. {words}",
         **dict.fromkeys(("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"), "Somebody or the system ended it from outside."),
     }
-    return name, causes.get(name, f"A crash in native code. {words}"), again
+    return name or f"signal {number}", causes.get(name, f"A crash in native code. {words}"), again
 
 
 def _oom_kills() -> int:

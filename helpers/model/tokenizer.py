@@ -186,7 +186,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     except ModelError:
         raise
     except OSError as error:
-        raise cannot_open(path, error) from error
+        raise cannot_open(Path(error.filename or path), error) from error
     except Exception as error:  # the library raises nothing more exact
         cause = f"A file is damaged, or written for a newer library than tokenizers {tokenizers.__version__}."
         fix = "Fetch the checkpoint again, or update tokenizers."

@@ -712,3 +712,15 @@ def test_a_report_survives_writing_and_reading(stories_fp32, tmp_path):
     assert read_report(tmp_path) == report
     assert str(len(report.of("prefill").kernels)) in str(report)
     assert report.largest(3)[0].fused
+
+
+def test_sizes_that_fill_no_tiles_and_no_blocks_are_computed_right(built, checkpoint):
+    """Five sequences, and a vocabulary of 130. The build compares each graph with the decoder."""
+    own = limits(max_batch_size=5, max_input_len=16, max_seq_len=48, decode_batch_sizes=(1, 5), precision="int8")
+    model = checkpoint("llama", vocab_size=130, num_hidden_layers=1)
+    folder = built(BuildRecipe(str(model), num_threads=1, **own))
+    with load(folder) as engine:
+        prompts = [[7] * length for length in (1, 2, 3, 9, 16)]
+        together = engine.generate(prompts, GREEDY)
+        alone = [engine.generate(prompt, GREEDY)[0] for prompt in prompts]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]

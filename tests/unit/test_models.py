@@ -141,7 +141,7 @@ def test_joining_projections_changes_no_logit(checkpoint, joined):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])  # of x: a packed product takes four, two or one at once
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 8])  # of x: a packed product takes four, two or one at once
 @pytest.mark.parametrize("columns", [32, 30])  # a whole number of 32-bit words of int8, and not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
@@ -163,6 +163,13 @@ def test_the_forms_of_a_product_give_the_same(product, vectors, dtype, columns, 
     torch.testing.assert_close(matmul(weights, "it", x, product), expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_weight_whose_rows_fill_no_blocks_is_multiplied_as_it_is(rows):
+    weights, x = {"it.weight": torch.randn(50, 32)}, torch.randn(rows, 32)
+    assert not pack(weights, "it")
+    torch.testing.assert_close(matmul(weights, "it", x, "packed"), x @ weights["it.weight"].T, rtol=1e-5, atol=1e-4)
+
+
 def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
     found = find_checkpoint(str(checkpoint("llama", tie_word_embeddings=True)))
     settings = {"qkv": False, "gate_up": False}
@@ -180,7 +187,7 @@ def test_int8_weights_are_off_by_at_most_half_a_step(checkpoint):
         assert (error <= step * 0.501).all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 6, 8])
 @pytest.mark.parametrize("vectors", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("product", ["library", "rows", "packed"])
 def test_the_forms_of_a_product_with_int4_weights_give_the_same(product, vectors, rows, monkeypatch):

@@ -2,7 +2,9 @@
 a few lines under a folded traceback."""
 
 import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -175,3 +177,19 @@ def test_a_folded_traceback_names_no_folder_of_this_machine():
     output = notebooks.scrub(nbformat.v4.new_output("display_data", {"text/html": page}))
     wanted = "<pre>File &quot;helpers/engine.py&quot;, File &quot;&lt;python&gt;/lib/x.py&quot;</pre>"
     assert output.data["text/html"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OSError(errno.EAGAIN, "x"), "another process"),
+        (OSError(errno.ENOMEM, "x"), "more memory"),
+        (OSError(errno.EIO, "x"), "disk or its network"),
+        (RuntimeError(os.strerror(errno.EMFILE)), "files open"),  # of a library that passes on words only
+        (OSError(errno.EPIPE, os.strerror(errno.EACCES)), ""),  # the number counts, not the words beside it
+        (OSError("not a valid model"), ""),
+    ],
+    ids=str,
+)
+def test_the_cause_of_a_refusal_is_told_only_where_it_is_known(error, cause):
+    assert cause in errors.why_refused(error) and bool(cause) == bool(errors.why_refused(error))

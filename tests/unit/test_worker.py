@@ -180,6 +180,7 @@ def test_what_a_reader_takes_between_two_events_is_not_the_workers_time(worker):
         ("kill", {"number": int(signal.SIGILL)}, "SIGILL", "this processor lacks"),
         ("segfault", {}, "SIGSEGV", "crash in native code"),
         ("exit", {"status": 3}, "exit code 3", "ended the process"),
+        ("exit", {"status": 255}, "exit code 255", "ended the process"),
         ("exit", {"status": 128 + 9}, "SIGKILL", "lack of memory is one cause"),  # of a shell that started Python
     ],
 )

@@ -57,9 +57,14 @@ def packs(recipe: BuildRecipe, device: str) -> bool:
 
 
 def prefill_width(recipe: BuildRecipe, device: str, longest: int) -> int:
-    """How many tokens a prompt is filled up to, at least two: with packed weights, whole tiles."""
-    tile = TILE if packs(recipe, device) else 1
+    """How many tokens a prompt is filled up to: whole tiles, and two of them at least."""
+    tile = prefill_tile(recipe, device)
     return tile * max(2, math.ceil(longest / tile))
+
+
+def prefill_tile(recipe: BuildRecipe, device: str) -> int:
+    """How many tokens of a prompt a product takes at once."""
+    return TILE if packs(recipe, device) else 1
 
 
 def cache_length(recipe: BuildRecipe, device: str) -> int:
@@ -69,10 +74,10 @@ def cache_length(recipe: BuildRecipe, device: str) -> int:
 
 def graph_module(name: str, recipe: BuildRecipe, config: ModelConfig, device: str) -> Prefill | Decode:
     fused, size = recipe.fusion.kernels, sequences(name)
-    if name.startswith("prefill"):
-        return Prefill(config, "packed" if packs(recipe, device) else "library", fused)
     product = "packed" if packs(recipe, device) else "library"
-    if recipe.optimization_level > 0 and fused and product != "packed":
+    if name.startswith("prefill"):
+        return Prefill(config, product, fused)
+    if product == "library" and recipe.optimization_level > 0 and fused:
         product = "rows" if size <= (1 if device == "cuda" else SMALL_BATCH) else "library"
     return _decode_class(recipe, config, device, size)(config, product, fused)
 
@@ -209,7 +214,7 @@ def _example(name: str, recipe: BuildRecipe, cache: llama.Cache) -> tuple[list[T
     size, device = len(cache[0]), cache[0].device
     numbers = torch.zeros(size, dtype=torch.long, device=device)
     if name.startswith("prefill"):
-        tile = prefill_width(recipe, device.type, 1) // 2
+        tile = prefill_tile(recipe, device.type)
         most = prefill_width(recipe, device.type, recipe.max_input_len) // tile
         length = torch.export.Dim("tiles", min=2, max=most) if most > 2 else None
         if length and tile > 1:

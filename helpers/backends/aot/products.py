@@ -63,9 +63,10 @@ def matmul(weights: Weights, name: str, x: Tensor, product: str) -> Tensor:
     int8 and int4 weights are widened inside the generated loop: what is read from memory is one byte, or 5 bits, a
     weight.
     """
-    if product == "library":
+    packed = f"{name}.weight.packed" in weights
+    if product == "library" or (product == "packed" and not packed and x.shape[0] > TILE):
         y = F.linear(*_widened(weights, name, x))
-    elif f"{name}.weight.packed" in weights:
+    elif packed:
         y = _packed(weights, name, x)
     elif f"{name}.step" in weights:
         (y,) = _int4([x], *(weights[f"{name}.{kind}"][..., None] for kind in INT4))  # blocks of one row
@@ -81,7 +82,9 @@ def _packed(weights: Weights, name: str, x: Tensor) -> Tensor:
 
     R rows of x are R sums in one loop: what is loaded, and widened, of the weight serves them all.
     """
-    blocks = weights[f"{name}.weight.packed"]
+    blocks, count = weights[f"{name}.weight.packed"], x.shape[0]
+    if count > TILE and count % TILE:
+        x = F.pad(x, (0, 0, 0, TILE - count % TILE))
     at_once = next(rows for rows in (TILE, 2, 1) if x.shape[0] % rows == 0)  # R
     rows = x.unflatten(0, (-1, at_once)).unbind(1)  # R times [M/R, K]
     if f"{name}.shared.packed" in weights:
@@ -90,7 +93,8 @@ def _packed(weights: Weights, name: str, x: Tensor) -> Tensor:
         words = f"{name}.scale" in weights and blocks.dtype == torch.float32
         parts = _bytes(blocks, x.dtype) if words else _columns(blocks, x)
         sums = [_sum_of_products(parts, row) for row in rows]
-    return torch.stack(sums, 2).flatten(1, 2).transpose(0, 1).flatten(1)  # [N/P, M/R, R, P], [M, N/P, P], [M, N]
+    products = torch.stack(sums, 2).flatten(1, 2)  # [N/P, M/R, R, P] to [N/P, M, P]
+    return products[:, :count].transpose(0, 1).flatten(1)  # [M, N/P, P], [M, N]
 
 
 def _sum_of_products(parts: list[Tensor], x: Tensor) -> Tensor:

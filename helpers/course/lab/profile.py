@@ -20,7 +20,7 @@ import torch
 
 from helpers.backends.aot.early_start import PREFIX
 from helpers.backends.aot.engine import AotEngine
-from helpers.backends.aot.graphs import sequences
+from helpers.backends.aot.graphs import prefill_width, sequences
 from helpers.backends.aot.recorder import InductorRecorder
 from helpers.backends.base import Engine
 from helpers.backends.report import EngineReport, Kernel, Operation
@@ -119,9 +119,10 @@ def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "O
 def _graph_alone(engine: AotEngine, graph: str, ids: list[int]) -> Callable[[], Any]:
     """A GPU's graph as it is called before the engine records it: once it is, all its kernels are one launch."""
     size = sequences(graph)
+    filled = ids + ids[-1:] * (prefill_width(engine.recipe, "cuda", len(ids)) - len(ids))
     ends, cache = torch.full((size,), len(ids), device="cuda"), [c[:size] for c in engine.cache]
     if graph.startswith("prefill"):
-        inputs = [torch.tensor([ids] * size, device="cuda"), ends]
+        inputs = [torch.tensor([filled] * size, device="cuda"), ends]
     else:
         inputs = [torch.full_like(ends, 14), ends, engine.span]
     return lambda: engine.graphs[graph].run(*inputs, cache)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ class BuildExplorer(RecipePanel):
                     **commands.OWN_SESSION,
                 )
             # Nobody waits for it once the kernel is gone.
-            atexit.register(process.send_signal, signal.SIGINT if commands.POSIX else signal.SIGTERM)
+            end = partial(process.send_signal, signal.SIGINT if commands.POSIX else signal.SIGTERM)
+            atexit.register(end)
             try:
                 while process.poll() is None and not self._stopping:
                     seconds = time.monotonic() - started
@@ -96,6 +98,7 @@ class BuildExplorer(RecipePanel):
                     while process.poll() is None and time.monotonic() < deadline:
                         yield 0.1
             finally:
+                atexit.unregister(end)
                 commands.kill_all(process)
                 process.wait()
                 self.bar.layout.display = "none"
