@@ -54,11 +54,12 @@ MOMENTS = (".building-*", ".building-*/*", "*/manifest.json")
 
 
 def wait_for(moment, folder):
-    """So that a kill meets a build, also on a busy machine. Two minutes at most."""
-    for _ in range(12_000):
+    """So that a kill meets a build, also on a busy machine. Four minutes at most."""
+    for _ in range(24_000):
         if glob.glob(moment, root_dir=folder):  # noqa: PTH207  (Path.glob fails where a folder vanishes meanwhile)
             return
         time.sleep(0.01)
+    pytest.fail(f"No build has come as far as {moment}.")
 
 
 @pytest.fixture
