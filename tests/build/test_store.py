@@ -495,7 +495,7 @@ def test_readers_beside_a_process_that_builds_and_removes_get_an_engine_or_our_w
 def test_too_little_disk_is_refused_before_the_build(fake, engines, monkeypatch):
     backend = fake(size=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=10**9))
-    with pytest.raises(BuildError, match="1000 MB free; this build needs about 1550 MB") as refused:
+    with pytest.raises(BuildError, match="1000 MB free; this build needs about 2250 MB") as refused:
         build(RECIPE, quiet=True)
     assert backend.builds == 0 and refused.value.fix
 
