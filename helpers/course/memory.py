@@ -52,8 +52,8 @@ def memory(recipe: BuildRecipe, device: str) -> Memory:
     weights, unread = _stored(short, device)
     length = cache_length(recipe, device)
     longer = (length - cache_length(short, device)) * 2 * config.head_dim * width  # bytes of the rope tables
-    cache = config.kv_cache_bytes(recipe.max_batch_size, length + 1, width)
-    return Memory(weights + longer, cache, unread + longer, recipe.max_batch_size)
+    kv_cache = config.kv_cache_bytes(recipe.max_batch_size, length + 1, width)
+    return Memory(weights + longer, kv_cache, unread + longer, recipe.max_batch_size)
 
 
 @cache
