@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from helpers.errors import InputError, StoreError, shown, why_refused
 
@@ -74,6 +76,15 @@ def read_text(path: Path) -> str:
     if size > LARGEST_TEXT:
         raise ValueError(f"it has {size / 1e6:.0f} MB")
     return path.read_text(encoding="utf-8")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Errors as `read_text`, and ValueError for what is no TOML."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(read_text(path))
 
 
 def check_is_file(path: Path) -> None:

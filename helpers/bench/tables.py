@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -11,14 +10,10 @@ from typing import TYPE_CHECKING
 from helpers.bench.records import REFERENCES, Record, Row, differences, same_work
 from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, sample_bars, stacked_bars
 from helpers.errors import InputError
+from helpers.paths import read_toml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 MISSING = "no record of this workload from another machine comes with the course yet."
 
@@ -275,7 +270,7 @@ class Programs:
 
 def published() -> Table:
     """What others published, apart from what this course measured."""
-    figures = tomllib.loads((REFERENCES / "published.toml").read_text(encoding="utf-8"))["figure"]
+    figures = read_toml(REFERENCES / "published.toml")["figure"]
     columns = ("publisher", "date", "software", "hardware", "work", "figure", "link")
     return Table(
         "Published by others; not measured by this course", columns, [[f[c] for c in columns] for f in figures]

@@ -12,12 +12,7 @@ from pathlib import Path
 
 from helpers.errors import CourseError
 from helpers.maintain import notebooks
-from helpers.paths import PROJECT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from helpers.paths import PROJECT, read_toml
 
 EXTRAS = ("test", "browser")  # those that the Makefile installs
 
@@ -48,7 +43,7 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
 
 def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "") -> None:
     """Download what `make setup` installs: the requirements, the tests' too, in the versions of constraints/."""
-    described = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    described = read_toml(project / "pyproject.toml")
     required = [
         *described["build-system"]["requires"],
         *described["project"].get("dependencies", []),

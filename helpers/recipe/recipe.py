@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from helpers.errors import RecipeError, shown
-from helpers.paths import read_text
+from helpers.paths import read_toml
 from helpers.recipe import options, tensorrt, tensorrt_llm
 from helpers.recipe.fields import (
     BACKENDS,
@@ -22,12 +21,6 @@ from helpers.recipe.fields import (
     not_allowed,
     safe_name,
 )
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 # In TensorRT-LLM, in 2024 (its pull request 2057).
 RENAMED = {"max_output_len": "max_seq_len, which counts the prompt and the answer"}
@@ -121,7 +114,7 @@ def read(path: str | Path) -> BuildRecipe:
         raise RecipeError(f"A recipe is read from a file, not from {shown(path)}.", fix="Give the path of a TOML file.")
     path = Path(path)
     try:
-        fields = tomllib.loads(read_text(path))
+        fields = read_toml(path)
     except FileNotFoundError:
         raise RecipeError(
             f"There is no recipe file {path.name!r}.",

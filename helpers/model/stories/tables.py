@@ -8,18 +8,14 @@ thing may hide depends on the place.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from helpers.paths import read_toml
 
 Row = dict[str, Any]
 
-WORDS = tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8"))
+WORDS = read_toml(Path(__file__).parent / "words.toml")
 
 
 def _split(text: str) -> list[str]:
