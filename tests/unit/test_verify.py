@@ -3,6 +3,7 @@
 Nothing is compiled. What is checked is the module that would be, run by PyTorch, in every form of its products.
 """
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from helpers import BuildRecipe
 from helpers.backends.aot.graphs import empty_cache
-from helpers.backends.aot.products import Decode, Prefill
+from helpers.backends.aot.products import TILE, Decode, Prefill
 from helpers.backends.aot.stored import convert_weights, packed
 from helpers.backends.aot.verify import check_graph, relative_error
 from helpers.errors import BuildError
@@ -207,18 +208,65 @@ def forgets_what_lies_far_back(module, reach=20):
     return attention
 
 
-@pytest.mark.parametrize("reach", [200, 700])
+@pytest.mark.parametrize(("kind", "reach"), [(Prefill, 200), (Prefill, 700), (Decode, 200), (Decode, 700)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_decode_that_goes_wrong_only_far_into_a_text_is_refused(reach, batch):
+def test_a_graph_that_goes_wrong_only_far_into_a_text_is_refused(kind, reach, batch):
     """As where a long cache is read in pieces side by side, and the later ones are lost."""
+    swap = {"attention": lambda module: forgets_what_lies_far_back(module, reach)}
     with pytest.raises(BuildError, match="computes something else"):
-        check(
-            Decode,
-            "library",
-            batch=batch,
-            limit=LONGEST,
-            swap={"attention": lambda module: forgets_what_lies_far_back(module, reach)},
-        )
+        check(kind, "library", batch=batch, limit=LONGEST, swap=swap)
+
+
+def loses_itself_in_the_last_layer(slot):
+    """One row of each tile of a prompt does not see its own token, where only its logits can tell."""
+
+    def make(module):
+        plain, layers = module.attention, itertools.cycle([False] * (CONFIG.num_hidden_layers - 1) + [True])
+
+        def others(sdpa):
+            def attention(q, k, v, is_causal):
+                at = torch.arange(q.shape[-2])
+                return sdpa(q, k, v, attn_mask=(at[:, None] >= at) & ~((at[:, None] == at) & (at % TILE == slot)))
+
+            return attention
+
+        damaged = attention_with(scaled_dot_product_attention=others)(module)
+        return lambda *inputs: (damaged if next(layers) else plain)(*inputs)
+
+    return {"attention": make}
+
+
+def always_the_last_but_one(module):
+    return lambda weights, x, lengths: module.logits(weights, x[:, -2])
+
+
+def no_whole_register(module):
+    """Loops over a length take 16 numbers at a time, and what is left over gets lost."""
+
+    def prefill(q, k, v, keys, values, positions):
+        return type(module).attention(module, q, k, v, keys, values, positions) * (1 if len(positions) % 16 == 0 else 2)
+
+    def decode(q, k, v, keys, values, positions, hidden):
+        left_over = torch.arange(hidden.shape[1]) >= max(1, hidden.shape[1] // 16 * 16)
+        return type(module).attention(module, q, k, v, keys, values, positions, hidden | left_over)
+
+    return prefill if isinstance(module, Prefill) else decode
+
+
+@pytest.mark.parametrize(
+    ("kind", "swap"),
+    [
+        *[(Prefill, loses_itself_in_the_last_layer(slot)) for slot in range(TILE)],
+        (Prefill, {"end": always_the_last_but_one}),
+        (Prefill, {"attention": no_whole_register}),
+        (Decode, {"attention": no_whole_register}),
+    ],
+    ids=[*[f"row {slot} of a tile" for slot in range(TILE)], "end of a prompt", "odd prompt", "odd cache"],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_graph_that_is_right_for_some_lengths_is_refused(kind, swap, batch):
+    with pytest.raises(BuildError, match="computes something else"):
+        check(kind, "library", batch=batch, swap=swap)
 
 
 def scaled_wrongly(module):

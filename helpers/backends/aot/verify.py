@@ -23,8 +23,10 @@ from helpers.model.weights import Weights
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 ROUNDINGS = 4
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
-LENGTH = 128  # at most so many tokens in a prompt; of a cache, all entries, or so many where they take too much memory
+LENGTH = 128  # so many tokens of a prompt, and entries of a cache, at least; more up to these two, as there may be:
+LONGEST, WORK = 1024, 1 << 34  # tokens of a prompt, and their number times that of the weights
 ROOM = 1 << 28  # bytes of a cache
+SHORT = 12  # tokens of a short prompt: whole tiles of any size, and no whole register
 DRAWS = 4  # of random numbers; the one that rounding disturbs least is taken
 
 Run = Callable[..., Tensor]  # a graph's inputs after the weights, to logits [B, V]; it updates the cache in place
@@ -41,8 +43,8 @@ def check_graph(
     tolerance = TOLERANCE[cache[0].dtype]
     best, best_seed = math.inf, 0
     for seed in range(DRAWS):
-        inputs = _random_inputs(reference, weights, cache, limit, seed)
-        plain, exact = (_expected(reference, weights, inputs, cache, wider) for wider in (False, True))
+        cases = _random_cases(reference, weights, cache, limit, seed)
+        plain, exact = (_expected(reference, weights, cases, cache, wider) for wider in (False, True))
         if all(bool(tensor.isfinite().all()) for tensor in plain):
             rounding = max(map(relative_error, plain, exact))
             best, best_seed = min((best, best_seed), (rounding, seed))
@@ -56,11 +58,15 @@ def check_graph(
             fix="Build with precision='bf16' or 'fp32', and check the checkpoint's weights.",
         )
     if best_seed != seed:
-        inputs = _random_inputs(reference, weights, cache, limit, best_seed)
-        exact = _expected(reference, weights, inputs, cache, wider=True)
-    used = exact[1].shape[2]
-    computed = [run(*inputs, cache), *(entries[:, :, :used] for entries in cache)]
-    error = max(map(relative_error, computed, exact))
+        cases = _random_cases(reference, weights, cache, limit, best_seed)
+        exact = _expected(reference, weights, cases, cache, wider=True)
+    error, used = 0.0, exact[-1].shape[2]
+    for inputs, logits in zip(cases, exact, strict=False):
+        _fill(cache, used, best_seed)
+        seen = inputs[0].shape[1] if isinstance(reference, llama.Prefill) else used
+        computed = [run(*inputs, cache), *(entries[:, :, :seen] for entries in cache)]
+        expected = [logits, *(entries[:, :, :seen] for entries in exact[len(cases) :])]
+        error = max(error, *map(relative_error, computed, expected))
     if not error <= max(tolerance, ROUNDINGS * best):
         raise BuildError(
             f"The compiled graph {name} computes something else: it is off by {error:.2g} of the largest value.",
@@ -76,53 +82,70 @@ def relative_error(computed: Tensor, expected: Tensor) -> float:
     return ((computed.float() - expected.float()).abs().nan_to_num(nan=torch.inf).max() / largest).item()
 
 
-def _random_inputs(
+def _random_cases(
     reference: llama.Decoder, weights: Weights, cache: llama.Cache, limit: int, seed: int
-) -> list[Tensor]:
-    """The tensors between the weights and the cache; the cache gets random entries.
+) -> list[list[Tensor]]:
+    """The tensors between the weights and the cache, several times: as many of each open length as there may be, and
+    fewer, so that they fill no vector register; the cache gets random entries.
 
-    Every sequence has tokens of its own. Prompts have different lengths, so that most are filled up; in decode,
-    sequences are at different positions, so that most have entries before them and entries that they must not see.
+    Every sequence has tokens of its own. Prompts have different lengths, so that some are filled up and each row of a
+    tile is some prompt's last; in decode, sequences are at different positions, so that most have entries before them
+    and entries that they must not see.
     """
     batch, device = len(cache[0]), cache[0].device
-    generator = torch.Generator("cpu").manual_seed(seed)
+    used = min(limit, _length(reference, weights, cache))
+    generator, rows = _fill(cache, used, seed), torch.arange(batch, device=device)
 
-    def whole_numbers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator, device="cpu").to(device)
+    def tokens(*shape: int) -> Tensor:
+        return torch.randint(len(weights["embedding"]), shape, generator=generator, device="cpu").to(device)
 
-    used = min(limit, _length(reference, cache))
-    for entries in cache:
-        values = torch.randn(entries[:, :, :used].shape, generator=generator, dtype=torch.float32, device="cpu") / 2
-        entries[:, :, :used] = values.to(device, entries.dtype)
-    vocabulary = len(weights["embedding"])
     if isinstance(reference, llama.Prefill):
         width = max(2, used)
-        return [whole_numbers(vocabulary, batch, width), width - 1 - torch.arange(batch, device=device) % (width - 1)]
-    spread = torch.arange(batch, device=device) * 5 + used * 3 // 4
-    return [whole_numbers(vocabulary, batch), spread % used, torch.arange(limit, device=device)]
+        widths = [width, *[min(width, SHORT)] * 3]
+        prompts = tokens(batch, width)
+        return [[prompts[:, :w].contiguous(), w - (rows + back) % w] for back, w in enumerate(widths)]
+    positions, span = (rows * 5 + used * 3 // 4) % used, torch.arange(limit, device=device)
+    spans = [span] if device.type == "cuda" else [span, span[: max(2, int(positions.max()) + 1)]]  # fixed on a GPU
+    step = tokens(batch)
+    return [[step, positions, span] for span in spans]
+
+
+def _fill(cache: llama.Cache, used: int, seed: int) -> torch.Generator:
+    """Random entries; returns where further random numbers of this draw come from."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for entries in cache:
+        values = torch.randn(entries[:, :, :used].shape, generator=generator, dtype=torch.float32, device="cpu") / 2
+        entries[:, :, :used] = values.to(entries.device, entries.dtype)
+    return generator
 
 
 def _expected(
-    reference: llama.Decoder, weights: Weights, inputs: list[Tensor], cache: llama.Cache, wider: bool = False
+    reference: llama.Decoder, weights: Weights, cases: list[list[Tensor]], cache: llama.Cache, wider: bool = False
 ) -> list[Tensor]:
-    """The reference's logits, and after them its cache: the entries in use, of a copy that is no longer. wider:
-    computed in the next wider type."""
-    inputs = list(inputs)
-    if isinstance(reference, llama.Prefill):
-        used = inputs[0].shape[1]
-    else:
-        used = min(len(inputs[2]), _length(reference, cache))
-        inputs[2] = inputs[2][:used]
+    """The reference's logits of each case, and after them its cache: the entries in use, of a copy that is no longer.
+    wider: computed in the next wider type. It runs once: neither what follows in a prompt changes its logits, nor how
+    much there is behind the last position."""
     dtype = WIDER[cache[0].dtype] if wider else cache[0].dtype
+    weights = _Wide(weights) if wider else weights
+    tokens, numbers, *rest = cases[0]
+    used = tokens.shape[1] if not rest else min(len(rest[0]), _length(reference, weights, cache))
     copies = [entries[:, :, :used].to(dtype, copy=True) for entries in cache]
-    return [reference(_Wide(weights) if wider else weights, *inputs, copies), *copies]
+    if isinstance(reference, llama.Prefill):
+        x = reference.through(weights, reference.embed(weights, tokens.flatten()), copies).unflatten(0, tokens.shape)
+        ends = torch.cat([lengths for _, lengths in cases])
+        logits = list(reference.end(weights, x.repeat(len(cases), 1, 1), ends).chunk(len(cases)))
+    else:
+        logits = [reference(weights, tokens, numbers, rest[0][:used], copies)] * len(cases)
+    return [*logits, *copies]
 
 
-def _length(reference: llama.Decoder, cache: llama.Cache) -> int:
-    """So many entries are looked at. Decode's code can take another way far into a text, so that is where most
-    sequences are; a prompt of that length would take the reference minutes."""
-    entry = sum(entries[:, :, 0].nbytes for entries in cache)
-    return LENGTH if isinstance(reference, llama.Prefill) else max(LENGTH, ROOM // entry)
+def _length(reference: llama.Decoder, weights: Weights, cache: llama.Cache) -> int:
+    """So many entries are looked at. The code can take another way far into a text, so that is where most sequences
+    are, unless the reference would need too much memory for that, or minutes."""
+    if isinstance(reference, llama.Prefill):
+        tokens = WORK // sum(weight.numel() for weight in weights.values())
+        return max(LENGTH, min(LONGEST, tokens) // SHORT * SHORT)
+    return max(LENGTH, ROOM // sum(entries[:, :, 0].nbytes for entries in cache))
 
 
 class _Wide(dict):
