@@ -7,6 +7,7 @@ environment's Python can serve as the worker.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -63,8 +64,9 @@ def build(
     if not parser.parse_from_file(onnx):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         nodes = [e.node_name() for e in errors if e.node_name()]
+        operators = [e.node_operator() for e in errors if e.node_operator()]
         # The host side adds the module's line: it knows the ONNX file's metadata.
-        return {"refused": [str(e) for e in errors] or log.errors(), "nodes": nodes, "operators": _operators(errors)}
+        return {"refused": [str(e) for e in errors] or log.errors(), "nodes": nodes, "operators": operators}
     if network.num_layers == 0:
         return {"refused": ["The file holds no operations."], "nodes": [], "operators": []}
     seconds["parse"] = time.perf_counter() - start
@@ -83,7 +85,10 @@ def build(
         part.write_bytes(config.get_timing_cache().serialize())
         part.replace(cache)
     seconds["compile"] = time.perf_counter() - start
-    inspected = _inspect(trt, plan) if _has_driver() else ""
+    inspected = ""
+    if _has_driver():
+        with contextlib.suppress(CourseError):  # it cannot be loaded here
+            inspected = inspect(plan, provider)["inspector"]
     return {
         "version": trt.__version__,
         "network": layers,
@@ -98,9 +103,7 @@ def build(
 def load(plan: str, name: str, provider: str) -> dict[str, Any]:
     """Load a plan file as a check, and give it back at once. Raises our error with TensorRT's own words."""
     trt = load_provider(provider)
-    engine, log = deserialize(trt, plan)
-    if engine is None:
-        raise explain(log.errors(), f"Engine {name!r} cannot be loaded.")
+    engine = deserialize(trt, plan, name)
     return {"layers": engine.num_layers, "profiles": engine.num_optimization_profiles, "version": trt.__version__}
 
 
@@ -113,18 +116,18 @@ def inspect(plan: str, provider: str, plugins: str = "") -> dict[str, Any]:
     trt = load_provider(provider)
     if plugins:
         load_provider(plugins)
-    engine, log = deserialize(trt, plan)
-    if engine is None:
-        raise explain(log.errors(), f"Engine {Path(plan).name!r} cannot be loaded.")
+    engine = deserialize(trt, plan, Path(plan).name)
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return {"inspector": text, "layers": engine.num_layers}
 
 
-def deserialize(trt: ModuleType, plan: str | Path) -> tuple[Any, Any]:
-    """The engine of a plan file, or None, and the log that says why."""
+def deserialize(trt: ModuleType, plan: str | Path, name: str) -> Any:
+    """The engine of a plan file. Raises our error with TensorRT's own words. name: what the error calls it."""
     log = _log(trt)
     engine = trt.Runtime(log).deserialize_cuda_engine(Path(plan).read_bytes())
-    return engine, log
+    if engine is None:
+        raise explain(log.errors(), f"Engine {name!r} cannot be loaded.")
+    return engine
 
 
 def _log(trt: ModuleType) -> Any:
@@ -279,18 +282,6 @@ def _tensor(trt: ModuleType, tensor: Any) -> dict[str, Any]:
     except ValueError:  # rank unknown until run time
         shape = ["?"]
     return {"name": tensor.name, "dtype": DTYPES.get(dtype, dtype), "shape": shape}
-
-
-def _operators(errors: list[Any]) -> list[str]:
-    return [e.node_operator() for e in errors if e.node_operator()]
-
-
-def _inspect(trt: ModuleType, plan: str) -> str:
-    """EngineInspector's JSON, or "" where the engine cannot be loaded here."""
-    engine, _ = deserialize(trt, plan)
-    if engine is None:
-        return ""
-    return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
 
 
 def _has_driver() -> bool:

@@ -142,9 +142,7 @@ def open_contexts(recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]) -
     trt = api.load_provider(manifest["details"]["provider"])
     contexts: dict[str, Any] = {}
     for graph in GRAPHS:
-        engine, log = api.deserialize(trt, folder / f"{graph}.plan")
-        if engine is None:
-            raise api.explain(log.errors(), f"Engine {folder.name!r} cannot be loaded.")
+        engine = api.deserialize(trt, folder / f"{graph}.plan", folder.name)
         sizes = recipe.all_decode_batch_sizes
         names = ["prefill"] if graph == llama_onnx.PREFILL else [f"decode_b{size}" for size in sizes]
         for profile, name in enumerate(names):

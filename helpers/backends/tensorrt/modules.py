@@ -38,6 +38,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,13 @@ def from_module(
         for name, shapes in profile.items()
     }
 
+    @cache
     def export() -> onnx.ModelProto:
         return onnx_export.export(module, example_inputs, precision=precision, varying=varying)
 
     label = name or type(module).__name__.lower()
-    content = content_of(module, example_inputs, precision)
-    if content:
-        return _job(label, precision, settings, content, export, time_limit, example_inputs)
-    exported = export()
-    content = _content_of_graph(exported)
-    return _job(label, precision, settings, content, lambda: exported, time_limit, example_inputs)
+    content = content_of(module, example_inputs, precision) or _content_of_graph(export())
+    return _job(label, precision, settings, content, export, time_limit, example_inputs)
 
 
 def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float, options: dict[str, Any]) -> BuildJob:
@@ -134,7 +132,7 @@ def _job(
         with tempfile.TemporaryDirectory(dir=folder) as work, builder.start_worker() as worker:
             file = Path(work) / "module.onnx"
             with progress.phase("export to ONNX"):
-                model = copy.deepcopy(export())
+                model = export()
             if precision in onnx_export.COMPUTE:
                 with progress.phase(f"quantize to {precision}"):
                     largest = None

@@ -85,13 +85,7 @@ def _convert(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) ->
     with _quiet(), torch.no_grad():
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
-            converted = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-            )
+            converted = torch.onnx.export(program, (), dynamo=True, verbose=False, opset_version=OPSET)
         except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
             root: Exception = error
             while root.__cause__ is not None and isinstance(root.__cause__, Exception):
@@ -234,17 +228,13 @@ def example_feeds(model: onnx.ModelProto, inputs: Sequence[Any] = ()) -> dict[st
 
 
 def _products(graph: onnx.GraphProto, initializers: Mapping[str, TensorProto]) -> Iterator[tuple[Any, str, int]]:
-    """Each product with a constant matrix: the node that reads it, the matrix's name, its axis of output rows.
-
-    The node is the product itself, or the Transpose between the two; _insert puts the dequantization before it.
-    """
+    """Each product with a constant matrix: its node, the matrix's name, its axis of output rows."""
     for node in graph.node:
         if node.op_type not in ("Gemm", "MatMul"):
             continue
         weight = node.input[1]
-        if weight in initializers and len(initializers[weight].dims) == 2:
-            if initializers[weight].data_type not in TORCH_TYPES:
-                continue
+        matrix = initializers.get(weight)
+        if matrix is not None and len(matrix.dims) == 2 and matrix.data_type in TORCH_TYPES:
             transposed = any(a.name == "transB" and a.i for a in node.attribute)
             yield node, weight, 0 if transposed else 1
 
