@@ -98,13 +98,23 @@ class Picture:
         return self.alt
 
 
-def new_figure(width: float = 7.5, height: float = 3.0) -> tuple[Figure, Axes]:
-    """A figure outside pyplot: nothing to close, and nothing is shown twice."""
+def new_panels(
+    rows: int, columns: int, width: float = 7.5, height: float = 3.0, **layout: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of several panels, outside pyplot: nothing to close, and nothing is shown twice. layout: as matplotlib's
+    Figure.subplots takes it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure.subplots(rows, columns, **layout)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, figure.axes
+
+
+def new_figure(width: float = 7.5, height: float = 3.0) -> tuple[Figure, Axes]:
+    """The same of one panel."""
+    figure, (axes,) = new_panels(1, 1, width, height)
     return figure, axes
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record
-from helpers.display import COLOURS, Picture, Table, new_figure
+from helpers.display import COLOURS, Picture, Table, new_panels, plain
 from helpers.errors import InputError, LimitError, NumericsError, shown
 from helpers.model.prompts import as_list
 from helpers.progress import Progress
@@ -213,12 +213,9 @@ def pareto(results: Sequence[Precision]) -> Picture:
     """Loss against TPOT and against size: full points on the front, hollow ones beaten, bars for chance's share."""
     if not results:
         raise InputError("There is nothing to draw: no engine was compared.", fix="Give what compare returned.")
-    figure, first = new_figure(height=3.2)
-    first.remove()
+    figure, panels = new_panels(1, len(COSTS), height=3.2, sharey=True)
     words = []
-    for axes, (cost, (attribute, factor, label)) in zip(
-        figure.subplots(1, len(COSTS), sharey=True), COSTS.items(), strict=True
-    ):
+    for axes, (cost, (attribute, factor, label)) in zip(panels, COSTS.items(), strict=True):
         best = front(results, cost)
         line = [(getattr(p, attribute) * factor, p.loss) for p in best]
         axes.step(*zip(*line, strict=True), where="post", color=COLOURS[0], linestyle="--", zorder=1)
@@ -227,15 +224,14 @@ def pareto(results: Sequence[Precision]) -> Picture:
             face = COLOURS[0] if p in best else "white"
             axes.errorbar(x, p.loss, p.margin or None, color="black", marker="o", markersize=8, markerfacecolor=face)
             place = (7, -15) if at % 2 else (7, 5)  # in turn, so that neighbours' names do not meet
-            axes.annotate(p.name.replace("$", r"\$"), (x, p.loss), place, textcoords="offset points")
+            axes.annotate(plain(p.name), (x, p.loss), place, textcoords="offset points")
         axes.margins(y=0.2)
         axes.set_xlim(0, max(getattr(p, attribute) for p in results) * factor * 1.3)
         axes.set_xlabel(f"{label} (less is better)")
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.label_outer()
         words.append(f"On the front of loss and {cost}: {', '.join(p.name for p in best)}")
-    figure.axes[0].set_ylabel("loss, nats per token")
+    panels[0].set_ylabel("loss, nats per token")
     figure.suptitle("full: on the front; hollow: another is no worse in both; bars: chance", fontsize="small")
     points = "; ".join(
         f"{p.name} loss {p.loss:.4f}, TPOT {p.tpot_s * 1e3:.2f} ms, {p.disk_bytes / 1e6:,.0f} MB" for p in results

@@ -12,7 +12,7 @@ from itertools import product
 from statistics import mean
 
 from helpers.bench.records import Record, references
-from helpers.display import COLOURS, Picture, Table
+from helpers.display import COLOURS, Picture, Table, new_panels
 from helpers.errors import InputError, shown
 
 
@@ -201,12 +201,9 @@ def compare_batching(requests: Sequence[Request], times: StepTimes, **limits: in
 
 def batching_picture(timeline: Timeline, title: str, until: float | None = None) -> Picture:
     """Who waited and who ran, the batch and its queue, and the KV cache, up to a moment: None shows all."""
-    from matplotlib.figure import Figure
-
     end = max(timeline.finished)
     until = end if until is None else until
-    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
-    bars, counts, cache = figure.subplots(3, 1, sharex=True, height_ratios=(2.2, 1, 1))
+    figure, (bars, counts, cache) = new_panels(3, 1, height=5.2, sharex=True, height_ratios=(2.2, 1, 1))
     for y, (r, start, stop) in enumerate(zip(timeline.requests, timeline.started, timeline.finished, strict=True)):
         if r.arrival <= until:
             bars.barh(y, (min(start, until) - r.arrival) * 1e3, 0.5, r.arrival * 1e3, color=COLOURS[1], hatch="////")
@@ -228,7 +225,6 @@ def batching_picture(timeline: Timeline, title: str, until: float | None = None)
     cache.set_ylabel("cache, tokens")
     cache.set_xlabel("milliseconds")
     for axes in (bars, counts, cache):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.axvline(until * 1e3, color="black", linewidth=1)
         axes.set_xlim(0, end * 1e3 * 1.02)
     alt = (

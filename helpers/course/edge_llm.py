@@ -48,7 +48,9 @@ def export(model: Path | str, folder: Path | str, *, limit: float = 1800.0, quie
             unfinished, before = Path(work) / folder.name, os.times()
             with progress.phase("export"):
                 command = [python, "-m", environment.module, str(checkpoint.folder), str(unfinished)]
-                _check(commands.run(command, limit), unfinished, checkpoint.short_name)
+                done = commands.run(command, limit)
+                if done.returncode != 0 or not (unfinished / GRAPH).is_file():
+                    raise _explained(done, checkpoint.short_name)
             after = os.times()
             cpu = after.children_user + after.children_system - before.children_user - before.children_system
             version = environments.installed_version(Path(python), environment.package)
@@ -87,16 +89,10 @@ def files(folder: Path) -> Table:
     return Table(caption, ("file", "MB"), rows)
 
 
-def _check(done: CompletedProcess[str], folder: Path, name: str) -> None:
-    """What the exporter's end means, if it is not a finished export."""
-    if done.returncode == 0 and (folder / GRAPH).is_file():
-        return
-    lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "It said nothing."
-    raise _explained(done.returncode, "\n".join(lines), last, name)
-
-
-def _explained(status: int, output: str, last: str, name: str) -> CourseError:
+def _explained(done: CompletedProcess[str], name: str) -> CourseError:
+    """What the exporter's end means, where it has not left a whole export."""
+    status, output = done.returncode, f"{done.stdout}\n{done.stderr}".strip()
+    last = (output.splitlines() or ["It said nothing."])[-1].strip()[:300]
     if "does not provide a chat template" in output:
         return BuildError(
             f"TensorRT Edge-LLM exports no model without a chat template, and {name!r} has none.",

@@ -39,7 +39,7 @@ def course_graphs(model: Path | str, *, cache_length: int = 1024) -> list[ModelP
 
 
 def operators(model: ModelProto, caption: str = "") -> Table:
-    counts = Counter((node.op_type, _library(node)) for node in model.graph.node)
+    counts = Counter((node.op_type, node.domain if is_plugin(node) else "ONNX") for node in model.graph.node)
     return Table(caption, ("operator", "defined by", "nodes"), [(*key, n) for key, n in counts.most_common()])
 
 
@@ -103,10 +103,6 @@ def _families(values: Iterable[ValueInfoProto]) -> list[tuple[int, str, str]]:
 
 def is_plugin(node: NodeProto) -> bool:
     return node.domain not in PLAIN
-
-
-def _library(node: NodeProto) -> str:
-    return node.domain if is_plugin(node) else "ONNX"
 
 
 def _type(value: ValueInfoProto) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, plain, sample_bars, stacked_bars
+from helpers.display import COLOURS, Picture, Table, grouped_bars, new_panels, plain, sample_bars, stacked_bars
 from helpers.errors import printable
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def sizes(reports: Mapping[str, EngineReport]) -> Picture:
 
 def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
     """How long each phase of a build took, from the manifest's `seconds`."""
-    figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
+    figure, (axes,) = new_panels(1, 1, height=0.6 + 0.27 * len(seconds))
     bars = axes.barh(list(map(plain, seconds)), list(seconds.values()), color=COLOURS[0])
     axes.bar_label(bars, fmt=" %.1f")
     axes.invert_yaxis()
@@ -158,10 +158,9 @@ def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingPa
     logits, ids = engine.logits(prompt), engine.tokenize(prompt)
     order = logits.topk(count).indices.tolist()  # the same tokens in every panel, so that they compare
     labels = [_label(engine.detokenize([token], ids)) for token in order]
-    figure, first = new_figure(height=2.6)
-    first.remove()
+    figure, panels = new_panels(1, len(settings), height=2.6)
     words = []
-    for axes, (name, params) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.items(), strict=True):
+    for axes, (name, params) in zip(panels, settings.items(), strict=True):
         values = next_token_distribution(logits, params, ids)[order].tolist()
         bars = axes.barh(range(count), values, color=COLOURS[0])
         axes.bar_label(bars, [f"{value:.2f}" if value else "-" for value in values], padding=2, fontsize="small")
@@ -171,7 +170,6 @@ def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingPa
         axes.set_xlim(0, 1.25)
         axes.set_xticks([0, 0.5, 1])
         axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
         likely = ", ".join(f"{label} {value:.2f}" for label, value in zip(labels[:3], values[:3], strict=True))
         words.append(f"{name}: {likely}")
     figure.supxlabel("probability", fontsize="medium")

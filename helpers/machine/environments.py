@@ -42,9 +42,9 @@ class Environment:
     pythons: tuple[str, ...]  # the versions with wheels, the best first
     disk: float
     driver: int  # the oldest driver branch; 0 where no GPU is needed
-    indexes: tuple[str, ...]  # beside pip's own
-    libraries: tuple[str, ...]  # of the system, beside libcuda
     instead: str  # the way out where it cannot be installed
+    indexes: tuple[str, ...] = ()  # beside pip's own
+    libraries: tuple[str, ...] = ()  # of the system, beside libcuda
     machines: tuple[str, ...] = ("x86_64", "aarch64")  # with wheels
 
 
@@ -70,8 +70,6 @@ ENVIRONMENTS = {
         pythons=("3.12", "3.13", "3.11", "3.10"),
         disk=25e9,
         driver=580,
-        indexes=(),
-        libraries=(),
         instead="Use a Python that has vLLM already: export COURSE_VLLM_PYTHON=/path/to/its/python",
     ),
     # Only its exporter is used, which runs on a CPU.
@@ -83,8 +81,6 @@ ENVIRONMENTS = {
         pythons=("3.12", "3.11", "3.10"),
         disk=9e9,
         driver=0,
-        indexes=(),
-        libraries=(),
         instead="Without it, notebook 06 shows a recorded export.",
         machines=("x86_64",),
     ),

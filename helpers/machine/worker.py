@@ -120,12 +120,7 @@ class Worker:
 
     def call(self, function: str, *, time_limit: float = 600.0, **arguments: Any) -> Any:
         """The result of one function; what it yields on the way is dropped. See `stream`."""
-        events = self.stream(function, time_limit=time_limit, **arguments)
-        while True:
-            try:
-                next(events)
-            except StopIteration as end:
-                return end.value
+        return _drain(self.stream(function, time_limit=time_limit, **arguments), lambda **event: None)
 
     def stream(self, function: str, *, time_limit: float = 600.0, **arguments: Any) -> Generator[Any, None, Any]:
         """What the function yields, as it comes; its result is the generator's return value.
@@ -393,6 +388,7 @@ def serve(module: str) -> None:
 
 
 def _drain(steps: Any, send: Callable[..., None]) -> Any:
+    """What a generator returns in the end; all that it yields is sent."""
     while True:
         try:
             send(event=next(steps))

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record, read
-from helpers.display import COLOURS, HATCHES, new_figure
+from helpers.display import COLOURS, HATCHES, new_panels
 from helpers.paths import PROJECT
 
 if TYPE_CHECKING:
@@ -42,13 +42,11 @@ def draw(axes: Axes, record: Record, model: str) -> None:
     axes.set_xlim(0, max(row.spread("tpot_s")[1] for row in rows) * 1.35e3)
     place_and_remarks = textwrap.fill(f"{record.place}{record.remarks(1)}", 95)
     axes.set_title(f"{model}\n{place_and_remarks}", loc="left", fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:
-    figure, first = new_figure(width=8.0, height=5.4)
-    first.remove()
-    for axes, (name, model) in zip(figure.subplots(len(RECORDS), 1), RECORDS.items(), strict=True):
+    figure, panels = new_panels(len(RECORDS), 1, width=8.0, height=5.4)
+    for axes, (name, model) in zip(panels, RECORDS.items(), strict=True):
         draw(axes, read(REFERENCES / name), model)
     figure.supxlabel("milliseconds per token of one answer (TPOT); line: least and most", fontsize="medium")
     PICTURE.parent.mkdir(exist_ok=True)

@@ -149,25 +149,21 @@ def transformers_config(folder: Path) -> Any:
     """transformers' configuration of a checkpoint's folder. No code of the checkpoint is run, nothing is fetched."""
     given = read_fields(folder)
     with ONE_AT_A_TIME:
-        return _by_transformers(folder, given)
+        from transformers import CONFIG_MAPPING, __version__
+        from transformers.utils import logging
 
-
-def _by_transformers(folder: Path, given: dict[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING, __version__
-    from transformers.utils import logging
-
-    rope = given.get("rope_scaling") or given.get("rope_parameters")
-    if __version__ < "5" and isinstance(rope, dict):
-        # 4 knows the first name alone, and no rope_theta under it. 5 writes the second alone, and rope_theta there.
-        given |= {"rope_scaling": rope} | {name: value for name, value in rope.items() if name == "rope_theta"}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its warnings would repeat in a terminal whatever the file says
-    try:
-        return CONFIG_MAPPING[given["model_type"]].from_dict(given)
-    except Exception as error:  # what its classes and validators raise for wrong values differs between versions
-        raise _not_understood(folder, " ".join(str(error).split())) from error
-    finally:
-        logging.set_verbosity(verbosity)
+        rope = given.get("rope_scaling") or given.get("rope_parameters")
+        if __version__ < "5" and isinstance(rope, dict):
+            # 4 knows the first name alone, and no rope_theta under it. 5 writes the second alone, and rope_theta there.
+            given |= {"rope_scaling": rope} | {name: value for name, value in rope.items() if name == "rope_theta"}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # its warnings would repeat in a terminal whatever the file says
+        try:
+            return CONFIG_MAPPING[given["model_type"]].from_dict(given)
+        except Exception as error:  # what its classes and validators raise for wrong values differs between versions
+            raise _not_understood(folder, " ".join(str(error).split())) from error
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def read_config(folder: Path) -> ModelConfig:
