@@ -29,7 +29,7 @@ class PeerRunner(Runner):
             part, start = self.folder.with_name(self.folder.name + ".part"), time.perf_counter()
             model = find_checkpoint(self.workload.model).folder
             with Worker(self.module, python=self.python) as builder:
-                arguments = {"model": str(model), "folder": str(part), "scratch": self.cache.name}
+                arguments = {"model": str(model), "folder": str(part), "scratch": self.cache}
                 builder.call("build", time_limit=900, precision=self.row.precision, **arguments)
             (part / "seconds").write_text(str(time.perf_counter() - start), encoding="utf-8")
             part.rename(self.folder)

@@ -1,10 +1,12 @@
 """The benchmark: formulas on known numbers, records that load back or are refused, and rows that fail alone."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import random
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +22,7 @@ from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
 from helpers.errors import InputError, RecipeError
 from helpers.machine import gpu_time, hardware, load
 from helpers.maintain import classroom, room
+from helpers.paths import PROJECT
 
 SMALL = Workload(input_len=8, output_len=8, repeats=3, warmup=1)
 
@@ -125,6 +128,25 @@ def test_a_contender_is_asked_for_what_it_can_obey():
     gpu = dataclasses.replace(workload, device="cuda")
     for backend in ("vllm", "tensorrt_llm", "tensorrt_llm_pytorch"):
         assert gpu.recipe(backend, "bf16", 2).decode_batch_sizes == ()
+
+
+def test_a_peer_is_built_in_the_folder_of_its_own_runner(tmp_path, monkeypatch):
+    peers = runpy.run_path(str(PROJECT / "tests/peers/__main__.py"))
+    asked = {}
+
+    class Builder(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__(self)
+
+        def call(self, _, **arguments):
+            asked.update(arguments)
+            Path(arguments["folder"]).mkdir()
+
+    monkeypatch.setitem(peers["PeerRunner"]._build.__globals__, "Worker", Builder)
+    runner = peers["PeerRunner"](Workload(device="cpu"), 1, "llama.cpp", "fp32", Path("python"), tmp_path)
+    runner._build()
+    assert Path(asked["scratch"]).is_dir()
+    runner.close()
 
 
 # Records
