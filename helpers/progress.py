@@ -33,8 +33,8 @@ class Progress:
     In a notebook it is one output that changes in place; in a terminal, one line a phase.
     """
 
-    def __init__(self, title: str, *, quiet: bool = False):
-        self.title, self.quiet = title, quiet or _hushed.get()
+    def __init__(self, title: str):
+        self.title, self.quiet = title, _hushed.get()
         self.seconds: dict[str, float] = {}
         self._running: tuple[str, float] | None = None
         self._parts: list[str] = []

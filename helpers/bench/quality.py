@@ -20,7 +20,7 @@ from helpers.bench.records import REFERENCES, Record
 from helpers.display import COLOURS, Picture, Table, new_panels, plain
 from helpers.errors import InputError, LimitError, NumericsError, shown
 from helpers.model.prompts import as_list
-from helpers.progress import Progress
+from helpers.progress import Progress, hushed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def score(engine: Engine, passages: str | Sequence[str | Sequence[int]], *, quie
     size = engine.recipe.max_batch_size
     rows: list[Tensor] = []
     title = f"{engine.recipe.short_name}: {len(sequences)} passages"
-    with Progress(title, quiet=quiet) as progress, progress.phase(f"score {count} tokens"):
+    with hushed(quiet), Progress(title) as progress, progress.phase(f"score {count} tokens"):
         for start in range(0, len(sequences), size):
             with progress.part(f"passage {start + 1}"):
                 rows += _read(engine, sequences[start : start + size])

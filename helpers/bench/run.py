@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from helpers import backends
 from helpers.bench.records import Host, Record, Row, Workload, commit
@@ -35,7 +36,7 @@ from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.paths import owned_folder, user_id
-from helpers.progress import Progress, say
+from helpers.progress import Progress, held, hushed, say
 from helpers.recipe import COMPILED, BuildRecipe
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4: see model/weights.py
@@ -71,7 +72,8 @@ def run(
             )
     record = empty_record(workload)
     runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]
-    return run_all(record, runners, batch_sizes, quiet=quiet, keep=keep)
+    with hushed(quiet):
+        return run_all(record, runners, batch_sizes, keep=keep)
 
 
 def run_all(
@@ -79,7 +81,6 @@ def run_all(
     runners: list[Runner],
     batch_sizes: Sequence[int],
     *,
-    quiet: bool = False,
     keep: Callable[[Record], Any] | None = None,
 ) -> Record:
     """The same with contenders that the caller made: fills the record, and ends them."""
@@ -87,8 +88,8 @@ def run_all(
     prompts = make_prompts(workload, max(batch_sizes))
     title = f"{len(runners)} contenders, {workload.repeats} rounds each"
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(title, quiet=quiet))
-        _wait_for_others(stack, progress)
+        stack.enter_context(_turn())
+        progress = stack.enter_context(Progress(title))
         for runner in runners:
             stack.callback(runner.close)
         if workload.start_together:
@@ -116,15 +117,11 @@ def run_all(
     return record
 
 
-def _wait_for_others(stack: contextlib.ExitStack, progress: Progress) -> None:
+def _turn() -> contextlib.AbstractContextManager[None]:
     """Two benchmarks of one user would time each other: the second starts nothing until the first has ended. The lock
     is in no store, because a benchmark of engines that are built already needs none that can be written to."""
     lock = FileLock(Path(tempfile.gettempdir()) / f"trtllm-course-benchmark-{user_id()}.lock")
-    try:
-        stack.enter_context(lock.acquire(timeout=0))
-    except Timeout:
-        with progress.phase("wait for another benchmark to end"):
-            stack.enter_context(lock.acquire())
+    return held(lock, "runs a benchmark")
 
 
 def _measure(runners: list[Runner], record: Record, prompts: list[list[int]], progress: Progress) -> list[Row]:
@@ -261,10 +258,7 @@ def make_prompts(workload: Workload, count: int) -> list[list[int]]:
 
 
 def _equal_prefix(tokens: list[int], reference: list[int]) -> int:
-    for position, (mine, theirs) in enumerate(zip(tokens, reference, strict=False)):
-        if mine != theirs:
-            return position
-    return min(len(tokens), len(reference))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, reference, strict=False)))
 
 
 def _logit_error(logits: list[float], reference: list[float]) -> float:

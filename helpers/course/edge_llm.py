@@ -21,7 +21,7 @@ from helpers.display import Table
 from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, ModelError
 from helpers.machine import commands, environments, hardware
 from helpers.model.checkpoint import find_checkpoint
-from helpers.progress import Progress, say
+from helpers.progress import Progress, hushed, say
 
 NAME = "edgellm"
 GRAPH = "llm/model.onnx"  # in the folder of an export
@@ -42,8 +42,9 @@ def export(model: Path | str, folder: Path | str, *, limit: float = 1800.0, quie
     title = f"Exporting {checkpoint.short_name} with {environment.title}"
     try:
         with (
+            hushed(quiet),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=".exporting-", ignore_cleanup_errors=True) as work,
-            Progress(title, quiet=quiet) as progress,
+            Progress(title) as progress,
         ):
             unfinished, before = Path(work) / folder.name, os.times()
             with progress.phase("export"):

@@ -1,6 +1,5 @@
 """Stores that several people use: what is read and written where, with which modes, and whose engines are loaded."""
 
-import contextlib
 import json
 import os
 import shlex
@@ -16,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from test_store import RECIPE, ROOT, engines, fake, leftovers, wait_for  # noqa: F401  (fixtures)
 
-from helpers import access, build, cli, inspect, load, store
-from helpers.bench.run import _wait_for_others
+from helpers import access, build, cli, inspect, load, progress, store
+from helpers.bench.run import _turn
 from helpers.engine import locate
 from helpers.errors import EngineCorrupt, EngineNotFound, StoreError
 from helpers.machine import doctor
@@ -116,25 +115,18 @@ def test_two_benchmarks_of_one_user_take_turns_whatever_their_stores(tmp_path, m
     class Waiting(Exception):
         pass
 
-    @contextlib.contextmanager
-    def phase(title):
-        assert "another benchmark" in title
+    def refuse(title):
+        assert "Another process runs a benchmark" in title
         raise Waiting
-        yield
 
+    monkeypatch.setattr(progress, "Progress", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for number in range(2):
-        monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / f"engines {number}"))
-        stack = contextlib.ExitStack()
-        if number == 0:
-            first = stack
-            _wait_for_others(first, SimpleNamespace(phase=phase))
-        else:
-            with pytest.raises(Waiting):
-                _wait_for_others(stack, SimpleNamespace(phase=phase))
-            first.close()
-            _wait_for_others(stack, SimpleNamespace(phase=phase))
-            stack.close()
+    with _turn():
+        monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "other engines"))
+        with pytest.raises(Waiting), _turn():
+            pass
+    with _turn():
+        pass
 
 
 # ---- modes ------------------------------------------------------------------------------------------------
@@ -393,9 +385,8 @@ def test_a_read_only_store_alone_serves_what_is_in_it_and_says_what_to_do_for_mo
     (hit, content, more, removed, benchmarked), _ = run(
         BERT,
         """
-        import contextlib
-        with contextlib.ExitStack() as stack:
-            run._wait_for_others(stack, None)
+        with run._turn():
+            pass
         answers = [str(build(RECIPE)), load(RECIPE).decode(), told(lambda: build(RECIPE.replace(precision="bf16")))]
         print(json.dumps([*answers, told(lambda: store.remove(answers[0])), fake.builds]))
         """,
