@@ -175,10 +175,10 @@ def times(figure: Interval) -> str:
     return f"{least} times" if least == most else f"{least} to {most} times"
 
 
-def _verdict(figure: Interval, low: float, high: float = math.inf, below: str = "no", above: str = "more") -> str:
+def _verdict(figure: Interval, low: float, high: float = math.inf, below: str = "no") -> str:
     if low <= figure[0] and figure[1] <= high:
         return "yes"
-    return below if figure[1] < low else above if figure[0] > high else CANNOT_TELL
+    return below if figure[1] < low else "more" if figure[0] > high else CANNOT_TELL
 
 
 def _faster(record: Record, engine: Row, other: Row) -> tuple[str, str]:

@@ -43,7 +43,7 @@ def operators(model: ModelProto, caption: str = "") -> Table:
     return Table(caption, ("operator", "defined by", "nodes"), [(*key, n) for key, n in counts.most_common()])
 
 
-def plugin_node(model: ModelProto, caption: str = "") -> Table:
+def plugin_node(model: ModelProto) -> Table:
     """The first node that is no ONNX operator: what it reads and writes, and its attributes."""
     node = next(node for node in model.graph.node if is_plugin(node))
     graph = model.graph
@@ -51,7 +51,7 @@ def plugin_node(model: ModelProto, caption: str = "") -> Table:
     rows = [("input", name, types.get(name, "")) for name in node.input if name]
     rows += [("output", name, types.get(name, "")) for name in node.output]
     rows += [("attribute", a.name, _attribute(helper.get_attribute_value(a))) for a in node.attribute]
-    return Table(caption or f"One {node.op_type} of {node.domain}", ("", "name", "type or value"), rows)
+    return Table(f"One {node.op_type} of {node.domain}", ("", "name", "type or value"), rows)
 
 
 def interface(model: ModelProto, caption: str = "") -> Table:

@@ -76,7 +76,7 @@ def describe(device: str = "auto") -> Hardware:
             properties.total_memory,
             driver(),
         )
-    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    name = _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     architecture = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     memory = psutil.virtual_memory().total
     return Hardware("cpu", name, architecture, free_cores(), memory, "", _vector_instructions())
@@ -93,12 +93,8 @@ def free_memory() -> int:
 
 def peak_host_bytes(pid: int | str = "self") -> int:
     """On Linux from /proc: getrusage would count what the parent held when it started this process."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
+    if held := _field(f"/proc/{pid}/status", "VmHWM"):
+        return int(held.split()[0]) * 1024
     import psutil
 
     info = psutil.Process(None if pid == "self" else int(pid)).memory_info()
@@ -205,14 +201,15 @@ def versions() -> dict[str, str]:
 def _vector_instructions() -> tuple[str, ...]:
     """Such as avx2, avx512f, amx_int8 (x86) or asimd, sve (Arm), as Linux lists them; empty elsewhere."""
     kinds = ("avx", "amx", "fma", "f16c", "bmi", "abm", "asimd", "sve", "sme", "bf16", "i8mm")
-    return tuple(sorted(f for f in (_cpuinfo("flags") or _cpuinfo("Features")).split() if f.startswith(kinds)))
+    listed = _field("/proc/cpuinfo", "flags") or _field("/proc/cpuinfo", "Features")
+    return tuple(sorted(name for name in listed.split() if name.startswith(kinds)))
 
 
-def _cpuinfo(field: str) -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.split(":")[0].strip() == field:
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
+def _field(file: str, name: str) -> str:
+    """What Linux says under a name, in a file of lines "name: value"; "" elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
     return ""
