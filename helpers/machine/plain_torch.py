@@ -14,8 +14,8 @@ _settings = contextlib.ExitStack()  # of the process; the first block sets them,
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """torch as it starts: no autocast, no inference mode, no fake tensors, float32 and the CPU by default, float32
-    products in full precision, and any kernel of attention. What a notebook sets for its own tensors must not change
-    an engine's."""
+    products in full precision, any kernel of attention, any algorithm. What a notebook sets for its own tensors must
+    not change an engine's."""
     import torch
 
     with (
@@ -53,7 +53,7 @@ def _plain_process() -> Iterator[None]:
     kernels = [backend for name, backend in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")]
     with _lock:
         if not _inside:
-            for setting in (_full_width(), sdpa_kernel(kernels), _full_precision()):
+            for setting in (_full_width(), sdpa_kernel(kernels), _full_precision(), _any_algorithm()):
                 _settings.enter_context(setting)
         _inside += 1
     try:
@@ -94,6 +94,22 @@ def _full_precision() -> Iterator[None]:
             one.fp32_precision = precision
 
 
+@contextlib.contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Not only deterministic ones: a GPU has none for the running sum that sampling needs, and torch would refuse."""
+    import torch
+
+    if not torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler, which takes seconds
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
 def _older_setting() -> str:
     import torch
 
@@ -113,6 +129,7 @@ def is_plain() -> bool:
         not _inside
         and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
         and not torch._C._len_torch_dispatch_stack()
+        and not torch.are_deterministic_algorithms_enabled()
         and torch.get_default_dtype() == torch.float32
         and cuda.math_sdp_enabled()
         and cuda.flash_sdp_enabled()

@@ -32,6 +32,21 @@ def test_settings_stay_plain_until_the_last_thread_is_done(half):
     assert torch.get_default_dtype() == torch.float16 and not is_plain()
 
 
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_an_engine_need_not_be_deterministic_where_a_notebooks_own_tensors_must(warn_only):
+    """A GPU has no deterministic cumsum, so torch would refuse to sample."""
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        assert not is_plain()
+        with plain_torch():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert is_plain()
+
+
 def test_tensors_are_real_inside_whatever_torch_traces_and_what_watches_goes_on():
     def plain(x):
         assert not is_plain()
