@@ -216,6 +216,8 @@ def _dataset_problem(dataset: str) -> str:
         return "it is no folder"
     if name := next((name for name in OTHER_LAYOUTS if name in str(folder.resolve()).lower()), ""):
         return f"its path contains {name!r}, which stands for a layout of its own"
+    if mark := next((mark for mark in ("*", "?", "[", "::") if mark in str(folder.resolve())), ""):
+        return f"its path contains {mark!r}, with which it stands for other folders too"  # the library matches files
     others = [name for name in there if name != CALIBRATION_FILE]
     if others:  # a script would be run, a README can name other files, a second data file can be another split
         return f"beside {CALIBRATION_FILE} it holds {others[0]!r}"

@@ -129,6 +129,7 @@ def test_calibration_downloads_nothing_without_being_asked(standin, texts):
         (lambda folder: folder / "nowhere", "no folder"),
         (lambda folder: folder.rename(folder.with_name("my-cnn_dailymail")), "stands for a layout"),
         (lambda folder: folder.rename(folder.with_name("ScienceQA")), "stands for a layout"),
+        (lambda folder: folder.rename(folder.with_name("text[s]")), "stands for other folders"),
         (lambda folder: (folder / "texts.py").touch(), "texts.py"),  # load_dataset would run it
         (lambda folder: (folder / "README.md").touch(), "README.md"),  # its header can name any file
         (lambda folder: (folder / "test.jsonl").touch(), "test.jsonl"),
