@@ -58,6 +58,11 @@ def reference_steps() -> dict[str, StepTimes]:
 
 def arrivals(count: int, per_second: float, *, prompt: int = 64, answer: int = 64, seed: int = 7) -> list[Request]:
     """Requests that come independently of each other, with answers from one token to four times the mean `answer`."""
+    if answer < 1 or not per_second > 0:
+        raise InputError(
+            f"Answers of {shown(answer)} tokens and {shown(per_second)} requests per second are none.",
+            fix="Give answers of 1 token or more, and more than 0 requests per second.",
+        )
     draw, now, requests = random.Random(seed), 0.0, []
     for _ in range(count):
         requests.append(Request(now, prompt, min(4 * answer, 1 + int(draw.expovariate(1 / answer)))))

@@ -212,10 +212,12 @@ def calibrate(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[s
 
 
 def example_feeds(model: onnx.ModelProto, inputs: Sequence[Any] = ()) -> dict[str, np.ndarray]:
-    """Inputs to calibrate with: those given, else standard normal numbers (zeros for whole numbers)."""
+    """Inputs to calibrate with: the tensors among those given, for the export has fixed what else there is; else
+    standard normal numbers (zeros for whole numbers)."""
     generator = np.random.default_rng(0)
     feeds = {}
-    flat = [v for value in inputs for v in (value if isinstance(value, (list, tuple)) else [value])]
+    every = [v for value in inputs for v in (value if isinstance(value, (list, tuple)) else [value])]
+    flat = [value for value in every if isinstance(value, Tensor)]
     for index, value in enumerate(model.graph.input):
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         if flat:
