@@ -259,7 +259,7 @@ class Record:
         if self.hardware["device"] != "cuda":
             return []
         idle = {row.name: row.gpu_idle for row in self.at(batch_size) if row.status == "ok"}
-        remarks = [f"{name}, {x:.0%} of the time the GPU is idle" for name, x in idle.items() if x and x > HOST_BOUND]
+        remarks = [name for name, x in idle.items() if x and x > HOST_BOUND]  # how long, the column "GPU idle" says
         unseen = [name for name, x in idle.items() if x is None]
         if unseen:
             remarks.append("not recorded" + (f" of {', '.join(unseen)}" if len(unseen) < len(idle) else ""))

@@ -129,7 +129,7 @@ def convert(megabytes: int, parts: int) -> str:
         part = np.ones(megabytes * 10**6 // 4 // parts, dtype=np.float32)
         size += part.astype(np.float16).nbytes
         time.sleep(0.02)
-    return f"{size / 1e6:.0f} MB converted"
+    return f"{megabytes} MB in fp32 are {size / 1e6:.0f} MB in fp16"
 
 
 def wait_for_partners(processes: int) -> str:

@@ -80,6 +80,7 @@ WRONG = {
         RECIPE.replace(max_input_len=99, max_seq_len=220),
         RECIPE.replace(max_input_len=100, max_seq_len=219),
         RECIPE.replace(max_input_len=120, max_seq_len=160),
+        RECIPE.replace(max_input_len=100, max_seq_len=5000),  # more than the model has positions
         (100, 220),
     ],
     "00.6": [

@@ -103,6 +103,7 @@ WRONG = {
         BuildRecipe(max_batch_size=4),
         FOR_TWO.replace(max_batch_size=2, decode_batch_sizes=[]),
         BuildRecipe(max_batch_size=4, decode_batch_sizes=[3]),
+        FOR_TWO.replace(max_batch_size=64),
         BuildRecipe(max_batch_size=4, backend="pytorch"),
         [2],
         {"decode_batch_sizes": [2]},

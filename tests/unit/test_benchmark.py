@@ -295,7 +295,7 @@ def on_a_gpu(busy: float | None, handover: float | None = 0.0, **changes) -> Rec
 
 def test_a_contender_that_waits_for_its_host_is_named_in_every_table_and_picture():
     record = on_a_gpu(0.0009, handover=0.00006, host=Host("a processor", 4, 1.5))
-    waits = "Waiting for its host: vllm fp32, 60% of the time the GPU is idle"
+    waits = "Waiting for its host: vllm fp32"
     busy = "Disturbed: other work kept 1.5 cores busy"
     assert record.row("vllm fp32").gpu_idle == pytest.approx(0.6) and record.row("aot fp32").gpu_idle == 0
     shown = [comparison.table, comparison.overview, partial(comparison.compare, theirs=record), comparison.tpot]

@@ -302,7 +302,7 @@ def test_a_worker_beyond_its_memory_is_killed_and_one_that_takes_less_at_a_time_
     assert "more memory" in explain(str(killed.value)).troubles[0].card.fix
     with Worker("helpers.course.troubles") as worker:
         troubles.kill_beyond(150, worker.pid)
-        assert worker.call("convert", megabytes=1200, parts=40) == "600 MB converted"
+        assert worker.call("convert", megabytes=1200, parts=40) == "1200 MB in fp32 are 600 MB in fp16"
 
 
 def test_a_worker_that_waits_for_ever_is_ended():

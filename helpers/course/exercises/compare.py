@@ -95,6 +95,7 @@ def graph_for_two(answer: Any) -> None:
     expect(answer.backend == "aot", f"Its backend is {answer.backend!r}.")
     expect(answer.max_batch_size >= 4, f"It takes only {answer.max_batch_size} sequences.")
     expect(2 in answer.decode_batch_sizes, "Two sequences would still run in the graph for all four.")
+    expect(4 in answer.all_decode_batch_sizes, "Four sequences would run in a graph for more.")
 
 
 def with_impostor(record: Record) -> Record:

@@ -52,11 +52,14 @@ def repeatable(answer: Any, engine: Engine) -> None:
 
 @judge("00.5")
 def recipe_that_fits(answer: Any) -> None:
+    from helpers.model.checkpoint import find_checkpoint
     from helpers.recipe import BuildRecipe
 
     expect(isinstance(answer, BuildRecipe), "This is no recipe.")
     expect(answer.max_input_len >= 100, f"max_input_len={answer.max_input_len} refuses a prompt of 100 tokens.")
     expect(answer.max_seq_len >= 220, f"max_seq_len={answer.max_seq_len} ends before prompt and answer do.")
+    longest = find_checkpoint(answer.model).config.max_position_embeddings
+    expect(answer.max_seq_len <= longest, f"The model knows {longest} positions, so this cannot be built.")
 
 
 @judge("00.6")
