@@ -186,22 +186,29 @@ def _names(variable: str) -> list[str]:
 
 
 def _listed(variable: str) -> list[Path]:
+    return [expanded(name, variable) for name in _names(variable)]
+
+
+def expanded(name: str | Path, variable: str) -> Path:
+    """The whole path of a folder or program that a variable names; StoreError for one under nobody's home."""
     try:
-        return [Path(name).expanduser().absolute() for name in _names(variable)]
-    except RuntimeError as error:
-        fix = f"Set {variable} to folders that are there, with {os.pathsep!r} between two."
-        raise StoreError(f"A folder of engines that {variable} names cannot be: {error}.", fix=fix) from error
+        return Path(name).expanduser().absolute()
+    except (OSError, RuntimeError) as error:  # OSError: the working folder is gone
+        raise StoreError(
+            f"The path {name} cannot be: {error}",
+            cause=f"{variable} names it, with a user that is not here, or from a working folder that is gone.",
+            fix=f"Set {variable} to a whole path that is there.",
+        ) from error
 
 
 def _made(content: str, name: str, default: Path, variable: str) -> Path:
+    folder = expanded(name or default, variable)
     try:
-        folder = Path(name or default).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        why = why_refused(error) if isinstance(error, OSError) else "Here is nobody of that name."
+    except OSError as error:
         raise StoreError(
             f"The folder of {content} cannot be made: {error}.",
-            cause=f"{variable} names it. {why}" if name else why,
+            cause=f"{variable} names it. {why_refused(error)}" if name else why_refused(error),
             fix=f"Set {variable} to a folder that you can write.",
         ) from error
     return folder

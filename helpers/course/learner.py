@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import StoreError
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, expanded
 from helpers.progress import say
 
 FILE = "progress.json"
@@ -22,7 +22,7 @@ FILE = "progress.json"
 
 def work_folder() -> Path:
     """Where a learner's copies of the notebooks and the file of what they did lie."""
-    return Path(os.environ.get("COURSE_WORK") or PROJECT / "work").expanduser().absolute()
+    return expanded(os.environ.get("COURSE_WORK") or PROJECT / "work", "COURSE_WORK")
 
 
 def read() -> dict[str, Any]:

@@ -176,7 +176,7 @@ def _hub_folder(hub_id: str) -> Path:
         return Path(
             snapshot_download(hub_id, local_files_only=True, allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT)
         )
-    except (OSError, ValueError):  # not in the cache, or no Hub id at all
+    except (OSError, ValueError, RuntimeError):  # not in the cache, no Hub id at all, or a cache under nobody's home
         raise _not_here(hub_id) from None
 
 

@@ -79,9 +79,13 @@ def describe() -> list[tuple[str, str, str, str, str]]:
     for path in sorted(models_folder().iterdir()):
         if path.name in NAMED and path.is_dir():
             names.append((path.name, _source(path)))
-    with contextlib.suppress(CacheNotFound):
-        repositories = [repository for repository in scan_cache_dir().repos if repository.repo_type == "model"]
-        names += [(hub_id, "the Hub") for hub_id in sorted(repository.repo_id for repository in repositories)]
+    try:
+        cached = [repository.repo_id for repository in scan_cache_dir().repos if repository.repo_type == "model"]
+        names += [(hub_id, "the Hub") for hub_id in sorted(cached)]
+    except CacheNotFound:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # it is a file, not yours to read, or under nobody's home
+        say(f"The Hub's cache, which HF_HOME names, cannot be read: {error}")
     rows = []
     for name, source in names:
         try:
@@ -278,6 +282,7 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
             "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
             "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
         ),
+        RuntimeError: ("HF_HOME names a folder under the home of a user who is not here.", "Name another folder."),
     }
     try:
         read_config(Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=["config.json"])))

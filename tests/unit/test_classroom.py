@@ -101,11 +101,13 @@ def test_reset_brings_one_back_and_keeps_theirs_under_a_dated_name(course, work)
             classroom.reset(name, course)
 
 
-def test_where_nothing_can_be_written_it_says_so(course, work):
+def test_where_nothing_can_be_written_it_says_so(course, work, monkeypatch):
     work.write_text("a file, where a folder should be")
-    for call in (lambda: classroom.update(course), lambda: classroom.reset("03", course)):
-        with pytest.raises(StoreError, match="COURSE_WORK"):
-            call()
+    for place in (str(work), "~nobody-of-that-name/work"):
+        monkeypatch.setenv("COURSE_WORK", place)
+        for call in (lambda: classroom.update(course), lambda: classroom.reset("03", course), classroom.progress):
+            with pytest.raises(StoreError, match="COURSE_WORK"):
+                call()
 
 
 def test_progress_is_a_table_of_all_exercises():

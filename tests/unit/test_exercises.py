@@ -291,8 +291,10 @@ def test_two_notebooks_write_at_once(work):
     assert sorted(path.name for path in work.iterdir()) == [".progress.json.lock", "progress.json"]
 
 
-def test_where_nothing_can_be_written_the_answer_is_still_checked(work):
+@pytest.mark.parametrize("place", ["", "~nobody-of-that-name/work"])
+def test_where_nothing_can_be_written_the_answer_is_still_checked(work, place, monkeypatch):
     work.write_text("a file, where a folder should be")
+    monkeypatch.setenv("COURSE_WORK", place or str(work))
     outcome = check("00.3", "max_batch_size")
-    assert outcome and "cannot be written" in str(outcome) and "COURSE_WORK" in str(outcome)
-    assert "cannot be written" in str(check("00.3", "max_tokens"))
+    assert outcome and " cannot be" in str(outcome) and "COURSE_WORK" in str(outcome)
+    assert " cannot be" in str(check("00.3", "max_tokens"))

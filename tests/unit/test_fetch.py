@@ -480,6 +480,19 @@ def test_a_download_that_fails_says_why_and_what_to_do(failing, name):
     assert words in refused.value.cause and refused.value.fix
 
 
+@pytest.mark.parametrize("place", ["~nobody-of-that-name/hub", __file__])
+def test_a_cache_of_the_hub_that_cannot_be_is_told(place, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "stories" in [row[0] for row in fetch.describe()]
+    assert "The Hub's cache, which HF_HOME names, cannot be read" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="not on this machine"):
+        fetch.find_checkpoint("owner/name")
+    with pytest.raises(ModelError, match="was not downloaded") as refused:
+        fetch.get("owner/name")
+    assert place == __file__ or "HF_HOME" in refused.value.cause
+
+
 def test_a_full_disk_is_told_of_the_hubs_cache_too(failing, monkeypatch):
     failing(OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(Path, "home", lambda: Path("~nobody-of-that-name").expanduser())  # a container without a home
