@@ -90,8 +90,14 @@ class GuessControl(Panel):
             self.field = control("Text", "your guess", placeholder=prediction.unit, continuous_update=False)
         self.controls = [self.field]
         self.view = w.VBox([self.field, self.errors, self.output])
-        self.draw()  # at once: the next cell may keep the kernel busy
-        self.redraw_with(self.draw, self.field)
+        self.draw()
+        self.field.observe(self._note, names="value")
+
+    def _note(self, _: Any) -> None:
+        """Note and draw a guess at once: what other panels do a moment later comes after a cell that waits, and that
+        may reveal."""
+        with self._shown_errors():
+            self.draw()
 
     def draw(self) -> None:
         if self.field.value:

@@ -1,5 +1,6 @@
 """Guesses before a cell, results after it: shown beside each other, counted, and never a reason to fail."""
 
+import asyncio
 import json
 from fractions import Fraction
 
@@ -150,6 +151,17 @@ def test_a_guess_by_the_control_counts_and_the_cell_run_again_keeps_it():
     assert reveal("who", choice="aot").distance[0] and "you guessed 3 times" in repr(reveal("speed", times=6))
     control.field.value = "6"
     assert "does not count" in control.output.value
+
+
+def test_a_guess_by_the_control_comes_before_a_cell_that_waits():
+    pytest.importorskip("ipywidgets", reason="the notebook tools are not in this environment")
+    control = prediction.GuessControl(predict("speed", times=None))
+
+    async def guess_and_run():  # a kernel that was busy takes both messages, one after the other
+        control.field.value = "3"
+        return repr(reveal("speed", times=6))
+
+    assert "you guessed 3 times, the result is 6 times" in asyncio.run(guess_and_run())
 
 
 def test_readers_without_a_kernel_see_what_was_asked():
