@@ -26,7 +26,7 @@ def work_folder() -> Path:
 
 
 def read() -> dict[str, Any]:
-    """{"exercises": {number: {...}}, "predictions": {notebook: {what: whether it was near}}}. A file that is damaged is put aside."""
+    """{"exercises": {number: {...}}, "predictions": {notebook: {name: whether near}}}. A damaged file is put aside."""
     path = work_folder() / FILE
     empty: dict[str, Any] = {"exercises": {}, "predictions": {}}
     try:
