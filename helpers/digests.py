@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from helpers.paths import check_is_file, engines_folder, read_text, user_id
-from helpers.progress import Progress
+from helpers.progress import shown_if_slow
 
 # In the learner's own store: path -> [what the file was like, its digest]. Each user's own, and readable by no other:
 # in a shared store, one user could not replace another's, and should not believe it.
 MEMORY = f".digests-{user_id()}.json"
 LARGE = 1 << 24  # bytes; a smaller file is read faster than remembered
-SILENT_S = 2.0  # a file that takes longer to read is shown
 SETTLED_S = 2.0  # a file that was written later than this may change again within one tick of the clock
 
 
@@ -48,14 +47,10 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _sha256(path: Path) -> str:
-    total, start = hashlib.sha256(), time.monotonic()
-    with path.open("rb") as file, contextlib.ExitStack() as shown:
+    total, title = hashlib.sha256(), f"Reading {path.name} for its sha256, {path.stat().st_size / 1e9:.1f} GB"
+    with path.open("rb") as file, shown_if_slow(title, "read"):
         while block := file.read(1 << 22):
             total.update(block)
-            if time.monotonic() - start > SILENT_S:
-                start = float("inf")
-                title = f"Reading {path.name} for its sha256, {path.stat().st_size / 1e9:.1f} GB"
-                shown.enter_context(shown.enter_context(Progress(title)).phase("read"))
     return total.hexdigest()
 
 

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import filelock
 
 
+SILENT_S = 2.0  # what takes longer is shown
 _hushed: ContextVar[bool] = ContextVar("_hushed", default=False)
 
 
@@ -46,8 +47,8 @@ class Progress:
         self._thread.start()
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+    def phase(self, name: str, start: float | None = None) -> Iterator[None]:
+        start = start or time.perf_counter()
         self._running = (name, start)
         self._draw()
         try:
@@ -102,6 +103,27 @@ class Progress:
     def _say(self, line: str) -> None:
         if not self.quiet and self._handle is None:
             _write(line, sys.stderr)
+
+
+@contextmanager
+def shown_if_slow(title: str, phase: str) -> Iterator[None]:
+    """The block as a phase that is shown once it has taken some time."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def show() -> None:
+        if not done.wait(SILENT_S):
+            with Progress(title) as progress, progress.phase(phase, start):
+                done.wait()
+
+    thread = threading.Thread(target=copy_context().run, args=(show,), daemon=True)  # hushed where this one is
+    with suppress(RuntimeError):  # a limit on threads keeps nobody from what is to be done
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident:
+            thread.join()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from helpers.machine import hardware
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.config import transformers_config
 from helpers.model.tokenizer import load_tokenizer
+from helpers.progress import shown_if_slow
 from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +63,8 @@ class PyTorchEngine(Engine):
         super().__init__(recipe, load_tokenizer(checkpoint.folder), config.eos_token_ids, config.vocab_size)
         self.device = hardware.resolve_device(recipe.device)
         _check_memory(config.parameter_count() * DTYPES[recipe.precision].itemsize, self.device)
-        self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
+        with shown_if_slow(f"Loading {recipe.short_name}", "model"):
+            self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
         self.cache: Any = None
         self.mask = self.positions = torch.empty(0)
 

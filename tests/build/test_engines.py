@@ -1,5 +1,6 @@
 """Every backend beside transformers: the same tokens, whatever the batch, the phase or the way of asking."""
 
+import contextlib
 import copy
 import os
 import pickle
@@ -93,6 +94,16 @@ def test_two_engines_at_once_do_not_disturb_each_other(aot, stories_fp32):
         first, second = ([token.token_id for token in tokens] for tokens in zip(*mixed, strict=True))
     assert first == aot.generate(PROMPTS[1], GREEDY)[0].token_ids
     assert second == aot.generate(PROMPTS[2], GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize("backend", ["aot.engine", "pytorch"])
+def test_loading_is_shown_where_it_takes_long(backend, tiny_engine, tiny_llama, monkeypatch):
+    titles = []
+    shown = f"helpers.backends.{backend}.shown_if_slow"
+    monkeypatch.setattr(shown, lambda title, phase: titles.append(title) or contextlib.nullcontext())
+    recipe = BuildRecipe(model=str(tiny_llama), backend="pytorch", max_input_len=16, max_seq_len=48)
+    with load(recipe if backend == "pytorch" else tiny_engine):
+        assert len(titles) == 1 and titles[0].startswith("Loading tiny-llama")
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------

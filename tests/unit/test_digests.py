@@ -1,13 +1,14 @@
 """A large file's digest is kept, and taken again wherever the file may be another."""
 
 import os
+import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
-from helpers import digests
+from helpers import digests, progress
 from helpers.digests import file_digest
-from helpers.progress import hushed, say
 
 
 @pytest.fixture
@@ -29,17 +30,32 @@ def test_a_large_file_is_read_once(large):
     assert file_digest(path, reread=True) and len(reads) == 2
 
 
-def test_a_file_that_takes_long_to_read_is_shown_unless_all_is_quiet(large, monkeypatch, capsys):
-    path, _ = large
-    file_digest(path)
-    assert not capsys.readouterr().err
-    monkeypatch.setattr(digests, "SILENT_S", -1.0)
-    with hushed(True):
-        file_digest(path, reread=True)
-        say("nothing")
-    assert not capsys.readouterr().err
-    assert file_digest(path, reread=True) == file_digest(path)
-    assert "Reading weights" in capsys.readouterr().err
+def test_reading_a_file_is_shown_where_it_takes_long(large, monkeypatch):
+    titles = []
+    monkeypatch.setattr(digests, "shown_if_slow", lambda title, phase: titles.append(title) or nullcontext())
+    file_digest(large[0])
+    assert titles == ["Reading weights for its sha256, 0.0 GB"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_takes_long_is_shown_unless_all_is_quiet(monkeypatch, capsys, quiet):
+    shown, plain = threading.Event(), progress.Progress.phase
+    monkeypatch.setattr(progress.Progress, "phase", lambda *given: shown.set() or plain(*given))
+    with progress.shown_if_slow("Reading it", "read"):
+        pass
+    assert not shown.is_set() and not capsys.readouterr().err
+    monkeypatch.setattr(progress, "SILENT_S", 0.0)
+    with progress.hushed(quiet), progress.shown_if_slow("Reading it", "read"):
+        assert shown.wait(60)
+        progress.say("A line.")
+    written = capsys.readouterr().err
+    assert (("Reading it" in written), ("A line." in written)) == (not quiet, not quiet)
+
+
+def test_where_no_thread_can_start_nothing_is_shown_and_all_is_done(monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+    with progress.shown_if_slow("Reading it", "read"):
+        pass
 
 
 def test_a_file_of_the_same_size_and_modification_time_is_read_again(large):

@@ -20,6 +20,7 @@ from helpers.backends.aot.stored import read_weights
 from helpers.backends.base import Engine
 from helpers.model.config import load_config
 from helpers.model.tokenizer import load_tokenizer
+from helpers.progress import shown_if_slow
 from helpers.recipe import BuildRecipe
 
 PIECE = 256  # logits that one of a GPU's processors looks at
@@ -34,17 +35,18 @@ class AotEngine(Engine):
         super().__init__(recipe, load_tokenizer(folder), config.eos_token_ids, config.vocab_size)
         details = manifest["details"]
         self.device = manifest["identity"]["recipe"]["device"]
-        self.weights = read_weights(folder, self.device)
-        dtype = getattr(torch, details["compute_dtype"])
-        self.cache = empty_cache(recipe, config, self.device, dtype, recipe.max_batch_size)
-        self.span = torch.arange(recipe.max_seq_len, device=self.device)
-        self.graphs = {
-            name: Phase(folder, name, entry, config, self.weights) for name, entry in details["graphs"].items()
-        }
         self.num_threads: int = details["num_threads"]  # 0 on a GPU
         self.lengths: list[int] = []
+        dtype = getattr(torch, details["compute_dtype"])
         step = CudaGraphStep if self.device == "cuda" else DecodeStep
-        self.steps: dict[int, DecodeStep] = {size: step(self, size) for size in recipe.all_decode_batch_sizes}
+        with shown_if_slow(f"Loading {folder.name}", "weights and graphs"):
+            self.weights = read_weights(folder, self.device)
+            self.cache = empty_cache(recipe, config, self.device, dtype, recipe.max_batch_size)
+            self.span = torch.arange(recipe.max_seq_len, device=self.device)
+            self.graphs = {
+                name: Phase(folder, name, entry, config, self.weights) for name, entry in details["graphs"].items()
+            }
+            self.steps: dict[int, DecodeStep] = {size: step(self, size) for size in recipe.all_decode_batch_sizes}
         self.step = self.steps[1]  # of the batch that is answered
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
