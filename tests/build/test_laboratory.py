@@ -136,8 +136,10 @@ def test_each_width_has_its_registers():
 @pytest.mark.skipif(not AVX, reason="x86 only")
 def test_the_registers_of_a_known_library(tmp_path):
     """numpy compiles its sorting for several processors, and chooses when it runs: so all are in one library."""
-    (library,) = Path(numpy.__file__).parent.glob("_core/_simd.*.so") or [None]
-    counts = vector_registers(library)
+    libraries = list(Path(numpy.__file__).parent.glob("*core/_simd.*.so"))  # numpy 1 calls the folder core
+    if not libraries:
+        pytest.skip("this numpy has its library elsewhere")
+    counts = vector_registers(libraries[0])
     assert all(
         counts[name] > 100 for name in ("zmm (512 bits, AVX-512)", "ymm (256 bits, AVX2)", "xmm (128 bits, SSE)")
     )
