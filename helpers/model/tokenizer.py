@@ -201,10 +201,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 def _check_prefix_space(folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """ModelError where transformers would put a space before a text and tokenizer.json does not, or the other way."""
-    asked, llama = config.get("add_prefix_space"), str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-    if llama and isinstance(asked, bool) and backend.token_to_id("\u2581") is not None:
+    asked, kind = config.get("add_prefix_space"), str(config.get("tokenizer_class")).partition("Tokenizer")[0]
+    space = {"Llama": "\u2581", "GPT2": "\u0120", "Qwen2": "\u0120"}.get(kind)  # as it is written in a token
+    if space and isinstance(asked, bool) and backend.token_to_id(space) is not None:
         first = backend.encode("a", add_special_tokens=False).tokens[:1]
-        if asked != any(token.startswith("\u2581") for token in first):
+        if asked != any(token.startswith(space) for token in first):
             raise ModelError(
                 f"add_prefix_space is {asked} for {folder.name!r}, and tokenizer.json does otherwise.",
                 cause="tokenizer_config.json was changed, or the two files are of different models.",

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import GREEDY, PROMPTS, STORIES, Scripted, limits
@@ -164,6 +165,10 @@ def test_any_text_is_answered(aot, prompt):
         (["fine", None], "token ids"),
         (None, "token ids"),
         (7, "token ids"),
+        (b"Once", r"decode\(\)"),
+        (np.frombuffer(b"Once", np.uint8), r"decode\(\)"),
+        (torch.tensor(list(b"Once"), dtype=torch.uint8), r"decode\(\)"),
+        ({"input_ids": [1]}, "input_ids"),
     ],
 )
 def test_a_bad_prompt_is_refused(engine, prompts, words):

@@ -334,6 +334,17 @@ def test_a_space_before_the_text_is_refused_where_two_files_contradict_each_othe
             load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("kind", ["GPT2TokenizerFast", "Qwen2Tokenizer"])
+def test_a_space_before_a_text_of_bytes_is_refused_where_two_files_contradict_each_other(tmp_path, kind, prefix):
+    folder = saved(tmp_path, make("byte-level"), {"tokenizer_class": kind, "add_prefix_space": prefix})
+    if not prefix:
+        assert load_tokenizer(folder).encode("Once") == AutoTokenizer.from_pretrained(folder)("Once").input_ids
+    else:
+        with pytest.raises(ModelError, match="add_prefix_space"):
+            load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     "setting",
     [
