@@ -363,13 +363,16 @@ class TokenStream(Iterator[Token]):
         self._tokens, self._turn = tokens, threading.RLock()
 
     def __next__(self) -> Token:
-        with self._turn:
-            if inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING:
-                raise InputError("This stream is read inside of its own `observe`.", fix="Read it outside.")
-            return next(self._tokens)
+        return self._in_turn(next)
 
     def close(self) -> None:
-        self._tokens.close()
+        self._in_turn(lambda tokens: tokens.close())
+
+    def _in_turn(self, use: Callable[[Generator[Token, None, None]], Any]) -> Any:
+        with self._turn:
+            if inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING:
+                raise InputError("This stream is read or closed inside of its own `observe`.", fix="Do it outside.")
+            return use(self._tokens)
 
 
 def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:

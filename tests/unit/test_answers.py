@@ -1,7 +1,9 @@
 """Stop strings: where an answer ends, whole or streamed, wherever its tokens end."""
 
+import contextlib
 import random
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import pytest
 from conftest import Scripted
@@ -131,10 +133,30 @@ def test_threads_that_read_one_stream_take_turns():
     assert len(tokens) == 60
 
 
-def test_a_stream_that_reads_itself_is_refused():
-    stream = Scripted([5]).stream([1], SamplingParams(temperature=0, max_tokens=6), observe=lambda _: next(stream))
+@pytest.mark.parametrize("use", [next, lambda stream: stream.close()], ids=["reads", "closes"])
+def test_a_stream_that_reads_or_closes_itself_is_refused(use):
+    stream = Scripted([5]).stream([1], SamplingParams(temperature=0, max_tokens=6), observe=lambda _: use(stream))
     with pytest.raises(InputError, match="observe"):
         list(stream)
+
+
+def test_a_stream_is_closed_after_the_token_that_another_thread_waits_for():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def observe(_):
+        begun.set()
+        assert go_on.wait(60)
+
+    stream = Scripted([5]).stream([1], SamplingParams(temperature=0, max_tokens=6), observe=observe)
+    with ThreadPoolExecutor(2) as pool:
+        reader = pool.submit(next, stream)
+        assert begun.wait(60)
+        closer = pool.submit(stream.close)
+        with contextlib.suppress(TimeoutError):  # it waits; the error that it must not raise comes here
+            closer.result(0.1)
+        go_on.set()
+        assert reader.result().token_id == 5 and closer.result() is None
+    assert list(stream) == []
 
 
 def test_an_observer_that_changes_its_logits_changes_no_answer():
