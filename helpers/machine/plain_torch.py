@@ -47,14 +47,21 @@ def _real_tensors() -> Iterator[None]:
 @contextlib.contextmanager
 def _plain_process() -> Iterator[None]:
     """What all threads share: it stays plain until the last engine that needs it so is done."""
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     global _inside
     kernels = [backend for name, backend in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")]
     with _lock:
         if not _inside:
-            for setting in (_full_width(), sdpa_kernel(kernels), _full_precision(), _any_algorithm()):
-                _settings.enter_context(setting)
+            _settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+            if torch.are_deterministic_algorithms_enabled():  # a GPU has none for the running sum of sampling
+                warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+                _settings.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+                torch.use_deterministic_algorithms(False)
+            _settings.enter_context(sdpa_kernel(kernels))
+            _settings.enter_context(_full_precision())
         _inside += 1
     try:
         yield
@@ -63,18 +70,6 @@ def _plain_process() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 _settings.close()
-
-
-@contextlib.contextmanager
-def _full_width() -> Iterator[None]:
-    import torch
-
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager
@@ -92,22 +87,6 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(older or "highest")
         for one, precision in zip(products, before, strict=True):
             one.fp32_precision = precision
-
-
-@contextlib.contextmanager
-def _any_algorithm() -> Iterator[None]:
-    """Not only deterministic ones: a GPU has none for the running sum that sampling needs, and torch would refuse."""
-    import torch
-
-    if not torch.are_deterministic_algorithms_enabled():  # to set it imports the compiler, which takes seconds
-        yield
-        return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _older_setting() -> str:
