@@ -10,7 +10,7 @@ pytest.importorskip("ipywidgets", reason="the notebook tools are not in this env
 from jupyter_client.manager import start_new_kernel
 
 from helpers import store
-from helpers.course.widgets import build_explorer
+from helpers.course.widgets import build, build_explorer
 from helpers.paths import PROJECT, engines_folder
 
 LIMITS = {"device": "cpu", "max_batch_size": 1, "max_input_len": 16, "max_seq_len": 48}
@@ -49,12 +49,36 @@ def test_a_build_ends_with_its_kernel(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     manager, client = start_new_kernel(startup_timeout=120)
     explorer = f"build_explorer(model={str(tiny_llama)!r}, **{LIMITS})"
-    client.execute(f"from helpers.course.widgets import build_explorer\nex = {explorer}\nex.button.click()")
-    until(lambda: list(tmp_path.glob(".building-*/*")))
-    client.stop_channels()
-    manager.shutdown_kernel()  # as Restart does it: the kernel is asked to end
+    try:
+        client.execute(f"from helpers.course.widgets import build_explorer\nex = {explorer}\nex.button.click()")
+        until(lambda: list(tmp_path.glob(".building-*/*")))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)  # killed, as for memory; Restart kills one that takes long to end, too
     until(lambda: not list(tmp_path.glob(".building-*")))
     assert store.list_engines() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("print('{}', flush=True); time.sleep(0.5)", "tiny-llama"), ("time.sleep(600)", "Cancelled. It had to be killed")],
+    ids=["published", "killed"],
+)
+def test_stop_tells_what_became_of_the_build(tiny_engine, tiny_llama, monkeypatch, command, words):
+    """Whether it was done before it heard of Stop, or heard nothing."""
+    monkeypatch.setattr(build, "COMMAND", "import time; " + command.format(tiny_engine))
+    monkeypatch.setattr(build, "PATIENCE", 60 if "print" in command else 0.2)
+    explorer = build_explorer(model=str(tiny_llama), **LIMITS, optimization_level=3)
+
+    async def click():
+        explorer.button.click()
+        await asyncio.sleep(0)
+        explorer.stop_button.click()
+        await explorer.task
+
+    asyncio.run(asyncio.wait_for(click(), 120))
+    assert words in explorer.log.value and "Nothing is left" not in explorer.log.value
+    assert ("decode_b1" in explorer.report.value) is ("print" in command)
 
 
 def until(condition, seconds=120):

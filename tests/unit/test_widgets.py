@@ -267,6 +267,18 @@ def test_the_memory_calculator_shows_its_table_and_follows_its_controls():
     assert "H100" in data["text/html"] and "H100" in data["text/plain"]
 
 
+@pytest.mark.parametrize("explore", [widgets.build_explorer, widgets.memory_calculator])
+@pytest.mark.parametrize(
+    "fields",
+    [{"max_batch_size": 128, "max_input_len": 4096, "max_seq_len": 8192}, {"max_input_len": 1, "max_seq_len": 64}],
+    ids=["large", "small"],
+)
+def test_no_control_changes_the_recipe_that_was_given(explore, fields):
+    shown = vars(explore(**fields).recipe())
+    names = fields if explore is widgets.build_explorer else {**fields, "max_input_len": 1}
+    assert {name: shown[name] for name in names} == names
+
+
 def test_what_the_calculator_cannot_count_is_told_and_goes_away(tmp_path):
     calculator = widgets.memory_calculator()
     calculator.fields["model"].options = [*calculator.fields["model"].options, str(tmp_path)]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import html
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,20 @@ from helpers.paths import PROJECT
 from helpers.recipe import BuildRecipe
 from helpers.recipe.fields import OPTIMIZATION_LEVELS
 
-# A notebook's kernel ignores interrupts between cells, and what it starts would ignore them too.
-INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import helpers.__main__"
+# `helpers build`, interrupted once its input closes: by Stop, or since the kernel has ended, however it ended. A kernel
+# ignores interrupts between cells, and what it starts would ignore them too.
+COMMAND = """
+import _thread, os, signal, threading
+def interrupt():
+    os.read(0, 1)
+    if os.name == "posix":
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # it may wait, and wakes up
+    else:
+        _thread.interrupt_main()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=interrupt, daemon=True).start()
+import helpers.__main__
+"""
 PATIENCE = 15.0  # seconds that a cancelled build may take to clear away what it has written
 
 
@@ -44,9 +53,9 @@ class BuildExplorer(RecipePanel):
         level = recipe.optimization_level
         super().__init__(
             recipe,
-            max_batch_size=slider("max_batch_size", recipe.max_batch_size, 1, 64),
-            max_input_len=slider("max_input_len", recipe.max_input_len, 2, 2048),
-            max_seq_len=slider("max_seq_len", recipe.max_seq_len, 3, 4096),
+            max_batch_size=slider("max_batch_size", recipe.max_batch_size, 1, max(64, recipe.max_batch_size)),
+            max_input_len=slider("max_input_len", recipe.max_input_len, 1, max(2048, recipe.max_input_len)),
+            max_seq_len=slider("max_seq_len", recipe.max_seq_len, 3, max(4096, recipe.max_seq_len)),
             optimization_level=control("Dropdown", "optimization_level", options=OPTIMIZATION_LEVELS, value=level),
         )
         self.fuse = control("Checkbox", "fuse operations into kernels", value=recipe.fusion.kernels, indent=False)
@@ -75,42 +84,42 @@ class BuildExplorer(RecipePanel):
             paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", INTERRUPTIBLE, "build", str(file)],
-                    stdin=subprocess.DEVNULL,
+                    [sys.executable, "-c", COMMAND, "build", str(file)],
+                    stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"},
                     **commands.OWN_SESSION,
                 )
-            # Nobody waits for it once the kernel is gone.
-            end = partial(process.send_signal, signal.SIGINT if commands.POSIX else signal.SIGTERM)
-            atexit.register(end)
+            assert process.stdin is not None
             try:
                 while process.poll() is None and not self._stopping:
                     seconds = time.monotonic() - started
                     self.bar.value = min(0.98, seconds / expected)
                     self._show_log(log, f"{seconds:.0f} s of about {expected:.0f} s")
                     yield 0.25
-                if process.poll() is None and commands.POSIX:
-                    process.send_signal(signal.SIGINT)  # it clears away what it has written
+                if process.poll() is None:
+                    process.stdin.close()  # it clears away what it has written
                     self._show_log(log, "cancelling ...")
                     deadline = time.monotonic() + PATIENCE
                     while process.poll() is None and time.monotonic() < deadline:
                         yield 0.1
+                ended = process.poll() not in (None, -9)  # what is killed, by us or the system, leaves its files
             finally:
-                atexit.unregister(end)
                 commands.kill_all(process)
+                process.stdin.close()
                 process.wait()
                 self.bar.layout.display = "none"
             words = log.read_text(encoding="utf-8", errors="replace").strip()
         self.draw()
-        if self._stopping:
-            self.log.value = "<p>Cancelled. Nothing is left of this build.</p>"
-        elif process.returncode:
-            raise BuildError(f"The build failed.\n{words}")
-        else:
+        if process.returncode == 0:  # perhaps before Stop reached it
             self.log.value = f"<pre>{html.escape(words)}</pre>"
             self.report.value = as_html(inspect(words.splitlines()[-1]))
+        elif self._stopping:
+            left = "Nothing is left of this build." if ended else "It had to be killed: the next build clears it away."
+            self.log.value = f"<p>Cancelled. {left}</p>"
+        else:
+            raise BuildError(f"The build failed.\n{words}")
 
     def _show_log(self, log: Path, now: str) -> None:
         words = log.read_text(encoding="utf-8", errors="replace")

@@ -16,7 +16,10 @@ from helpers.recipe.fields import PRECISIONS
 def memory_calculator(model: str = "dummy:llama-3.2-1b", **fields: Any) -> MemoryCalculator:
     """Controls for model, precision, batch and length over `memory_table`. fields: where they stand at first, as a
     recipe's."""
-    return MemoryCalculator(BuildRecipe(model=model, **{"precision": "bf16", "max_seq_len": 1024, **fields}))
+    return MemoryCalculator(
+        # What is counted has no prompt: its length would only forbid shorter sequences.
+        BuildRecipe(model=model, **{"precision": "bf16", "max_seq_len": 1024, **fields, "max_input_len": 1})
+    )
 
 
 class RecipePanel(Panel):
@@ -27,7 +30,7 @@ class RecipePanel(Panel):
         self._recipe = recipe
         self.fields = {
             "model": control("Dropdown", "model", options=models(recipe.model), value=recipe.model),
-            "precision": control("Dropdown", "precision", options=PRECISIONS["aot"], value=recipe.precision),
+            "precision": control("Dropdown", "precision", options=PRECISIONS[recipe.backend], value=recipe.precision),
             **more,
         }
         self.controls = [*self.fields.values()]
@@ -56,7 +59,7 @@ class MemoryCalculator(RecipePanel):
 
         lengths = sorted({*(2**power for power in range(5, 18)), recipe.max_seq_len})
         super().__init__(
-            recipe.replace(max_input_len=1),
+            recipe,
             max_batch_size=slider("sequences", recipe.max_batch_size, 1, 1024),
             max_seq_len=control("SelectionSlider", "tokens in each", options=lengths, value=recipe.max_seq_len),
         )
