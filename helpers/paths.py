@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -118,10 +119,10 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """The name to write under until the file is whole; nothing is left of it."""
+    """The name to write under until the file is whole: nobody else's. Nothing is left of it."""
     try:
         check_is_file(path)  # a device such as /dev/null would be replaced
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
             yield part
         finally:

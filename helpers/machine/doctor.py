@@ -129,8 +129,9 @@ def check_compiler() -> Check:
     except BackendUnavailable as error:
         return failure(error.what, error.fix)
     name = f"{hardware.compiler_version()}{' (from CXX)' if compiler == os.environ.get('CXX') else ''}"
-    other = next((path for path in map(shutil.which, ("g++", "clang++")) if path and path != compiler), None)
-    fix = f"export CXX={other}" if other else "Install g++ and, if CXX is set, unset it."
+    there = [path for path in map(shutil.which, (compiler, "g++", "clang++")) if path]
+    other = next((path for path in there if not Path(path).samefile(there[0])), None)
+    fix = f"export CXX={other}" if other else "Install g++ anew and, if CXX is set, unset it."
     torch = importlib.util.find_spec("torch")
     headers, libraries = (Path(torch and torch.origin or "").parent / name for name in ("include", "lib"))
     if not (headers / "torch").is_dir():
@@ -425,13 +426,15 @@ def examine(needed: float = 0, only: Collection[str] = ()) -> Iterator[Check]:
 
 
 def named_cause(error: CourseError) -> CourseError:
-    """The error of a compiler that failed, with what is wrong with this machine as its cause, if something is."""
-    lines = sorted(examine(only=OF_A_BUILD), key=lambda check: ("failure", "warning", "OK").index(check.status))
-    if lines and (worst := lines[0]).status != "OK":
-        cause = f"The doctor's check {worst.name!r} finds a {worst.status}: {worst.found}"
-        return type(error)(error.what, cause=cause, fix=worst.fix)
-    cause = f"{error.cause} (The doctor finds nothing wrong with compiler, memory and folders.)".strip()
-    return type(error)(error.what, cause=cause, fix=error.fix)
+    """The error of a compiler that failed. What fails on this machine is its cause; warnings stand behind its own."""
+    lines = list(examine(only=OF_A_BUILD))
+    for check in lines:
+        if check.status == "failure":
+            cause = f"The doctor's check {check.name!r} finds a failure: {check.found}"
+            return type(error)(error.what, cause=cause, fix=check.fix)
+    warned = "; ".join(f"{check.name}: {check.found}" for check in lines if check.status == "warning")
+    told = f"The doctor {f'warns of {warned}' if warned else 'finds nothing wrong with compiler, memory and folders'}."
+    return type(error)(error.what, cause=f"{error.cause} ({told})".strip(), fix=error.fix)
 
 
 def _guarded(check: Callable[[], Check]) -> Check:

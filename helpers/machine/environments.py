@@ -7,6 +7,7 @@ environment that could not be finished is removed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -281,7 +282,7 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
         try:
             interpreter = _install(name, target, find_python(name, python), explain)
         except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
+            _remove(target)
             print(f"Removed the unfinished {target.name}.", flush=True)
             raise
         (target / UNFINISHED).unlink()
@@ -291,7 +292,7 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
 def _install(name: str, target: Path, base: str, explain: Explain | None) -> Path:
     environment, interpreter, wheels = ENVIRONMENTS[name], target / "bin" / "python", target / "wheels"
     print(f"[2/4] Making {target.name} with {base}", flush=True)
-    shutil.rmtree(target, ignore_errors=True)  # what a killed attempt left
+    _remove(target)  # what a killed attempt left
     target.mkdir()
     (target / UNFINISHED).touch()
     _step([base, "-m", "venv", str(target)], environment)
@@ -321,6 +322,15 @@ def _install(name: str, target: Path, base: str, explain: Explain | None) -> Pat
         raise _not_importable(name, error.cause, explain) from None
     print(f"      {time.monotonic() - start:.0f} s. Ready: {shown(interpreter)}")
     return interpreter
+
+
+def _remove(target: Path) -> None:
+    """Out of sight at once: half an environment whose mark is deleted already would pass for a finished one."""
+    aside = target.with_name(f"{target.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _step(command: list[str], environment: Environment) -> None:

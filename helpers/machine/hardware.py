@@ -165,7 +165,7 @@ def least_time(size: int, device: str, threads: int) -> float:
 
 
 def compiler() -> str:
-    """Path of the C++ compiler that Inductor will call; raises BackendUnavailable if there is none."""
+    """Name or path of the C++ compiler that Inductor will call; raises BackendUnavailable if there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and shutil.which(name):
             return name

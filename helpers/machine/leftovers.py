@@ -158,6 +158,8 @@ def _holders(lock: Path) -> Iterator:
         fields = line.split()
         if "->" not in fields and fields[-3].endswith(f":{node}"):
             try:
-                yield psutil.Process(int(fields[-4]))
+                process = psutil.Process(int(fields[-4]))
+                if str(lock.resolve()) in (file.path for file in process.open_files()):  # not that node of another disk
+                    yield process
             except psutil.Error:
-                continue  # given back meanwhile, or of another container
+                continue  # given back meanwhile, or of another user or container

@@ -289,6 +289,21 @@ def test_what_a_killed_attempt_left_is_made_anew(wheels, project):
     assert environments.installed_version(environments.create("vllm"), "vllm") == "0.25.1"
 
 
+def test_a_removal_that_is_interrupted_leaves_nothing_that_passes_for_finished(project, monkeypatch):
+    script(project / ".venv-vllm" / "bin" / "python", "echo 0.25.1")
+    (project / ".venv-vllm" / environments.UNFINISHED).touch()
+
+    def interrupted(folder, **_):
+        if folder.is_dir():
+            (folder / environments.UNFINISHED).unlink(missing_ok=True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(environments.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        environments.create("vllm")
+    assert environments.python_of("vllm") is None
+
+
 def test_two_that_make_the_same_environment_take_turns(project):
     """The second would delete what the first has fetched."""
     target, lock = project / ".venv-vllm", filelock.FileLock(project / ".venv-vllm.lock")

@@ -208,6 +208,19 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_measured(tmp_p
         assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_file_is_written_under_a_name_that_nobody_else_has(tmp_path, monkeypatch):
+    """Two may write the same one at a time; and NAME.part may be the user's own."""
+    (tmp_path / "a.json.part").write_text("mine")
+    names = []
+    plain = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda part, path: (names.append(part.name), plain(part, path))[1])
+    for _ in range(2):
+        records.save(new_record(new_row()), tmp_path / "a.json")
+    records.keeper(tmp_path / "a.json")
+    assert len(set(names)) == 2 and (tmp_path / "a.json.part").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.json.part"}
+
+
 def test_records_merge_only_if_they_did_the_same_work():
     first = new_record(new_row())
     second = new_record(new_row("pytorch"), date="2026-01-02T00:00:00+00:00")

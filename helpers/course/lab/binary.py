@@ -68,6 +68,12 @@ def vector_registers(library: Path) -> Counter[str]:
             fix="Install it: 'apt-get install binutils'.",
         )
     done = commands.run([tool, "-d", "--no-show-raw-insn", str(library)], 120)
+    if done.returncode == commands.TOO_SLOW:
+        raise InputError(
+            f"{library.name} has too much machine code: {Path(tool).name} was stopped.",
+            cause=f"{done.stderr[:1].upper()}{done.stderr[1:]}.",
+            fix="Ask about a smaller one, such as an engine's.",
+        )
     if done.returncode:
         raise InputError(f"{library.name} holds no machine code that {Path(tool).name} can read.")
     counts: Counter[str] = Counter()
