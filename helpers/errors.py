@@ -161,10 +161,10 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], text)
 
 
-def shown(value: Any) -> str:
-    """A wrong value as an error names it: short, whatever it is."""
+def shown(value: Any, longest: int = 80) -> str:
+    """A wrong value as an error names it: short, whatever it is. longest: characters."""
     try:
-        return f"{value!r:.80}"
+        return f"{value!r:.{longest}}"
     except Exception:  # anybody's own __repr__; and Python spells out no whole number of more than 4300 digits
         return f"a value of type {type(value).__name__}"
 

@@ -277,6 +277,7 @@ def test_no_control_changes_the_recipe_that_was_given(explore, fields):
     shown = vars(explore(**fields).recipe())
     names = fields if explore is widgets.build_explorer else {**fields, "max_input_len": 1}
     assert {name: shown[name] for name in names} == names
+    assert widgets.memory_calculator(max_seq_len=64).recipe().max_seq_len == 64  # shorter than a recipe's usual prompt
 
 
 def test_what_the_calculator_cannot_count_is_told_and_goes_away(tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 
 from helpers.course import learner
 from helpers.course.values import plain
-from helpers.errors import CourseError, InputError, printable, shown
+from helpers.errors import CourseError, InputError, StoreError, printable, shown
 
 # The module with the judges of a notebook's exercises.
 MODULES = {
@@ -129,9 +129,8 @@ def check(number: str, answer: Any = None) -> Outcome:
     tries, note = learner.record_answer(number, outcome.state, _fingerprint(answer))
     if outcome:
         return Outcome("right", outcome.message + note)
-    yours = "your function" if inspect.isroutine(answer) else shown(answer)
     level, most = min(tries, len(task.hints)), len(task.hints)
-    message = f"{outcome.message}\n  yours: {yours}\n  expected: {task.expects}"
+    message = f"{outcome.message}\n  yours: {_short(answer)}\n  expected: {task.expects}"
     message += f"\n  hint {level} of {most}: {task.hints[level - 1]}"
     if level == most:
         message += f'\nIf you have tried enough: solution("{number}")'
@@ -141,8 +140,11 @@ def check(number: str, answer: Any = None) -> Outcome:
 def hint(number: str) -> None:
     """Print a hint without a try; the next call prints a deeper one."""
     task = find(number)
-    given = learner.record_hint(number, len(task.hints))
-    print(f"Hint {given} of {len(task.hints)} for {number}: {task.hints[given - 1]}")
+    try:
+        given, note = learner.record_hint(number, len(task.hints)), ""
+    except StoreError as error:  # as in `check`
+        given, note = 1, f"\n({error})"
+    print(f"Hint {given} of {len(task.hints)} for {number}: {task.hints[given - 1]}{note}")
 
 
 class Solution(str):
@@ -154,7 +156,10 @@ class Solution(str):
 def solution(number: str) -> Solution:
     """A right answer, with the reason. The learner's file notes that it was shown."""
     task = find(number)
-    learner.record_solution(number)
+    try:
+        learner.record_solution(number)
+    except StoreError as error:
+        print(f"({error})")
     return Solution(f"**{number} {task.title}**\n\n{task.solution}")
 
 
@@ -173,11 +178,10 @@ def freeze(notebook: str, **given: Any) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that the learner's code may change; what nobody can change, and an engine, as it is."""
+    """A copy that the learner's code may change; an engine as it is."""
     from helpers.backends.base import Engine
 
-    parameters = getattr(type(value), "__dataclass_params__", None)
-    if isinstance(value, Engine) or (parameters and parameters.frozen):
+    if isinstance(value, Engine):
         return value
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
@@ -255,10 +259,23 @@ def _in_their_words(function: Callable[..., Any], error: BaseException) -> Input
     return InputError(f"Your code raises {type(error).__name__}: {error!s:.500}{''.join(lines)}")
 
 
+def _short(answer: Any) -> str:
+    """The answer as an outcome names it. Of settings it shows those that are not the default: all are too many."""
+    from helpers import BuildRecipe, SamplingParams
+
+    if inspect.isroutine(answer):
+        return "your function"
+    if not isinstance(answer, (BuildRecipe, SamplingParams)):
+        return shown(answer)
+    default = vars(type(answer)())
+    chosen = [f"{name}={value!r:.80}" for name, value in vars(answer).items() if value != default[name]]
+    return f"{type(answer).__name__}({', '.join(chosen)})"
+
+
 def _fingerprint(answer: Any) -> str:
     """Equal for the same answer given again, which is no new try."""
     code = getattr(answer, "__code__", None)
-    text = f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}" if code else shown(answer)
+    text = f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}" if code else shown(answer, 10**6)
     return hashlib.sha256(re.sub(r" at 0x\w+", "", text).encode(errors="replace")).hexdigest()[:12]
 
 
