@@ -55,7 +55,8 @@ def break_even(answer: Any, record: Record) -> str:
     engine, build = tpot(row), row.build_s
     never = any(word in str(plain(answer)).casefold() for word in ("never", "inf"))
     if round(eager, 2) - round(engine, 2) < 0.015:  # the last digit that is printed may be rounding
-        expect(never, "With this record's engine a token takes no less than without it. What can win the build back?")
+        same = "With this record's engine a token takes no less than without it, as far as the printed figures tell."
+        expect(never, f"{same} What can win the build back?")
         return "In this record the engine saves nothing that its figures show."
     saves = f"A token takes {engine:.2f} ms with the engine and {eager:.2f} ms without: each saves something."
     expect(not never, f"{saves} After how many is that as much as the build took?")
