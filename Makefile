@@ -51,7 +51,7 @@ test-quick: $(STAMP) ## the tests that take seconds: nothing is compiled, no not
 	$(PYTEST) tests/unit
 
 nightly: $(STAMP) ## what the course promises, each tried many times; one table at the end; two hours at most
-	COURSE_NIGHTLY=1 $(PY) -m pytest -m promise --timeout=2400 --session-timeout=4800 tests
+	COURSE_NIGHTLY=1 $(PY) -m pytest -m promise --timeout=2400 --session-timeout=7200 tests
 
 test-gpu: $(STAMP) ## only the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests
