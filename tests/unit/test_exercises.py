@@ -130,7 +130,7 @@ def test_hints_deepen_with_each_new_try_and_not_with_the_same_one():
     ("number", "answer", "change"),
     [
         ("00.4", SamplingParams(temperature=0), {"stop": ("river",)}),
-        ("00.5", BuildRecipe(), {"num_threads": 2}),
+        ("00.5", BuildRecipe(max_input_len=64), {"num_threads": 2}),
         ("04.6", BuildRecipe(max_batch_size=4), {"decode_batch_sizes": (3,)}),
     ],
 )
