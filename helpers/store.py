@@ -220,11 +220,15 @@ def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = (), *, thor
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Whatever fails while an engine is read: if it was removed or built again meanwhile, that is the reason."""
-    before = _manifest_stamp(folder)
+    before: tuple[int, ...] = ()
     try:
+        before = _manifest_stamp(folder)
         yield
     except Exception as error:
-        now = _manifest_stamp(folder)
+        try:
+            now = _manifest_stamp(folder)
+        except OSError as refused:
+            raise _unreadable(folder, refused) from error
         if not now:
             raise _gone(folder) from error
         if now != before:
@@ -286,13 +290,15 @@ def find(engine: Path | str) -> Path:
     """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
     try:
         given = Path(engine)
-        if given.name and _manifest_stamp(given):
+        if given.name and os.access(given / MANIFEST, os.F_OK):
             return given
         stores = [root.resolve() for root in engines_folders()]
         in_store = given.name and (given.name == str(engine) or given.parent.resolve() in stores)
     except (TypeError, ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
     matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []
+    if in_store and not matches and (unreadable := lookup(given.name)):
+        return unreadable  # whoever reads it is told so
     exact = [folder for folder in matches if folder.name == given.name]
     if len(exact or matches) == 1:
         return (exact or matches)[0]
@@ -331,8 +337,9 @@ def size(folder: Path) -> int:
 
 
 def _manifest_stamp(folder: Path) -> tuple[int, ...]:
-    """What tells one manifest from a later one; nothing, and so false, where there is none."""
-    with contextlib.suppress(OSError):  # such as another person's folder
+    """What tells one manifest from a later one; nothing, and so false, where there is none. OSError where nobody may
+    know that, as in another person's folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         status = (folder / MANIFEST).stat()
         return (status.st_ino, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ()
     return ()

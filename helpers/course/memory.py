@@ -15,6 +15,7 @@ from helpers.engine import locate
 from helpers.errors import EngineNotFound, RecipeError
 from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
+from helpers.model.config import ModelConfig
 from helpers.recipe import BuildRecipe
 
 SPARE = 0.1  # of a GPU's memory, left for intermediate results and the driver
@@ -49,7 +50,7 @@ def memory(recipe: BuildRecipe, device: str) -> Memory:
     config = find_checkpoint(recipe.model).config
     width = compute_dtype(recipe, device).itemsize
     short = recipe.replace(max_batch_size=1, decode_batch_sizes=(), max_input_len=1, max_seq_len=3)
-    weights, unread = _stored(short, device)
+    weights, unread = _stored(short, config, device)
     length = cache_length(recipe, device)
     longer = (length - cache_length(short, device)) * 2 * config.head_dim * width  # bytes of the rope tables
     kv_cache = config.kv_cache_bytes(recipe.max_batch_size, length + 1, width)
@@ -57,9 +58,8 @@ def memory(recipe: BuildRecipe, device: str) -> Memory:
 
 
 @cache
-def _stored(recipe: BuildRecipe, device: str) -> tuple[int, int]:
+def _stored(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[int, int]:
     """Bytes of all weights and of those unread. All layers are alike, so models of one and two layers tell any's."""
-    config = find_checkpoint(recipe.model).config
     one, two = (stored_bytes(recipe, replace(config, num_hidden_layers=n), device) for n in (1, 2))
     return one[0] + (config.num_hidden_layers - 1) * (two[0] - one[0]), one[1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    rope: dict[str, Any]  # rope_type, rope_theta, and what that type needs
+    rope: dict[str, Any] = field(hash=False)  # rope_type, rope_theta, and what that type needs
     sliding_window: int | None  # how many tokens some layer sees, where that is not all of them
     qkv_bias: bool  # Qwen2 has one on the query, key and value projections
     output_bias: bool  # on the attention's output projection

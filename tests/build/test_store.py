@@ -438,14 +438,19 @@ def test_another_persons_engines_are_left_alone(fake, engines, monkeypatch, caps
     mine, other = (build(RECIPE.replace(precision=p), quiet=True) for p in ("fp32", "bf16"))
     read = Path.read_text
 
-    def refuse(path, *arguments, **settings):
-        if path.parent == other:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read(path, *arguments, **settings)
+    def refusing(plain):
+        def refuse(path, *arguments, **settings):
+            if path.parent == other:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return plain(path, *arguments, **settings)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(StoreError, match="may not read"):
-        load(other)
+        return refuse
+
+    for called in ("read_text", "stat"):  # its files are closed, then its folder too
+        monkeypatch.setattr(Path, called, refusing(getattr(Path, called)))
+        for given in (other, other.name, RECIPE.replace(precision="bf16")):
+            with pytest.raises(StoreError, match="may not read"):
+                load(given)
     assert cli.main(["list"]) == 0 and mine.name in capsys.readouterr().out
     assert build(RECIPE.replace(max_batch_size=2), quiet=True)
 

@@ -365,3 +365,13 @@ def test_recorded_engines_have_what_the_laboratory_asks_for(kind):
     total, must = profile.moved(recording)
     weights = 2 * 256 + 256 * 1024 + 1024
     assert total > must > weights * {"fp32": 4, "int8": 1}.get(kind, 2)
+def test_a_disassembly_that_is_too_long_is_told_as_that(monkeypatch, tmp_path):
+    (tmp_path / "objdump").write_text("#!/bin/sh\nexec yes\n")
+    (tmp_path / "objdump").chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("helpers.machine.commands.LONGEST", 1 << 16)
+    with pytest.raises(InputError, match="too much machine code") as told:
+        vector_registers(tmp_path / "x.so")
+    assert "does not stop writing" in told.value.cause
+
+

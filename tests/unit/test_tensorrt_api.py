@@ -8,10 +8,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from helpers.backends.tensorrt import INSTALL, layers, onnx_export
 from helpers.backends.tensorrt import api as tensorrt_api
-from helpers.backends.tensorrt import layers, onnx_export
 from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineMismatch
 from helpers.machine.worker import Worker
+from helpers.paths import PROJECT
 from helpers.recipe import tensorrt as tensorrt_options
 
 # Messages.
@@ -61,6 +62,11 @@ class StandInConfig:
 
     def add_optimization_profile(self, profile):
         pass
+
+
+def test_the_version_that_an_error_names_is_the_one_that_is_pinned():
+    (name,) = [word for word in INSTALL.split() if "==" in word]
+    assert f"{name} ;" in (PROJECT / "constraints" / "course.txt").read_text(encoding="utf-8")
 
 
 def test_tensorrt_10_is_strongly_typed_unless_precisions_are_flagged():

@@ -14,9 +14,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
+from torch._inductor.exc import CppCompileError, InductorError
 
 from helpers import basic, build_engine, cli, errors
-from helpers.errors import CourseError
+from helpers.backends.aot import compile
+from helpers.errors import BuildError, CourseError, OutOfMemory
 from helpers.machine import doctor
 from helpers.maintain import notebooks
 from helpers.model.checkpoint import BUNDLED
@@ -177,6 +179,29 @@ def test_a_folded_traceback_names_no_folder_of_this_machine():
     output = notebooks.scrub(nbformat.v4.new_output("display_data", {"text/html": page}))
     wanted = "<pre>File &quot;helpers/engine.py&quot;, File &quot;&lt;python&gt;/lib/x.py&quot;</pre>"
     assert output.data["text/html"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (CppCompileError(["g++"], "g++: fatal error: Killed signal terminated program cc1plus"), OutOfMemory, "Killed"),
+        (CppCompileError(["g++"], "cc1plus: out of memory allocating 65536 bytes"), OutOfMemory, "2 GiB"),
+        (CppCompileError(["g++"], "x.cpp:1: error: no such type"), BuildError, "another compiler"),
+        (InductorError(MemoryError(), None), OutOfMemory, "MemoryError"),
+        (InductorError(OSError(errno.ENOMEM, "Cannot allocate memory"), None), OutOfMemory, "Cannot allocate"),
+        (InductorError(OSError(errno.EAGAIN, "x"), None), BuildError, "room for another process"),
+        (InductorError(AssertionError("of its own"), None), BuildError, "PyTorch's compiler"),
+    ],
+    ids=str,
+)
+def test_only_a_compiler_that_refuses_is_told_as_one(error, kind, words, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
+    with pytest.raises(kind) as told:
+        compile._compile(None, tmp_path / "decode_b1.pt2", {}, "cpu", 1)
+    assert words in str(told.value) and ("C++" in told.value.cause) == ("another compiler" in words)
 
 
 @pytest.mark.parametrize(

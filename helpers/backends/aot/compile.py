@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -26,7 +27,7 @@ from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart
 from helpers.backends.aot.stored import convert_weights, packed, read_weights, save_weights
 from helpers.backends.aot.verify import check_graph
 from helpers.backends.report import Kernel, Operation
-from helpers.errors import BuildError
+from helpers.errors import BuildError, CourseError, OutOfMemory, out_of_memory, why_refused
 from helpers.machine import hardware
 from helpers.machine.commands import complaint
 from helpers.model import llama
@@ -234,8 +235,23 @@ def _compile(program: Any, path: Path, options: dict[str, Any], device: str, com
             warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     except (CppCompileError, InductorError) as error:
-        raise BuildError(
-            f"Compiling {path.stem} failed: {complaint(str(error)):.300}",
-            cause="The C++ compiler refuses what PyTorch has written for it.",
-            fix="Try another compiler: export CXX=clang++, or g++.",
-        ) from error
+        raise _explained(path.stem, getattr(error, "inner_exception", error)) from error
+
+
+def _explained(graph: str, error: Exception) -> CourseError:
+    """Why a graph could not be compiled. Where memory runs out, the system may kill just one of the compilers."""
+    from torch._inductor.exc import CppCompileError
+
+    words = f"{complaint(str(error)) or type(error).__name__:.300}"
+    if out_of_memory(error) or re.search(r"\bKilled\b", str(error)):
+        return OutOfMemory(
+            f"Memory ran out while {graph} was compiled: {words}",
+            cause="A compiler takes up to 2 GiB beside what else is in memory.",
+            fix="Close other programs and engines, or build something smaller.",
+        )
+    cause = why_refused(error) or "PyTorch's compiler fails."
+    fix = "Build it with another version of PyTorch, 2.9 to 2.13."
+    if isinstance(error, CppCompileError):
+        cause = "The C++ compiler refuses what PyTorch has written for it."
+        fix = "Try another compiler: export CXX=clang++, or g++."
+    return BuildError(f"Compiling {graph} failed: {words}", cause=cause, fix=fix)

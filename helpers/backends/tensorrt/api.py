@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from helpers.backends.tensorrt import INSTALL
 from helpers.errors import BackendUnavailable, BuildError, CourseError
 from helpers.messages import matches, read_cards
 
@@ -29,11 +30,10 @@ def load_provider(provider: str) -> ModuleType:
     try:
         return importlib.import_module(provider)
     except ImportError as error:
-        fix = "Linux or Windows: pip install tensorrt-rtx==1.7.1.116. Recorded engines can be looked at anywhere."
         raise BackendUnavailable(
             f"TensorRT is not here: the Python package {provider!r} cannot be imported ({error}).",
             cause="NVIDIA makes no TensorRT for macOS." if sys.platform == "darwin" else "It is not installed.",
-            fix=fix,
+            fix=f"On Linux or Windows: {INSTALL}. Recorded engines can be looked at anywhere.",
         ) from error
 
 

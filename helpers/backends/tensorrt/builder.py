@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.backends.report import Kernel, Operation
-from helpers.backends.tensorrt import layers
+from helpers.backends.tensorrt import INSTALL, layers
 from helpers.backends.tensorrt.api import explain
 from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, RecipeError
 from helpers.machine.worker import Worker
@@ -36,7 +36,7 @@ def check_plans(name: str, manifest: dict[str, Any]) -> None:
         raise BackendUnavailable(
             f"Engine {name!r} is a record of one that was built elsewhere, without its plan file.",
             cause="TensorRT cannot build on this machine, so it could not load a plan either.",
-            fix="Build it on a Linux or Windows machine: pip install tensorrt-rtx==1.7.1.116.",
+            fix=f"Build it on a Linux or Windows machine: {INSTALL}.",
         )
     if not plans(manifest):
         raise EngineMismatch(
@@ -88,7 +88,7 @@ def provider_version(provider: str) -> str:
             cause="NVIDIA makes no TensorRT for macOS."
             if sys.platform == "darwin"
             else "It comes with the course on Linux and Windows.",
-            fix="Look at the recorded engines, or on Linux or Windows: pip install tensorrt-rtx==1.7.1.116.",
+            fix=f"Look at the recorded engines, or on Linux or Windows: {INSTALL}.",
         ) from None
 
 
@@ -133,7 +133,7 @@ def plan_from_onnx(
         raise BuildError(
             "TensorRT built the engine and described none of its layers.",
             cause="This version writes its layers elsewhere, and no GPU here can load the engine to ask it.",
-            fix="Use the version that the course names: pip install tensorrt-rtx==1.7.1.116.",
+            fix=f"Use the version that the course names: {INSTALL}.",
         )
     parts = layers.account(graph, built["network"], engine_layers, nodes)
     counts = {"nodes": len(nodes), "network_layers": len(built["network"]), "engine_layers": len(engine_layers)}

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helpers.backends.report import Kernel, Operation
+from helpers.backends.tensorrt import INSTALL
 from helpers.errors import BuildError
 
 # TensorRT's words for data types, in both of its forms, and torch's words for the same.
@@ -263,5 +264,5 @@ def _unreadable(what: str) -> BuildError:
     return BuildError(
         f"TensorRT's description of the layers cannot be read: it has {what}.",
         cause="This version of TensorRT writes it in a way that the course does not know.",
-        fix="Install the version that the course names: pip install tensorrt-rtx==1.7.1.116.",
+        fix=f"Install the version that the course names: {INSTALL}.",
     )
