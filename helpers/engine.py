@@ -42,6 +42,8 @@ from helpers.recipe import COMPILED, BuildRecipe, from_dict
 if TYPE_CHECKING:
     from torch import nn
 
+WORK = 50e6  # bytes of disk that any build needs
+
 
 def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> Path:
     """Build what the recipe says and return the engine's folder, in the first of the stores (COURSE_ENGINES).
@@ -77,7 +79,7 @@ def _job(recipe: BuildRecipe) -> BuildJob:
 
     depends_on = identity(recipe, checkpoint)
 
-    def estimate() -> tuple[float, int]:
+    def estimate() -> tuple[float, int, float]:
         checkpoint.check(recipe.max_seq_len)
         load_tokenizer(checkpoint.folder)  # refused here if it cannot be read
         return backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
@@ -142,6 +144,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     with store.reading(folder), _understood(folder), _loading():
         check_trust(folder)
         manifest = _read_language_model(folder)
+        _check_recipe(folder, manifest)
         backend = backends.module(manifest["recipe"]["backend"])
         backend.check_machine(folder.name, manifest["identity"])
         store.verify(folder, manifest)
@@ -201,7 +204,8 @@ def disk_needed(recipe: BuildRecipe) -> float:
         return 0
     checkpoint = find_checkpoint(recipe.model)
     device = identity(recipe, checkpoint)["recipe"]["device"]
-    return _room(backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)[1])
+    _, size, more = backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)
+    return size + more + WORK
 
 
 def recipe_of(engine: Path | str) -> BuildRecipe:
@@ -280,6 +284,18 @@ def _read_language_model(folder: Path) -> store.Manifest:
     return manifest
 
 
+def _check_recipe(folder: Path, manifest: store.Manifest) -> None:
+    """EngineCorrupt unless the recipe, which sizes the KV cache, is that of the identity, which names the folder."""
+    recipe, built = manifest["recipe"], manifest["identity"]["recipe"]
+    resolved = {"model", "device", "decode_batch_sizes", "num_threads"}  # an identity has these as the machine has them
+    if others := [name for name in built if name not in resolved and recipe.get(name) != built[name]]:
+        raise EngineCorrupt(
+            f"Engine {folder.name!r} is not loaded: its recipe is not the one it was built from ({others[0]} differs).",
+            cause="Its manifest was changed after the build.",
+            fix=f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+        )
+
+
 def _run(job: BuildJob, force: bool) -> Path:
     """Publish what the job compiles, unless it is there already. A damaged engine is built again."""
     start = time.perf_counter()
@@ -309,8 +325,8 @@ def _run(job: BuildJob, force: bool) -> Path:
     if folder := stored():
         return folder
     say(store.explain_miss(job.identity))
-    seconds, size = job.estimate()
-    _check_disk(size)
+    seconds, size, more = job.estimate()
+    _check_disk(size + more + WORK)
     with store.building(name) as work:
         if folder := stored():  # another process built it while this one waited
             return folder
@@ -331,17 +347,11 @@ def _run(job: BuildJob, force: bool) -> Path:
     return engines_folder() / name
 
 
-def _room(size: int) -> float:
-    """Bytes that a build of an engine of this size takes while it goes on: the weights are there twice, as the graphs
-    read them and as they are verified with."""
-    return 2.2 * size + 50e6
-
-
-def _check_disk(size: int) -> None:
+def _check_disk(needed: float) -> None:
     free = shutil.disk_usage(engines_folder()).free
-    if free < _room(size):
+    if free < needed:
         raise BuildError(
-            f"The disk has {free / 1e6:.0f} MB free; this build needs about {_room(size) / 1e6:.0f} MB.",
+            f"The disk has {free / 1e6:.0f} MB free; this build needs about {needed / 1e6:.0f} MB.",
             cause="An engine holds the weights, and the compiler needs room to work.",
             fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
         )
