@@ -360,12 +360,16 @@ def _refusals_explained() -> Iterator[None]:
     except CourseError:
         raise
     except Exception as error:
-        root = engines_folder()
+        root = place = engines_folder()
         if is_full(error):
+            fix = "Remove engines you no longer need: python -m helpers list, then remove NAME."
+            named = Path(getattr(error, "filename", None) or root)
+            if named.is_dir() and not named.is_relative_to(root):
+                place, fix = named, "Make room there, or set TMPDIR to a folder that has more."
             raise BuildError(
                 "The disk is full, or a limit on space is reached; nothing was published.",
-                cause=f"{shutil.disk_usage(root).free / 1e6:.0f} MB were left when it failed: {error}.",
-                fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
+                cause=f"{shutil.disk_usage(place).free / 1e6:.0f} MB are left in {place}: {error}.",
+                fix=fix,
             ) from error
         if not isinstance(error, OSError) and "can't start new thread" not in str(error):
             raise

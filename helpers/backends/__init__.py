@@ -8,7 +8,7 @@ What a backend's module has (base.py says what each returns):
 and, for backends that compile:
 
     identity(recipe, checkpoint)                     all that the engine depends on beside checkpoint and recipe
-    estimate(recipe, config, device)                 seconds and bytes, to tell the user before a build
+    estimate(recipe, config, device)                 seconds, bytes, and bytes that only the build takes
     build(recipe, checkpoint, folder, progress)      compiles into the folder; what the manifest keeps for loading
     check_machine(name, identity)                    raises EngineMismatch where an engine of that identity cannot run
     load(recipe, folder, manifest)                   an Engine from a folder that has been verified

@@ -21,15 +21,15 @@ class BuildJob:
     identity      all that the engine depends on; its hash is the other part
     recipe        what was asked for, as plain values
     compile_into  (folder, progress): writes the engine's files; returns what the manifest keeps for loading
-    estimate      about how many seconds it takes and how many bytes the engine becomes; asked only before a build, so
-                  it is where what cannot be built is refused
+    estimate      about how many seconds it takes, how many bytes the engine becomes, and how many more it takes
+                  meanwhile; asked only before a build, so it is where what cannot be built is refused
     """
 
     short_name: str
     identity: dict[str, Any]
     recipe: dict[str, Any]
     compile_into: Callable[[Path, Progress], dict[str, Any]]
-    estimate: Callable[[], tuple[float, int]]
+    estimate: Callable[[], tuple[float, int, float]]
 
 
 def source_digest(*names: str) -> str:

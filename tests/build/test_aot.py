@@ -249,7 +249,7 @@ def exported(checkpoint, monkeypatch):
         weights = stored.convert_weights(recipe, read_tensors(found, found.config), found.config, "cpu")
         dtype = weights["norm"].dtype
         weights |= rope_tables(found.config, graphs.cache_length(recipe, "cpu"), dtype)
-        packed = stored.packed(weights, recipe, "cpu")
+        packed = stored.packed(dict(weights), recipe, "cpu")
         for name in graphs.graph_names(recipe, "cpu"):
             cache = graphs.empty_cache(recipe, found.config, "cpu", dtype, graphs.sequences(name))
             parts = graphs.parts_of(name, recipe, found.config, packed, cache)

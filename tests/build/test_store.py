@@ -61,7 +61,7 @@ class FakeBackend:
         return (folder / "graph.pt2").read_bytes()
 
     def estimate(self, recipe, config, device):
-        return 1.0, self.size
+        return 1.0, self.size, 1.2 * self.size
 
     def build(self, recipe, checkpoint, folder, progress):
         self.builds += 1
@@ -436,7 +436,6 @@ def test_a_folder_of_engines_that_cannot_be_written_is_told(fake, engines, monke
 def test_another_persons_engines_are_left_alone(fake, engines, monkeypatch, capsys):
     fake()
     mine, other = (build(RECIPE.replace(precision=p), quiet=True) for p in ("fp32", "bf16"))
-    read = Path.read_text
 
     def refusing(plain):
         def refuse(path, *arguments, **settings):
@@ -523,6 +522,16 @@ def test_a_disk_that_fills_up_during_the_build_is_said_plainly(fake, engines, er
     with pytest.raises(BuildError, match="disk is full"):
         build(RECIPE, quiet=True)
     assert leftovers(engines) == []
+
+
+def test_a_temporary_folder_that_is_full_is_the_one_that_is_named(fake, engines, tmp_path):
+    def fill(folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    fake(fill)
+    with pytest.raises(BuildError, match="disk is full") as told:
+        build(RECIPE, quiet=True)
+    assert f"left in {tmp_path}:" in told.value.cause and "TMPDIR" in told.value.fix
 
 
 def test_without_a_cpp_compiler_nothing_is_built(engines, monkeypatch, tmp_path):

@@ -379,6 +379,11 @@ def test_the_compilers_folder_is_the_one_that_a_build_takes(monkeypatch, tmp_pat
             assert check.status == "OK" and check.found.startswith(str(good))
             with _scratch_folder(store) as scratch:
                 assert Path(scratch).parent == good
+            with monkeypatch.context() as patch:
+                patch.setattr("shutil.disk_usage", lambda folder: type("", (), {"free": 1e6}))
+                with pytest.raises(BuildError, match="1 MB free") as full, _scratch_folder(store):
+                    pass
+            assert str(good) in full.value.what and "TMPDIR" in full.value.fix
         else:
             assert check.status == "failure" and "TMPDIR" in check.fix
             with pytest.raises(BuildError, match="no folder to work in"), _scratch_folder(store):
@@ -532,13 +537,13 @@ def test_a_lock_that_is_kept_names_its_process(monkeypatch, tmp_path):
             monkeypatch.setattr(leftovers, "OLD", 0.0)
             check = leftovers.check_locks()
             assert check.status == "warning" and "hours" in check.found and str(holder.pid) in check.fix
+            monkeypatch.setattr(psutil.Process, "open_files", lambda _: [])  # it is a file of another disk, same number
+            assert leftovers.check_locks().status == "OK"
         finally:
             holder.kill()
 
 
 def test_a_lock_of_another_user_is_a_failure(monkeypatch, tmp_path):
-            monkeypatch.setattr(psutil.Process, "open_files", lambda _: [])  # it is a file of another disk, same number
-            assert leftovers.check_locks().status == "OK"
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
     (tmp_path / ".locks").mkdir()
     (tmp_path / ".locks" / "stories.lock").touch()

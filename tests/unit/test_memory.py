@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BuildRecipe
+from helpers import BuildRecipe, backends
 from helpers.backends.aot.stored import stored_bytes
 from helpers.bench.records import Workload
 from helpers.bench.run import bytes_per_step
@@ -23,6 +23,22 @@ def test_two_layers_tell_what_all_take(device, precision, changes):
         recipe = BuildRecipe(model=model, precision=precision, **changes)
         takes = memory(recipe, device)
         assert (takes.weights, takes.unread) == stored_bytes(recipe, find_checkpoint(model).config, device)
+
+
+def test_a_checkpoint_that_changes_in_its_folder_is_counted_anew(checkpoint):
+    folder = checkpoint("llama")
+    before = memory(BuildRecipe(str(folder)), "cpu").weights
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": fields["num_hidden_layers"] + 1}))
+    assert memory(BuildRecipe(str(folder)), "cpu").weights > before
+
+
+@pytest.mark.parametrize(("device", "level", "times"), [("cpu", 3, 2), ("cpu", 0, 1), ("cuda", 3, 1)])
+def test_a_build_needs_room_for_the_plain_weights_too_where_they_are_packed(device, level, times, monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (80e9, 80e9))
+    recipe = BuildRecipe(optimization_level=level)
+    _, size, more = backends.module("aot").estimate(recipe, find_checkpoint("stories").config, device)
+    assert times * size < size + more < (times + 1) * size
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])

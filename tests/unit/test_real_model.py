@@ -118,7 +118,7 @@ def test_the_check_of_a_build_takes_rounding_for_what_it_is(folder, precision):
     weights = convert_weights(recipe, read_tensors(checkpoint, config), config, "cpu")
     weights |= rope_tables(config, 128, weights["norm"].dtype)
     cache = empty_cache(recipe, config, "cpu", weights["norm"].dtype, 1)
-    module, right = Decode(config, "packed", True), packed(weights, recipe, "cpu")
+    module, right = Decode(config, "packed", True), packed(dict(weights), recipe, "cpu")
     with torch.no_grad():
         check_graph("right", lambda *inputs: module(right, *inputs), llama.Decode(config), weights, cache, 128)
         wrong = right | {"layers.7.attention_norm": weights["layers.7.attention_norm"] * 1.5}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from helpers.backends.aot.engine import AotEngine
-from helpers.backends.aot.graphs import compute_dtype, graph_module, graph_names, layers_of_a_run
+from helpers.backends.aot.graphs import compute_dtype, graph_module, graph_names, layers_of_a_run, packs
 from helpers.backends.aot.stored import stored_bytes
 from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
@@ -46,6 +46,7 @@ SWITCHES = tuple(
     " TORCHEXPORT_ AOT_INDUCTOR_ AOTINDUCTOR_ DUMP_AOTI_ TRITON_F32_ TRITON_DEFAULT_FP_ TRITON_INTERPRET CUTLASS_"
     " CUTEDSL_ ENABLE_TMA_ ENABLE_PERSISTENT_ ENABLE_TEMPLATE_ ATEN_CPU_CAPABILITY".split()
 )
+COMPILERS_ROOM = 50e6  # bytes of disk
 COMPILE_LIMIT = 3600.0  # seconds for one graph
 STEP = "decode_b1"  # the graph that numbers of threads are tried with
 
@@ -97,13 +98,15 @@ def load(recipe: BuildRecipe, folder: Path, manifest: dict[str, Any]) -> AotEngi
     return AotEngine(recipe, folder, manifest)
 
 
-def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int]:
-    """About how many seconds a build takes, and how many bytes the engine: told to the user before it starts."""
+def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int, float]:
+    """About how many seconds a build takes, how many bytes the engine, and how many more the build meanwhile: packed
+    weights are verified with the plain ones."""
     names = graph_names(recipe, device)
     weights, _ = stored_bytes(recipe, config, device)
     compiled = [*names, *[STEP] * (len(thread_counts(recipe, device)) - 1)]
     seconds = sum(_compile_seconds(name, recipe, config, device) for name in compiled)
-    return 8 + seconds / _jobs(len(names), weights, device), weights + len(names) * 2_500_000
+    size = weights + len(names) * 2_500_000
+    return 8 + seconds / _jobs(len(names), weights, device), size, size * (1.2 if packs(recipe, device) else 0.2)
 
 
 def _compile_seconds(name: str, recipe: BuildRecipe, config: ModelConfig, device: str) -> float:
@@ -122,7 +125,7 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
     device = hardware.resolve_device(recipe.device)
     names, counts = graph_names(recipe, device), thread_counts(recipe, device)
     jobs = _jobs(len(names), stored_bytes(recipe, checkpoint.config, device)[0], device)
-    given = {**recipe.to_dict(), "model": checkpoint.full_name}
+    given, plain = {**recipe.to_dict(), "model": checkpoint.full_name}, folder / "plain"
     with _scratch_folder(folder) as scratch, _Compilers(jobs) as compilers:
         common = {"recipe": given, "device": device, "folder": str(folder)}
         own = {"scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
@@ -142,7 +145,7 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                     raise doctor.named_cause(error) from error
 
         try:
-            (graphs,) = compilers.run("weights", [{**common, "graphs": names, "scratch": scratch}], progress.phase)
+            (graphs,) = compilers.run("weights", [{**common, "graphs": names, "plain": str(plain)}], progress.phase)
             threads, step_seconds, reports, rest = counts[0], [], {}, names
             if len(counts) > 1:
                 trials = [(STEP, count, f"{scratch}/{count}-threads") for count in counts]
@@ -155,13 +158,17 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                 rest = [name for name in names if name != STEP]
             reports |= compile_all(f"{len(rest)} graphs", [(name, threads, str(folder)) for name in rest])
             with _shown(progress, f"verify {len(names)} graphs", jobs) as show:
-                calls = [{"name": name, "entry": graphs[name], "scratch": scratch, **common} for name in names]
+                calls = [{"name": name, "entry": graphs[name], "plain": str(plain), **common} for name in names]
                 compilers.run("verify", calls, show)
         except (WorkerError, BuildError) as error:
-            room = min(shutil.disk_usage(path).free for path in (folder, scratch))
-            if "no space left" in str(error).lower() or room < 10e6:  # a compiler that lacks room does not say so
-                raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+            places = {place: shutil.disk_usage(place).free for place in (folder, Path(scratch).parent)}
+            fullest = min(places, key=places.__getitem__)
+            # A compiler that lacks room does not say so.
+            if "no space left" in str(error).lower() or places[fullest] < 10e6:
+                raise OSError(errno.ENOSPC, "No space left on device", str(fullest)) from error
             raise
+    if plain.is_dir():
+        shutil.rmtree(plain)
     report = EngineReport("aot", [], [])
     for file in (file for name in names for file in graphs[name]["parts"]):
         part = EngineReport.from_dict(reports[file, threads])
@@ -228,6 +235,11 @@ def _scratch_folder(folder: Path) -> Iterator[str]:
             "quote in their path, cannot be written, or let no program run.",
             cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
             fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
+        )
+    if (free := shutil.disk_usage(place).free) < COMPILERS_ROOM:
+        raise BuildError(
+            f"{place} has {free / 1e6:.0f} MB free; the compiler needs about {COMPILERS_ROOM / 1e6:.0f} MB there.",
+            fix="Make room there, or set TMPDIR to a folder that has more.",
         )
     with owned_folder(".compile-", place) as scratch:
         yield str(scratch)

@@ -42,15 +42,16 @@ TURN_SECONDS = 0.1  # at least, of each turn
 TRIAL_SECONDS = 15.0  # after so many there is no further turn: steps are slow, or other work disturbs them
 
 
-def prepare_weights(recipe: dict[str, Any], device: str, folder: str, scratch: str, graphs: list[str]) -> Any:
-    """Save the checkpoint's tensors as the graphs read them, and where these are packed, in the scratch folder as they
+def prepare_weights(recipe: dict[str, Any], device: str, folder: str, plain: str, graphs: list[str]) -> Any:
+    """Save the checkpoint's tensors as the graphs read them, and where these are packed, in a folder `plain` as they
     were, to verify the graphs with. Returns what loading has to know of each graph."""
     asked, config = from_dict(recipe), load_config(Path(folder))
     yield "load weights"
     weights = convert_weights(asked, read_tensors(find_checkpoint(asked.model), config), config, device)
     yield "save weights"
     if packs(asked, device):
-        save_weights(weights, asked, config, device, Path(scratch))
+        Path(plain).mkdir()
+        save_weights(weights, asked, config, device, Path(plain))
     save_weights(packed(weights, asked, device), asked, config, device, Path(folder))
     entries = {}
     for name in graphs:
@@ -137,7 +138,7 @@ def time_threads(
 
 
 def verify_graph(
-    name: str, entry: dict[str, Any], recipe: dict[str, Any], device: str, folder: str, scratch: str
+    name: str, entry: dict[str, Any], recipe: dict[str, Any], device: str, folder: str, plain: str
 ) -> Iterator[str]:
     """BuildError unless the graph, compiled, computes what the decoder says."""
     yield f"verify {name}"
@@ -145,11 +146,11 @@ def verify_graph(
     prefill = name.startswith("prefill")
     reference = (llama.Prefill if prefill else llama.Decode)(config)
     limit = prefill_width(asked, device, asked.max_input_len) if prefill else asked.max_seq_len
-    plain = _weights(scratch, device) if packs(asked, device) else weights
+    right = _weights(plain, device) if packs(asked, device) else weights
     graph = Phase(Path(folder), name, entry, config, weights)
     kv_cache = empty_cache(asked, config, device, weights["norm"].dtype, sequences(name))
     with torch.no_grad():
-        check_graph(name, graph.run, reference, plain, kv_cache, limit)
+        check_graph(name, graph.run, reference, right, kv_cache, limit)
     graph.close()
 
 

@@ -32,10 +32,10 @@ def convert_weights(
 
 
 def packed(weights: Weights, recipe: BuildRecipe, device: str) -> Weights:
-    """The same as the graphs read them: weights of products are packed where the recipe has it so."""
+    """The same as the graphs read them: where the recipe has it so, each product's weights give way to their packed
+    form. Memory need not hold all of both."""
     if not packs(recipe, device):
         return weights
-    weights = dict(weights)
     for owner in [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]:
         if blocks := pack(weights, owner):
             for kind in INT4:

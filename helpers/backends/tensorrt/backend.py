@@ -53,12 +53,13 @@ def check_machine(name: str, identity: dict[str, Any]) -> None:
     """TensorRT itself judges, when it loads the engine."""
 
 
-def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int]:
-    """About how many seconds a build takes, and how many bytes the engine: two plans, each with the weights."""
+def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int, float]:
+    """About how many seconds a build takes, how many bytes the engine (two plans, each with the weights), and how many
+    more the build meanwhile: an ONNX model has them too."""
     weights = {"int8": 1.0, "int4": 0.6, "fp8": 1.0}.get(recipe.precision)
     size = weights or onnx_export.compute_dtype(recipe.precision).itemsize
-    total = 2 * config.parameter_count() * size + 2_000_000
-    return 3 + 14 * total / 1e9, int(total)  # on 2 cores: 4 s for the bundled model, 65 s for TinyLlama's shape
+    total = int(2 * config.parameter_count() * size) + 2_000_000
+    return 3 + 14 * total / 1e9, total, total / 2  # on 2 cores: 4 s for the bundled model, 65 s for TinyLlama's shape
 
 
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:

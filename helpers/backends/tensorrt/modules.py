@@ -156,7 +156,7 @@ def _job(
         **builder.machine_facts(settings.provider),
         "source": source_digest("backends/tensorrt", "recipe/tensorrt.py"),
     }
-    return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, lambda: (2.0, 5_000_000))
+    return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, lambda: (2.0, 5_000_000, 5e6))
 
 
 def _content_of_graph(model: onnx.ModelProto) -> str:

@@ -120,15 +120,16 @@ def check_machine(name: str, identity: dict[str, Any]) -> None:
         say(f"This engine was built on {identity['device_name']}, and tuned for it; here is {here['gpu']}.")
 
 
-def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int]:
-    """About how many seconds a build takes, and how many bytes the engine.
+def estimate(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[float, int, float]:
+    """About how many seconds a build takes, how many bytes the engine, and how many more the build meanwhile.
 
     From one report for version 0.16: 7.6 billion parameters on an H100, 9.7 s to load and 112.6 s to build (issue 2702
     of NVIDIA/TensorRT-LLM); added is half a minute for the imports.
     """
     weights = {"fp32": 4.0, "int8": 1.0, "int4": 0.55, "fp8": 1.0}.get(recipe.precision, 2.0)
     seconds = 30 + 16e-9 * config.parameter_count()
-    return seconds * (3 if recipe.precision in CALIBRATED else 1), int(config.parameter_count() * weights + 20e6)
+    size = int(config.parameter_count() * weights + 20e6)
+    return seconds * (3 if recipe.precision in CALIBRATED else 1), size, size / 2
 
 
 def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: Progress) -> dict[str, Any]:
