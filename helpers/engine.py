@@ -144,6 +144,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     with store.reading(folder), _understood(folder), _loading():
         check_trust(folder)
         manifest = _read_language_model(folder)
+        _check_recipe(folder, manifest)
         backend = backends.module(manifest["recipe"]["backend"])
         backend.check_machine(folder.name, manifest["identity"])
         store.verify(folder, manifest)
@@ -281,6 +282,18 @@ def _read_language_model(folder: Path) -> store.Manifest:
             fix="Look inside with inspect(folder), or try it with load_plan(folder).",
         )
     return manifest
+
+
+def _check_recipe(folder: Path, manifest: store.Manifest) -> None:
+    """EngineCorrupt unless the recipe, which sizes the KV cache, is that of the identity, which names the folder."""
+    recipe, built = manifest["recipe"], manifest["identity"]["recipe"]
+    resolved = {"model", "device", "decode_batch_sizes", "num_threads"}  # an identity has these as the machine has them
+    if others := [name for name in built if name not in resolved and recipe.get(name) != built[name]]:
+        raise EngineCorrupt(
+            f"Engine {folder.name!r} is not loaded: its recipe is not the one it was built from ({others[0]} differs).",
+            cause="Its manifest was changed after the build.",
+            fix=f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+        )
 
 
 def _run(job: BuildJob, force: bool) -> Path:

@@ -18,14 +18,14 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import GREEDY, PROMPTS
-from test_store import FORKS, RECIPE, FakeBackend, engines, fork, leftovers  # noqa: F401  (engines is a fixture)
+from test_store import FORKS, RECIPE, FakeBackend, engines, fake, fork, leftovers  # noqa: F401  (engines is a fixture)
 
 from helpers import backends, build, cli, engine, load, store
 from helpers.backends.tensorrt.builder import missing
 from helpers.bench import claims, records, tables
 from helpers.display import Picture
 from helpers.engine import inspect
-from helpers.errors import CourseError, InputError
+from helpers.errors import CourseError, EngineCorrupt, InputError
 from helpers.maintain import notebooks
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs fork and signals")
@@ -254,6 +254,21 @@ def test_any_manifest_is_refused_or_works(own_engines, attempts, capsys):
                 assert error.what and "\x1b" not in str(error)
 
     attempts(one)
+
+
+CHANGES = {"max_seq_len": 40, "max_batch_size": 3, "max_input_len": 8, "precision": "bf16", "fusion": {"qkv": False}}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_recipe_that_is_not_the_one_that_was_built_is_refused(fake, engines, name):  # noqa: F811
+    """The native code was built for its sizes: with others it reads and writes beside its cache."""
+    fake()
+    folder = build(RECIPE, quiet=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["recipe"][name] = CHANGES[name]
+    store.save_manifest(folder, manifest)
+    with pytest.raises(EngineCorrupt, match=f"{name} differs"):
+        load(folder)
 
 
 WORDS = [
