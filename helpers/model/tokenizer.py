@@ -201,7 +201,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 def _check_prefix_space(folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """ModelError where transformers would put a space before a text and tokenizer.json does not, or the other way."""
-    asked, kind = config.get("add_prefix_space"), str(config.get("tokenizer_class")).partition("Tokenizer")[0]
+    kind = str(config.get("tokenizer_class")).partition("Tokenizer")[0]
+    asked = config.get("add_prefix_space", None if kind == "Llama" else False)
     space = {"Llama": "\u2581", "GPT2": "\u0120", "Qwen2": "\u0120"}.get(kind)  # as it is written in a token
     if space and isinstance(asked, bool) and backend.token_to_id(space) is not None:
         first = backend.encode("a", add_special_tokens=False).tokens[:1]
