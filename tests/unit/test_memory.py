@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import BuildRecipe, backends
-from helpers.backends.aot.stored import stored_bytes
+from helpers.backends.aot.stored import convert_weights, packed, stored_bytes
 from helpers.bench.records import Workload
 from helpers.bench.run import bytes_per_step
 from helpers.course import memory as calculator
 from helpers.course.memory import memory, memory_table, plan
 from helpers.errors import RecipeError
 from helpers.model.checkpoint import find_checkpoint
+from helpers.model.config import expected_shapes
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -23,6 +25,16 @@ def test_two_layers_tell_what_all_take(device, precision, changes):
         recipe = BuildRecipe(model=model, precision=precision, **changes)
         takes = memory(recipe, device)
         assert (takes.weights, takes.unread) == stored_bytes(recipe, find_checkpoint(model).config, device)
+
+
+def test_packed_weights_take_the_place_of_the_plain_ones():
+    """Memory would have to hold both."""
+    recipe, config = BuildRecipe(optimization_level=3), find_checkpoint("stories").config
+    empty = ((name, torch.empty(shape, device="meta")) for name, shape in expected_shapes(config).items())
+    weights = convert_weights(recipe, empty, config, "cpu")
+    packed(weights, recipe, "cpu")
+    both = {name for name in weights if f"{name}.packed" in weights}
+    assert not both and any(name.endswith(".packed") for name in weights)
 
 
 def test_a_checkpoint_that_changes_in_its_folder_is_counted_anew(checkpoint):
