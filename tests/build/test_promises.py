@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import GREEDY, PROMPTS
-from test_store import FORKS, RECIPE, FakeBackend, engines, fake, fork, leftovers  # noqa: F401  (engines is a fixture)
+from test_store import FORKS, RECIPE, FakeBackend, engines, fork, leftovers  # noqa: F401  (engines is a fixture)
 
 from helpers import backends, build, cli, engine, load, store
 from helpers.backends.tensorrt.builder import missing
@@ -262,7 +262,6 @@ CHANGES = {"max_seq_len": 40, "max_batch_size": 3, "max_input_len": 8, "precisio
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_recipe_that_is_not_the_one_that_was_built_is_refused(fake, engines, name):  # noqa: F811
     """The native code was built for its sizes: with others it reads and writes beside its cache."""
-    fake()
     folder = build(RECIPE, quiet=True)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["recipe"][name] = CHANGES[name]
