@@ -51,12 +51,13 @@ class Kernel:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """Both sides of a build. Every operation is in at least one kernel, or listed in `removed`."""
+    """Both sides of a build. Every operation is in at least one kernel, or listed in `removed`, which also has what
+    was taken out before fusion."""
 
     backend: str
     operations: list[Operation]
     kernels: list[Kernel]
-    removed: list[str] = field(default_factory=list)  # "graph/name" of what the compiler found unnecessary
+    removed: dict[str, str] = field(default_factory=dict)  # "graph/name" of what has no kernel: what took it out
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of each file of the engine
 
     def graphs(self) -> list[str]:
@@ -68,7 +69,7 @@ class EngineReport:
             self,
             operations=[o for o in self.operations if o.graph == graph],
             kernels=[k for k in self.kernels if k.graph == graph],
-            removed=[r for r in self.removed if r.startswith(f"{graph}/")],
+            removed={name: by for name, by in self.removed.items() if name.startswith(f"{graph}/")},
         )
 
     def largest(self, count: int = 5) -> list[Kernel]:
@@ -85,14 +86,27 @@ class EngineReport:
             for o in fields["operations"]
         ]
         kernels = [Kernel(**{**k, "fused": tuple(k["fused"])}) for k in fields["kernels"]]
-        return cls(**{**fields, "operations": operations, "kernels": kernels})
+        removed = fields["removed"]
+        if isinstance(removed, list):  # of an engine that was built when reports did not say it
+            removed = dict.fromkeys(removed, "not recorded: build the engine again")
+        return cls(**{**fields, "operations": operations, "kernels": kernels, "removed": removed})
 
     def __str__(self) -> str:
         rows = []
         for part in map(self.of, self.graphs()):
             largest = [f"{len(k.fused)} operations in one {k.kind} kernel" for k in part.largest(1)]
             rows.append((part.operations[0].graph, len(part.operations), len(part.kernels), *(largest or [""])))
-        return str(Table("", ("graph", "operations", "kernels", "largest kernel"), rows))
+        kernels = Table("", ("graph", "operations", "kernels", "largest kernel"), rows)
+        return f"{kernels}\n\n{self.without_kernel()}" if self.removed else str(kernels)
+
+    def without_kernel(self) -> Table:
+        """The operations that have no kernel, by what took them out."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, by in self.removed.items():
+            graph, _, operation = name.partition("/")
+            groups.setdefault((graph, by), []).append(operation)
+        rows = [(graph, len(names), by, ", ".join(names[:3])) for (graph, by), names in groups.items()]
+        return Table("Operations without a kernel", ("graph", "operations", "because", "such as"), rows)
 
 
 def read_report(folder: Path, sizes: dict[str, int] | None = None) -> EngineReport:

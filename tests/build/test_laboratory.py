@@ -13,6 +13,7 @@ from conftest import GREEDY, limits
 from torch import nn
 
 from helpers import BuildRecipe, inspect, load
+from helpers.backends.aot import stages
 from helpers.backends.aot.products import matmul, pack
 from helpers.course.lab import profile as lab
 from helpers.course.lab.binary import compiled_for, vector_registers
@@ -344,18 +345,32 @@ class Planted(nn.Module):
     def forward(self, x):
         unused = (x * 3).sum()  # noqa: F841
         once, again = torch.sin(self.linear(x)), torch.sin(self.linear(x))
-        return (once + again) * (torch.exp(self.table) + 1)
+        return (once - 2 * again).clone() * (torch.exp(self.table) + 1)
 
 
-def test_what_graph_optimization_takes_away():
-    x = torch.randn(8, 64)
-    module = Planted()
-    stages = {}
-    for freezing in (False, True):
-        compiled = compile_module(module, (x,), options={"freezing": freezing})
-        torch.testing.assert_close(compiled(x), module(x), atol=1e-5, rtol=1e-4)
-        stages[freezing] = compiled.stages
-        assert "sum" in compiled.stages["as exported"]
-    finals = {freezing: each["as it is compiled"] for freezing, each in stages.items()}
-    assert all("sum" not in final for final in finals.values())  # nobody reads it
-    assert "exp" in finals[False] and "exp" not in finals[True]  # a constant only where the table is known
+def check_removed(report, frozen):
+    """What was planted is gone, by what it must be; or in a kernel, where the compiler does not know enough."""
+    planted = {"sum": stages.DEAD, "clone": stages.NO_OP}
+    known = {"exp": stages.FOLDED, "sin": stages.SAME, "addmm": stages.SAME}  # only where the weights are
+    removed = {name.partition("/")[2].removeprefix("exported."): by for name, by in report.removed.items()}
+    done = {name for kernel in report.kernels for name in kernel.fused}
+    assert not done & removed.keys()
+    for op, cause in (planted | known).items():
+        by = {cause for name, cause in removed.items() if name.rstrip("_0123456789") == op}
+        assert (cause in by) == (frozen or op in planted), op
+    assert frozen or not {stages.FOLDED, stages.SAME} & set(removed.values())
+    kinds = [o.op for o in report.operations if o.name in done]
+    assert kinds.count("sin") == (1 if frozen else 2) and ("exp" in kinds) != frozen
+    assert not {"sum", "clone"} & set(kinds)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_planted_is_taken_out_by_what_must_take_it_out(frozen):
+    x, module = torch.randn(8, 64), Planted()
+    compiled = compile_module(module, (x,), options={"freezing": frozen})
+    torch.testing.assert_close(compiled(x), module(x), atol=1e-5, rtol=1e-4)
+    check_removed(compiled.report, frozen)
+    causes = list(compiled.report.removed.values())
+    for damaged in ({}, dict(zip(compiled.report.removed, causes[1:] + causes[:1], strict=True))):
+        with pytest.raises(AssertionError):
+            check_removed(replace(compiled.report, removed=damaged), frozen)

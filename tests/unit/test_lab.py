@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers import inspect
+from helpers.backends.aot import stages
 from helpers.backends.report import EngineReport, Kernel, Operation
 from helpers.backends.tensorrt import layers
 from helpers.course.lab import pictures, profile
@@ -310,9 +311,72 @@ def test_a_loop_is_found_whether_one_thread_runs_it_or_several(tmp_path):
     assert all(loop.count("for(int64_t") == 1 and loop.count("tmp8") == 1 for loop in loops)
 
 
-def test_stages_say_what_came_and_went():
-    lines = pictures.operations_by_stage({"first": ["mul", "mul", "sum"], "then": ["mul", "fma"]}).splitlines()
-    assert lines[0].endswith("3 operations") and lines[1].endswith("2 operations  -1 mul, -1 sum, +1 fma")
+def stage(**steps: tuple[str, str]) -> stages.Stage:
+    """A graph, given as name: (kind, what it reads). All but the sum reach the output."""
+    return {
+        name: stages.Step(op, tuple(reads.split()), op != "sum", op not in (*stages.INPUTS, "output"), name)
+        for name, (op, reads) in steps.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("op", "after", "cause"),
+    [
+        ("clone", {"y": ("sin", "x"), "end": ("output", "y y")}, stages.NO_OP),
+        ("sin", {"y": ("sin", "x"), "end": ("output", "y y")}, stages.NO_OP),  # of y; a twin of y would read x
+        ("exp", {"y": ("sin", "x"), "value": ("get_attr", ""), "end": ("output", "y value")}, stages.FOLDED),
+        ("exp", {"y": ("sin", "x"), "gone": ("get_attr", ""), "end": ("output", "y gone")}, stages.FOLDED),
+        (
+            "exp",
+            {"y": ("sin", "x"), "pow_1": ("pow", "y"), "end": ("output", "y pow_1")},
+            stages.REWRITTEN.format("pow"),
+        ),
+        ("exp", {"y": ("sin", "x"), "exp_1": ("exp", "y"), "end": ("output", "y exp_1")}, None),
+        ("exp", {"y": ("sin", "x"), "end": ("output", "y")}, stages.DEAD),
+    ],
+)
+def test_what_its_readers_read_instead_tells_what_took_an_operation_out(op, after, cause):
+    x, unread = {"x": ("placeholder", "")}, {"unread": ("sum", "x")}
+    before = stage(**x, **unread, y=("sin", "x"), gone=(op, "y"), end=("output", "y gone"))
+    expected = {"unread": stages.DEAD, **({"gone": cause} if cause else {})}
+    assert stages.causes(before, [before, stage(**x, **after)]) == expected
+    only_exported = {f"exported.{name}": by for name, by in expected.items()}
+    if not {"value", "pow_1", "exp_1", "gone"} & after.keys():  # what export knows nothing of is a part of its reader
+        assert stages.causes(before, [stage(**x, **after)]) == only_exported
+
+
+def test_of_twins_one_is_a_common_subexpression_and_so_is_what_only_it_reads():
+    x, end = {"x": ("placeholder", "")}, ("output", "once again")
+    once, again = {"a": ("mm", "x"), "once": ("sin", "a")}, {"b": ("mm", "x"), "again": ("sin", "b")}
+    before, after = stage(**x, **once, **again, end=end), stage(**x, **once, end=("output", "once once"))
+    assert stages.causes(before, [before, after]) == {"b": stages.SAME, "again": stages.SAME}
+
+
+def test_two_operations_that_one_reader_loses_at_once_have_each_its_own_cause():
+    x, y = {"x": ("placeholder", "")}, {"y": ("sin", "x")}
+    before = stage(
+        **x, **y, fixed=("exp", "x"), copied=("clone", "y"), end=("mul", "fixed copied"), out=("output", "end")
+    )
+    after = stage(**x, **y, full=("full", ""), end=("mul", "full y"), out=("output", "end"))
+    assert stages.causes(before, [before, after]) == {"fixed": stages.FOLDED, "copied": stages.NO_OP}
+
+
+def test_of_what_tensorrt_names_no_layer_for_the_report_says_no_more_than_follows():
+    ops = {"c": "constant", "e": "unary", "s": "shuffle", "u": "unary", "m": "cast"}
+    inputs = {"c": "", "e": "c", "s": "x", "u": "x", "m": "e u"}
+    network = [
+        {"name": n, "op": op, "node": n, "dtype": "float32", "shape": (1,), "inputs": inputs[n].split(), "outputs": [n]}
+        for n, op in ops.items()
+    ]
+    removed = layers.account("g", network, [], {"c": "", "never": ""})[2]
+    known = {"g/c": layers.FOLDED, "g/e": layers.FOLDED, "g/s": layers.MOVED, "g/never": layers.NOT_PARSED}
+    assert removed == known | {"g/u": layers.UNKNOWN, "g/m": layers.UNKNOWN}
+
+
+def test_a_report_written_before_causes_were_known_is_read():
+    fields = {**report().to_dict(), "removed": ["g/pow", "g/mul"]}
+    old = EngineReport.from_dict(fields)
+    assert list(old.of("g").removed) == ["g/pow", "g/mul"] and "not recorded" in str(old)
 
 
 # The first bytes of GPU code that Triton 3.6 compiled with NVIDIA's assembler, up to the flags.

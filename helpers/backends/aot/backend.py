@@ -174,7 +174,7 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
         part = EngineReport.from_dict(reports[file, threads])
         report.operations.extend(part.operations)
         report.kernels.extend(part.kernels)
-        report.removed.extend(part.removed)
+        report.removed.update(part.removed)
     write_report(report, folder)
     return {
         "graphs": graphs,

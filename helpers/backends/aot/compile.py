@@ -55,8 +55,8 @@ def prepare_weights(recipe: dict[str, Any], device: str, folder: str, plain: str
     save_weights(packed(weights, asked, device), asked, config, device, Path(folder))
     entries = {}
     for name in graphs:
-        parts, module = _parts_of(name, asked, device, folder)
-        entries[name] = {"parts": {part.file: part.calls for part in parts}, "product": module.product}
+        parts, _ = _parts_of(name, asked, device, folder)
+        entries[name] = {"parts": {part.file: part.calls for part in parts}}
     return entries
 
 
@@ -86,8 +86,8 @@ def compile_part(
     with contextlib.nullcontext() if timed else whole_stack_traces():
         program = part.export(_weights(folder, device))
     yield f"compile {what}"
-    recorder = InductorRecorder(name)
-    options = _inductor_options(asked, device, threads, module) | {"_post_fusion_custom_pass": recorder}
+    recorder = InductorRecorder(name, program.graph)
+    options = _inductor_options(asked, device, threads, module) | recorder.options()
     Path(into).mkdir(exist_ok=True)
     with kernels_apart() if timed else contextlib.nullcontext():
         options |= TIMED if timed else {}

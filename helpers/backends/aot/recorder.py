@@ -15,20 +15,24 @@ from unittest import mock
 import torch
 
 from helpers.backends.aot.early_start import PREFIX
+from helpers.backends.aot.stages import FREE, HOOKS, Stage, causes, op_name, take_down
 from helpers.backends.report import EngineReport, Kernel, Operation
+
+# Why the scheduler launches no kernel for an operation that is still in its graph
+IN_PLACE = "joined in place: its parts are written where it would put them"
+IN_READERS = "computed where it is read, inside of other kernels"
+LENGTH = "a length or an index: computed between kernels"
 
 
 class InductorRecorder:
-    """Takes down what Inductor's scheduler decided, through the hook that runs right after fusion."""
+    """Takes down what Inductor's scheduler decided, through the hook that runs right after fusion; and, through the
+    hooks before it, what it got."""
 
-    # Not work: they only rename, index or take apart what another operation made.
-    FREE = frozenset(
-        "view reshape _unsafe_view permute transpose t slice select unsqueeze squeeze expand alias as_strided split "
-        "split_with_sizes getitem detach sym_size sym_numel sym_stride full_like empty".split()
-    )
-
-    def __init__(self, graph: str):
+    def __init__(self, graph: str, exported: torch.fx.Graph):
         self.graph = graph
+        self.exported = take_down(exported)
+        self.stages: list[Stage] = []
+        self.removed: dict[str, str] = {}  # what took out each operation that no kernel does
         self.operations: list[Operation] = []
         self.kernels: list[Kernel] = []
         self.calls: set[Any] = set()  # what library calls do, and kernels of ours
@@ -40,8 +44,28 @@ class InductorRecorder:
         ours = {n for n in V.graph.graph.nodes if n.op == "call_function" and _is_ours(n)}
         self.calls = {call.node.get_origin_node() for call in calls} | ours
         self.operations = [o for n in V.graph.graph.nodes if self._is_work(n) for o in self._operations(n)]
-        self.kernels = [k for k in map(self._kernel, nodes) if k.kind != "nothing"]
+        kernels = [self._kernel(node) for node in nodes]
+        self.kernels = [k for k in kernels if k.kind != "nothing"]
+        self.stages.append(take_down(V.graph.graph))
+        self.removed = self._removed({name for k in kernels if k.kind == "nothing" for name in k.fused})
         return nodes
+
+    def options(self) -> dict[str, Any]:
+        """Inductor's options that let it see the graph on its way."""
+        return {"_post_fusion_custom_pass": self, **dict.fromkeys(HOOKS, self.look)}
+
+    def look(self, graph: torch.fx.Graph) -> None:
+        self.stages.append(take_down(graph))
+
+    def _removed(self, placed: set[str]) -> dict[str, str]:
+        """placed: operations of pieces that the scheduler has nothing to launch for."""
+        done = {name for kernel in self.kernels for name in kernel.fused}
+        removed = causes(self.exported, self.stages)
+        for operation in self.operations:
+            if operation.name not in done:
+                late = IN_PLACE if operation.name in placed else IN_READERS if operation.dtype else LENGTH
+                removed.setdefault(operation.name, late)
+        return {name: by for name, by in removed.items() if name not in done}
 
     def __deepcopy__(self, memo: dict) -> InductorRecorder:
         return self  # Inductor copies its settings; what the copy saw must arrive here
@@ -56,14 +80,13 @@ class InductorRecorder:
                 replace(o, name=o.name + mark, inputs=tuple(name + mark for name in o.inputs)) for o in self.operations
             ]
             kernels = [_of_call(kernel, mark) for kernel in self.kernels]
-            used = {name for kernel in kernels for name in kernel.fused}
             report.operations.extend(operations)
             report.kernels.extend(kernels)
-            report.removed.extend(f"{self.graph}/{o.name}" for o in operations if o.name not in used)
+            report.removed.update({f"{self.graph}/{name}{mark}": by for name, by in self.removed.items()})
         return report
 
     def _is_work(self, node: Any) -> bool:
-        return node.op == "call_function" and _op_name(node) not in self.FREE
+        return node.op == "call_function" and _op_name(node) not in FREE
 
     def _operations(self, node: Any) -> list[Operation]:
         """Nearly always one. A kernel of ours fused them by hand: what it does in one go, by its own account."""
@@ -163,11 +186,7 @@ def _wrapped(node: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _op_name(node: Any) -> str:
-    if _is_ours(node):
-        return _wrapped(node)[0]
-    target = node.target
-    packet = getattr(target, "_overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+    return _wrapped(node)[0] if _is_ours(node) else op_name(node)
 
 
 def _dtype_name(value: Any) -> str:

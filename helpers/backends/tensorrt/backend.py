@@ -90,7 +90,7 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
             parts, graphs[graph] = builder.plan_from_onnx(worker, model, file, plan, chosen, progress)
             report.operations.extend(parts[0])
             report.kernels.extend(parts[1])
-            report.removed.extend(parts[2])
+            report.removed.update(parts[2])
         memory = worker.call("memory")
     write_report(report, folder)
     return {

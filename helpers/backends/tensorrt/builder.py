@@ -110,7 +110,7 @@ def plan_from_onnx(
     settings: Options,
     progress: Progress,
     time_limit: float = TIME_LIMIT,
-) -> tuple[tuple[list[Operation], list[Kernel], list[str]], dict[str, Any]]:
+) -> tuple[tuple[list[Operation], list[Kernel], dict[str, str]], dict[str, Any]]:
     """One plan file from one ONNX file: its part of the report, and what the manifest says of it.
 
     model is the file's content (its weights are not looked at); the graph is named for the plan file.

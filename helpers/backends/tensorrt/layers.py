@@ -36,6 +36,12 @@ DTYPES = {
 }
 BITS = {"float32": 32, "int32": 32, "int64": 64, "int4": 4, "float16": 16, "bfloat16": 16}  # the others have 8
 PARTS = ("Inputs", "Constants", "Outputs")
+# What can be known of a network layer that no engine layer names. Of the rest, TensorRT does not say it.
+FOLDED = "constant folding: all that it reads was known while building"
+MOVES = ("identity", "shuffle", "squeeze", "unsqueeze")
+MOVED = "no layer of its own: it changes only names, shape or order"
+NOT_PARSED = "left out by TensorRT's ONNX parser"
+UNKNOWN = "not known: no layer of the engine names it"
 
 
 @dataclass(frozen=True)
@@ -90,15 +96,14 @@ def steps(name: str) -> list[str]:
 
 def account(
     graph: str, network: list[dict[str, Any]], layers: list[Layer], nodes: dict[str, str]
-) -> tuple[list[Operation], list[Kernel], list[str]]:
-    """Which engine layer does each network layer's work: the operations, the kernels, and what was removed.
+) -> tuple[list[Operation], list[Kernel], dict[str, str]]:
+    """Which engine layer does each network layer's work: the operations, the kernels, and why the rest has none.
 
     network: the layers that the parser made, in order: name, op, node (the ONNX node, "" for none), dtype, shape,
     inputs and outputs (tensor names). nodes: every ONNX node's name, with the module's line it came from.
 
     A network layer goes with its ONNX node, and a node with the first engine layer that names it. Layers that the
-    parser added on its own (weights, broadcasts) go with the layer that reads them. What nobody names was removed:
-    computed while building, or turned into a mere view.
+    parser added on its own (weights, broadcasts) go with the layer that reads them. What nobody names has no layer.
     """
     first: dict[str, int] = {}
     for index, layer in enumerate(layers):
@@ -118,15 +123,18 @@ def account(
             users = [homes[r] for tensor in entry["outputs"] for r in readers.get(tensor, [])]
             homes[index] = min((home for home in users if home is not None), default=None)
     fused: dict[int, list[str]] = {}
-    removed = []
-    for name, home in zip(names, homes, strict=True):
-        if home is None:
-            removed.append(f"{graph}/{name}")
-        else:
+    removed = {}
+    known: set[str] = set()  # tensors that depend on nothing but constants
+    for name, home, entry in zip(names, homes, network, strict=True):
+        constant = entry["op"] == "constant" or (entry["inputs"] and known.issuperset(entry["inputs"]))
+        known.update(entry["outputs"] if constant else ())
+        if home is not None:
             fused.setdefault(home, []).append(name)
+        else:
+            removed[f"{graph}/{name}"] = FOLDED if constant else MOVED if entry["op"] in MOVES else UNKNOWN
     parsed = {entry["node"] for entry in network}
     makers = {tensor: name for name, entry in zip(names, network, strict=True) for tensor in entry["outputs"]}
-    removed += [f"{graph}/{node}" for node in nodes if node not in parsed]
+    removed |= {f"{graph}/{node}": NOT_PARSED for node in nodes if node not in parsed}
     operations = [
         Operation(
             graph,

@@ -27,21 +27,11 @@ from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
 from helpers.machine import hardware
 
-# Where Inductor shows the graph on its way, in order.
-STAGES = {
-    "without what is not used": "joint_custom_pre_pass",
-    "constants folded": "joint_custom_post_pass",
-    "as it is compiled": "post_grad_custom_post_pass",
-}
-
 
 @dataclass(frozen=True)
 class Compiled:
-    """`stages`: the operations (kinds) of the graph on its way through the compiler."""
-
     run: Any
     report: EngineReport
-    stages: dict[str, list[str]]
     targets: Counter[str]
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -55,17 +45,11 @@ def compile_module(
     """fusion=False: each operation writes its result to memory. options: Inductor's, such as {"cpp.simdlen": 256}."""
     from torch._inductor.utils import fresh_cache
 
-    recorder, stages = InductorRecorder("module"), {}
     with whole_stack_traces():
         program = torch.export.export(module, tuple(inputs), strict=False)
-    stages["as exported"] = _kinds(program.graph)
-
-    def note(stage: str) -> Any:
-        return lambda graph: stages.__setitem__(stage, _kinds(graph))
-
-    settings: dict[str, Any] = {"_post_fusion_custom_pass": recorder, "cpp.threads": 1, **TIMED}
+    recorder = InductorRecorder("module", program.graph)
+    settings: dict[str, Any] = {**recorder.options(), "cpp.threads": 1, **TIMED}
     settings["cpp.cxx"] = (None, hardware.compiler())
-    settings |= {hook: note(stage) for stage, hook in STAGES.items()}
     if not fusion:
         settings |= {"max_fusion_size": 1, "post_grad_custom_pre_pass": _keep_every_result}
     with (
@@ -76,6 +60,7 @@ def compile_module(
         kernels_apart(),
     ):
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # here fp32 means fp32
         graph = program.module()
         inductor = torch._inductor.compile(graph, list(inputs), options={**settings, **(options or {})})
         inductor(*inputs)  # the last of the compilers is done
@@ -84,14 +69,7 @@ def compile_module(
         # Beside a GPU's kernels, the libraries are what starts them.
         kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
         targets = sum(map(compiled_for, kinds[0] or kinds[1]), Counter())
-    return Compiled(inductor, _with_code(recorder.report(), wrapper), stages, targets)
-
-
-def _kinds(graph: torch.fx.Graph) -> list[str]:
-    """The operations of a graph that are work, by their kind."""
-    names = [getattr(n.target, "_overloadpacket", n.target) for n in graph.nodes if n.op == "call_function"]
-    kinds = [getattr(name, "__name__", str(name)) for name in names]
-    return [kind for kind in kinds if kind not in InductorRecorder.FREE]
+    return Compiled(inductor, _with_code(recorder.report(), wrapper), targets)
 
 
 def _keep_every_result(graph: torch.fx.Graph) -> None:

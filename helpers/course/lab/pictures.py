@@ -139,16 +139,3 @@ def roofline(report: EngineReport, bandwidth: float) -> Picture:
     return Picture(
         figure, f"Points: bytes and time of each kernel, and the line of {bandwidth / 1e9:.0f} GB/s. {words}."
     )
-
-
-def operations_by_stage(stages: Mapping[str, list[str]]) -> str:
-    """What each stage of a compiler left, and what it took away or put in its place."""
-    lines: list[str] = []
-    before: Counter[str] | None = None
-    for stage, kinds in stages.items():
-        counts = Counter(kinds)
-        gone, come = counts - counts if before is None else before - counts, counts - (before or counts)
-        changes = [f"-{n} {kind}" for kind, n in gone.items()] + [f"+{n} {kind}" for kind, n in come.items()]
-        lines.append(f"{stage:<26} {len(kinds):>3} operations  {', '.join(changes)}".rstrip())
-        before = counts
-    return "\n".join(lines)

@@ -21,7 +21,7 @@ import torch
 from helpers.backends.aot.early_start import PREFIX
 from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import prefill_width, sequences
-from helpers.backends.aot.recorder import InductorRecorder
+from helpers.backends.aot.stages import FREE as NO_WORK
 from helpers.backends.base import Engine
 from helpers.backends.report import EngineReport, Kernel, Operation
 from helpers.display import Table
@@ -36,7 +36,7 @@ SECOND = re.compile(r".*(splitK_?reduce|reduce_1Block)", re.IGNORECASE)  # by th
 PROFILERS_OWN = "Activity Buffer Request"  # an event that repeats the kernels of the call that it happens in
 WRITTEN = re.compile(f"triton_|{PREFIX}")  # on a GPU: a kernel that the compiler wrote, or one of ours
 BOOKKEEPING = "lift_fresh empty_strided to resolve_conj resolve_neg detach_ is_nonzero".split()  # nothing is computed
-FREE = {f"aten::{name}" for name in (*InductorRecorder.FREE, *BOOKKEEPING)}
+FREE = {f"aten::{name}" for name in (*NO_WORK, *BOOKKEEPING)}
 
 
 def launches(step: Callable[[], Any], pattern: re.Pattern[str], rounds: int = ROUNDS) -> list[list[tuple[str, float]]]:
@@ -51,7 +51,7 @@ def launches(step: Callable[[], Any], pattern: re.Pattern[str], rounds: int = RO
         step()
     every = []
     for _ in range(rounds):
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             step()
             if cuda:
                 torch.cuda.synchronize()
