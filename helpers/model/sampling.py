@@ -54,7 +54,7 @@ class SamplingParams:
             _whole("seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):  # a text such as "no" would count as yes
             raise InputError(f"SamplingParams.ignore_eos is {shown(self.ignore_eos)}.", fix="Give True or False.")
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
             raise InputError(f"SamplingParams.stop is {shown(self.stop)}.", fix="Give a text, or a list of texts.")
         object.__setattr__(self, "stop", tuple(stop))  # of one form, whatever was given

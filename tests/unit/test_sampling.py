@@ -230,7 +230,20 @@ def test_stop_takes_one_text_or_several_and_keeps_them_in_one_form(given, kept):
 
 @pytest.mark.parametrize(
     "stop",
-    [[""], ["a", ""], 7, [7], {"a": 1}, [["a"]], b"a", {"a"}, pytest.param(iter("ab"), id="an iterator")],
+    [
+        [""],
+        ["a", ""],
+        7,
+        [7],
+        {"a": 1},
+        [["a"]],
+        b"a",
+        {"a"},
+        0,
+        {},
+        torch.zeros(2),
+        pytest.param(iter("ab"), id="an iterator"),
+    ],
     ids=repr,
 )
 def test_what_is_no_stop_string_is_refused(stop):
