@@ -314,8 +314,8 @@ def test_a_loop_is_found_whether_one_thread_runs_it_or_several(tmp_path):
 def stage(**steps: tuple[str, str]) -> stages.Stage:
     """A graph, given as name: (kind, what it reads). All but the sum reach the output."""
     return {
-        name: stages.Step(op, tuple(reads.split()), op != "sum", op not in (*stages.INPUTS, "output"), name)
-        for name, (op, reads) in steps.items()
+        name: stages.Step(op, at, tuple(reads.split()), op != "sum", op not in (*stages.INPUTS, "output"), name)
+        for at, (name, (op, reads)) in enumerate(steps.items())
     }
 
 

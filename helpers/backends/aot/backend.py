@@ -157,9 +157,9 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
                     shutil.move(f"{scratch}/{threads}-threads/{file}.pt2", folder)
                 rest = [name for name in names if name != STEP]
             reports |= compile_all(f"{len(rest)} graphs", [(name, threads, str(folder)) for name in rest])
-            with _shown(progress, f"verify {len(names)} graphs", jobs) as show:
-                calls = [{"name": name, "entry": graphs[name], "plain": str(plain), **common} for name in names]
-                compilers.run("verify", calls, show)
+            for name in names:  # one after the other: side by side, threads would spin while others need their cores
+                call = {"name": name, "entry": graphs[name], "plain": str(plain), **common}
+                compilers.run("verify", [call], progress.phase)
         except (WorkerError, BuildError) as error:
             places = {place: shutil.disk_usage(place).free for place in (folder, Path(scratch).parent)}
             fullest = min(places, key=places.__getitem__)

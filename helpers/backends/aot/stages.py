@@ -6,7 +6,7 @@ tell: after the stage that took it out they read something else, and that is wha
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +38,7 @@ class Step:
     """A node of the graph at one stage. `reads`: the others whose results it reads, in order, views left aside."""
 
     op: str
+    at: int  # where it stands in its graph
     reads: tuple[str, ...]
     live: bool  # whether the graph's results depend on it
     work: bool
@@ -62,8 +63,8 @@ def take_down(graph: Graph) -> Stage:
             live.add(node)
             todo += node.all_input_nodes
     return {
-        node.name: Step(op_name(node), tuple(_reads(node)), node in live, _is_work(node), _exported_name(node))
-        for node in graph.nodes
+        node.name: Step(op_name(node), at, tuple(_reads(node)), node in live, _is_work(node), _exported_name(node))
+        for at, node in enumerate(graph.nodes)
     }
 
 
@@ -89,32 +90,40 @@ def _in_terms_of(exported: Stage, stage: Stage) -> Stage:
             inner[name] = reads
         else:
             before = translated.get(own, replace(step, reads=(), live=False))
-            translated[own] = replace(before, reads=(*before.reads, *reads), live=before.live or step.live)
+            translated[own] = replace(before, at=step.at, reads=(*before.reads, *reads), live=before.live or step.live)
     return translated
 
 
 def _taken_out(stages: list[Stage]) -> dict[str, str]:
     by: dict[str, str] = {}
+    readers = [_readers(stage) for stage in stages]
     for name in dict.fromkeys(name for stage in stages for name, step in stage.items() if step.work):
         alive = [at for at, stage in enumerate(stages) if _live(name, stage)]
         if not alive:
             by[name] = DEAD
         elif alive[-1] < len(stages) - 1:
-            by[name] = _cause(name, stages[alive[-1]], stages[alive[-1] + 1])
+            by[name] = _cause(name, stages[alive[-1]], stages[alive[-1] + 1], readers[alive[-1]])
     return {name: cause for name, cause in by.items() if cause}
 
 
-def _cause(name: str, before: Stage, after: Stage) -> str:
+def _readers(stage: Stage) -> dict[str, list[str]]:
+    readers = defaultdict(list)
+    for name, step in stage.items():
+        for read in dict.fromkeys(step.reads if step.live else ()):
+            readers[read].append(name)
+    return readers
+
+
+def _cause(name: str, before: Stage, after: Stage, readers: dict[str, list[str]]) -> str:
     """What happened to an operation between two stages. "" where another of its kind took its place."""
     if name in after and after[name].op in INPUTS:  # a value that keeps the operation's name
         return FOLDED
     if before[name].op == "copy_":  # into an input, such as the KV cache
         return NO_COPY
-    readers = [other for other, step in before.items() if step.live and name in step.reads]
-    staying = [reader for reader in readers if _live(reader, after)]
+    staying = [reader for reader in readers[name] if _live(reader, after)]
     for reader in staying:
         instead = _instead(name, before[reader], after[reader])
-        if _ancestors(name, before) & set(instead):
+        if _depends(name, set(instead), before):
             return NO_OP
         for other in instead:
             op = after[other].op
@@ -123,7 +132,7 @@ def _cause(name: str, before: Stage, after: Stage) -> str:
             return FOLDED if op in CONSTANTS else REWRITTEN.format(op)
     if staying:
         return DEAD  # they are computed without it
-    return next(filter(None, (_cause(reader, before, after) for reader in readers)), UNKNOWN)
+    return next(filter(None, (_cause(reader, before, after, readers) for reader in readers[name])), UNKNOWN)
 
 
 def _instead(name: str, was: Step, now: Step) -> list[str]:
@@ -137,15 +146,17 @@ def _live(name: str, stage: Stage) -> bool:
     return name in stage and stage[name].live and stage[name].op not in INPUTS
 
 
-def _ancestors(name: str, stage: Stage) -> set[str]:
-    """All that a result depends on."""
-    reached: set[str] = set()
-    todo = [name]
+def _depends(name: str, others: set[str], stage: Stage) -> bool:
+    """Whether a result depends on one of the others. Only what stands behind the first of them can."""
+    first = min((stage[other].at for other in others if other in stage), default=len(stage))
+    seen, todo = {name}, [name]
     while todo:
-        more = set(stage[todo.pop()].reads) - reached
-        reached |= more
+        more = {read for read in stage[todo.pop()].reads if read in stage and stage[read].at >= first} - seen
+        if more & others:
+            return True
+        seen |= more
         todo += more
-    return reached
+    return False
 
 
 def _is_work(node: Node) -> bool:
