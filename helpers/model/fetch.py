@@ -72,7 +72,7 @@ def get(name: str) -> Path:
 
 def describe() -> list[tuple[str, str, str, str, str]]:
     """(name, MB, millions of parameters, where it came from, folder) of every model on this machine."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     names = [("stories", "trained by this course")]
@@ -80,7 +80,8 @@ def describe() -> list[tuple[str, str, str, str, str]]:
         if path.name in NAMED and path.is_dir():
             names.append((path.name, _source(path)))
     try:
-        cached = [repository.repo_id for repository in scan_cache_dir().repos if repository.repo_type == "model"]
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
+        cached = [repository.repo_id for repository in cache.repos if repository.repo_type == "model"]
         names += [(hub_id, "the Hub") for hub_id in sorted(cached)]
     except CacheNotFound:
         pass
