@@ -246,7 +246,8 @@ def test_a_build_is_started_and_cancelled(more):
     assert not named(more, "Build").is_enabled()
     explorer.locator("button", has_text="Stop").click()
     wait_for(lambda: "Nothing is left of this build" in explorer.inner_text())
-    assert named(more, "Build").is_enabled() and "not built yet" in explorer.inner_text()
+    wait_for(named(more, "Build").is_enabled)
+    assert "not built yet" in explorer.inner_text()
 
 
 def test_an_experiment_is_stopped_resumed_and_not_repeated(more, jupyter):

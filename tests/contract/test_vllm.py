@@ -120,7 +120,7 @@ def test_the_benchmark_measures_it_in_turn_with_the_others(stand_in):
 
 def test_where_nobody_may_look_at_the_gpu_nothing_else_is_lost(stand_in, monkeypatch, capsys):
     monkeypatch.setenv("STANDIN_BLIND", "1")
-    record = benchmark.run(Workload(input_len=8, output_len=8, repeats=1, warmup=1), ["vllm:bf16"], quiet=True)
+    record = benchmark.run(Workload(input_len=8, output_len=8, repeats=1, warmup=1), ["vllm:bf16"])
     row = record.row("vllm bf16")
     assert row.gpu_busy_s is None and row.gpu_idle is None and len(row.tpot_s) == 1
     assert "The profiler saw no work on the GPU" in capsys.readouterr().err
