@@ -122,9 +122,10 @@ def build_onnx(
     **options: Any,
 ) -> Path:
     """A TensorRT engine from an ONNX file. precision: "" takes the graph's own types, else they are rewritten."""
-    from helpers.backends.tensorrt import modules
-
     with hushed(quiet):
+        backends.module("tensorrt")  # for what it says while PyTorch is imported
+        from helpers.backends.tensorrt import modules
+
         job = modules.from_onnx(file, precision, name=name, time_limit=time_limit, options=options)
         return _run(job, force)
 
@@ -139,7 +140,7 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
         if tokenizer is not None:
             _check_tokenizer(find_checkpoint(engine.model).folder, tokenizer)
         with _loading():
-            return backends.module(engine.backend).load(engine)
+            return backends.module(engine.backend).load(engine.replace())  # checked again, as in `identity`
     folder = locate(engine)
     with store.reading(folder), _understood(folder), _loading():
         check_trust(folder)
@@ -224,6 +225,7 @@ def recipe_of(engine: Path | str) -> BuildRecipe:
 
 def identity(recipe: BuildRecipe, checkpoint: Checkpoint) -> dict[str, Any]:
     """All that an engine depends on. Two builds with equal identities are the same engine."""
+    recipe.replace()  # checks again: options are a dict, into which something may have been written since
     depends_on = backends.module(recipe.backend).identity(recipe, checkpoint)
     fields = {**recipe.to_dict(), "model": checkpoint.short_name, **depends_on.pop("recipe")}
     return {

@@ -5,9 +5,9 @@ Each judgement is a sentence with its figures and a verdict. It holds for the ma
 Figures are intervals. What every run measured lies between its least and its largest sample: the true median is in
 there with a probability of 94 % for five runs and 75 % for three (1 - 2 / 2^n). Contenders take turns, so a ratio of
 two is taken round by round, and what disturbed a whole round falls out of it. What was measured once or twice (build,
-start and memory are measured once) is taken as known to no better than 10 %; and beside other work on the machine, a
-time may have been as much longer as that took of the cores. A verdict is only given where the whole interval is on one
-side.
+start, first request and memory are measured once) is taken as known to no better than 10 %; and beside other work on
+the machine, a time may have been as much longer as that took of the cores. Where all contenders were started at once,
+each may have waited for all others. A verdict is only given where the whole interval is on one side.
 
 On a GPU there is one more uncertainty. A contender that waits for its host takes another time on another host, however
 often it is measured on this one. So its time is only known to lie between what its GPU works in a step and the longest
@@ -51,7 +51,11 @@ def interval(samples: Sequence[float]) -> Interval:
 def seconds(record: Record, samples: Sequence[float]) -> Interval:
     """The same of times, in this record."""
     least, most = interval(samples)
-    return (least, most) if len(samples) > 2 else (least / (1 + record.host.other_work / record.host.cores), most)
+    if len(samples) > 2:
+        return least, most
+    beside = record.host.other_work / record.host.cores
+    beside += len({row.name for row in record.rows}) - 1 if record.workload.start_together else 0
+    return least / (1 + beside), most
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
@@ -137,7 +141,7 @@ def judge(record: Record) -> dict[str, tuple[str, str]]:
         "lower memory usage than eager PyTorch": _memory(*eager) if eager else missing,
         "vLLM uses more memory": _memory(*vllm) if vllm else missing,
         "a build takes 10 to 30 minutes": _build(record, engine) if engine else missing,
-        "the first inference is slower": _first(engine) if engine else missing,
+        "the first inference is slower": _first(record, engine) if engine else missing,
         "batching helps throughput": _batching(record, engine) if engine else missing,
         "int8 without loss of accuracy": _accuracy(record),
     }
@@ -217,10 +221,11 @@ def _build(record: Record, engine: Row) -> tuple[str, str]:
     return f"{minutes:.1f} minutes", _verdict(seconds(record, [minutes]), 10, 30, below="less")
 
 
-def _first(engine: Row) -> tuple[str, str]:
+def _first(record: Record, engine: Row) -> tuple[str, str]:
     """Slower: later than the latest of the others by more than these differ among themselves."""
     first, (least, most) = engine.warmup_e2e_s[0], interval(engine.e2e_s)
-    verdict = "yes" if first > most + (most - least) else "no" if first < least else CANNOT_TELL
+    low, high = seconds(record, [first])
+    verdict = "yes" if low > most + (most - least) else "no" if high < least else CANNOT_TELL
     return f"first request {times((first / most, first / least))} a later one", verdict
 
 

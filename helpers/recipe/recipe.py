@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class BuildRecipe(RecipeFields):
         if isinstance(self.decode_batch_sizes, list):
             object.__setattr__(self, "decode_batch_sizes", tuple(self.decode_batch_sizes))
         _check_types(self)
+        # The recipe's own, and as a file gives them back: the caller may change his dict, and a tuple becomes a list.
+        object.__setattr__(self, "options", json.loads(json.dumps(self.options)))
         _one_of("backend", self.backend, BACKENDS)
         _one_of("precision", self.precision, PRECISIONS[self.backend], f" for backend {self.backend!r}")
         _one_of("device", self.device, DEVICES)

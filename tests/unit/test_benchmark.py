@@ -457,6 +457,16 @@ def test_a_first_request_is_slower_only_beyond_what_later_ones_differ(first, ver
     assert judged(row, {}, "the first inference is slower") == verdict
 
 
+def test_what_was_started_beside_others_is_judged_by_no_time_of_its_start():
+    rows = new_row(start_s=2.0, build_s=12 * 60.0, warmup_e2e_s=[0.04]), new_row("pytorch", start_s=3.0)
+    for together, verdicts in ((False, ("yes", "yes")), (True, (claims.CANNOT_TELL,) * 2)):
+        record = new_record(*rows, workload=dataclasses.replace(SMALL, start_together=together))
+        judged = claims.judge(record)
+        assert (judged["the first inference is slower"][1], judged["a build takes 10 to 30 minutes"][1]) == verdicts
+        often = claims.guide(record, None).rows[4][1]
+        assert often.startswith("aot fp32 or pytorch fp32: " if together else "aot fp32: ")
+
+
 def test_memory_within_the_error_of_one_measurement_is_not_less():
     claim = "lower memory usage than eager PyTorch"
     for theirs, verdict in ((200, "yes"), (105, claims.CANNOT_TELL), (50, "no")):

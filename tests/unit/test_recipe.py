@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BuildRecipe
+from helpers import BuildRecipe, build, load
 from helpers import recipe as recipes
+from helpers.engine import disk_needed, locate
 from helpers.errors import RecipeError, shown
 from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe import tensorrt_llm
@@ -109,6 +110,21 @@ def test_equal_recipes_have_equal_hashes():
     assert len({first, second, BuildRecipe()}) == 2
 
 
+def test_what_is_written_into_options_later_is_another_recipes_or_refused():
+    given = {"enforce_eager": True}
+    first = BuildRecipe(backend="vllm", precision="bf16", options=given)
+    given |= {"enforce_eager": False, "trust_remote_code": True}
+    assert first.options == {"enforce_eager": True}
+    first.options["trust_remote_code"] = True
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        load(first)
+    compiled = BuildRecipe()
+    compiled.options["unknown"] = 1
+    for use in (build, locate, disk_needed):
+        with pytest.raises(RecipeError, match="unknown"):
+            use(compiled)
+
+
 def test_zero_tokens_a_step_is_tensorrt_llms_default_and_no_number_of_tokens():
     recipe = BuildRecipe(backend="tensorrt_llm", precision="bf16", options={"max_num_tokens": 0})
     assert tensorrt_llm.settings(recipe) == tensorrt_llm.settings(recipe.replace(options={}))
@@ -139,6 +155,7 @@ def test_an_unknown_fusion_switch_is_refused_with_its_full_name():
         BuildRecipe(backend="tensorrt_llm", precision="int4", device="cuda", optimization_level=0),
         BuildRecipe(fusion={"kernels": False, "qkv": False, "gate_up": False}),
         BuildRecipe(backend="tensorrt", options={"compute_capabilities": ["8.6", "8.9"], "refit": True}),
+        BuildRecipe(backend="tensorrt", options={"compute_capabilities": ("8.6",)}),
         BuildRecipe(backend="tensorrt_llm", precision="bf16", options={"free_gpu_memory_fraction": 0.5}),
         BuildRecipe(model='C:\\models\\"quoted" \N{PARTY POPPER}é\x7f\n'),
     ],
