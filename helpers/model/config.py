@@ -30,6 +30,13 @@ SIZES = {  # the largest that is read, several times what public models have
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
 }
+# With these, transformers would compute something else than the decoder here does, or take other weights.
+COMPUTED_OTHERWISE = {
+    "quantization_config": "its weights are already quantized",
+    "transformers_weights": "its weights are in a file of another name (transformers_weights)",
+    "per_layer_config": "its layers have settings of their own (per_layer_config)",
+    "attention_chunk_size": "it attends within chunks of a text (attention_chunk_size)",
+}
 # What transformers' class is given. The rest of config.json changes no number of these families, and some of it would
 # make transformers run, fetch or allocate what the checkpoint asks for (attn_implementation, num_labels).
 FIELDS = {
@@ -136,8 +143,11 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise unsupported(
             f"model_type is {raw.get('model_type')!r:.80}", f"The supported families are {', '.join(FAMILIES)}."
         )
-    if raw.get("quantization_config"):
-        raise unsupported("its weights are already quantized", "Use the original checkpoint and set precision.")
+    refused = [why for name, why in COMPUTED_OTHERWISE.items() if raw.get(name)]
+    if raw.get("is_causal") is False:
+        refused.append("its tokens attend to those after them too (is_causal)")
+    if refused:
+        raise unsupported(refused[0], "Use another model; for quantized weights the original ones, and set precision.")
     given = {name: value for name, value in raw.items() if name in FIELDS}
     bounds = SIZES | {"sliding_window": SIZES["max_position_embeddings"], "max_window_layers": SIZES["vocab_size"]}
     for name, most in bounds.items():
@@ -281,15 +291,16 @@ def _rope(folder: Path, config: Any) -> dict[str, Any]:
 
 
 def _window(folder: Path, config: Any) -> int | None:
-    """The sliding window, if a layer has one: all of Mistral's do, and of Qwen's those that layer_types names."""
-    if config.model_type == "llama":
-        return None
-    window = config.sliding_window
-    if config.model_type == "mistral":
+    """The sliding window, if a layer has one: all of Mistral's do, and else those that layer_types names. transformers'
+    Llama knows of none, but its cache, which is the same for all, keeps no more than the window either."""
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if config.model_type == "mistral" or layers is None:
         return window
-    if others := set(config.layer_types) - {"full_attention", "sliding_attention"}:
-        raise unsupported(f"some layers are of the type {sorted(map(str, others))[0]!r:.80}", "Use another model.")
-    if "sliding_attention" not in config.layer_types:
+    if not isinstance(layers, list):
+        raise _not_understood(folder, f"layer_types is {layers!r:.80}")
+    if others := set(map(str, layers)) - {"full_attention", "sliding_attention"}:
+        raise unsupported(f"some layers are of the type {min(others)!r:.80}", "Use another model.")
+    if "sliding_attention" not in layers:
         return None
     if window is None:
         raise _not_understood(folder, "layers with sliding attention have no sliding_window")
