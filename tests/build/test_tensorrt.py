@@ -175,6 +175,27 @@ def test_a_class_of_ones_own_is_only_known_by_its_export(block):
     assert modules.content_of(block.norm, (torch.randn(8, 256),), "fp16")
 
 
+def test_parts_and_weights_that_are_used_twice_count_twice():
+    one, two, relu, inputs = nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(), (torch.zeros(1, 8),)
+    tied = [nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)]
+    tied[1].load_state_dict(tied[0].state_dict())
+    for first, stack in enumerate(tied):
+        stack[2].weight = stack[first].weight
+    stacks = [nn.Sequential(*parts) for parts in ([one, relu, two], [one, relu, two, relu], [one], [one, one])]
+    contents = {modules.content_of(stack, inputs, "fp16") for stack in (*stacks, *tied)}
+    assert len(contents) == 6 and "" not in contents
+
+
+def test_the_inputs_that_fp8_is_calibrated_with_count_for_a_class_of_ones_own(block):
+    def content(precision, scale):
+        inputs = (torch.ones(8, 256) * scale,)
+        settings = {"name": "", "time_limit": 60.0, "options": {}}
+        return modules.from_module(block, inputs, precision, **settings).identity["checkpoint"]
+
+    assert content("fp8", 1) == content("fp8", 1) != content("fp8", 8)
+    assert content("fp16", 1) == content("fp16", 8)
+
+
 def test_the_module_itself_is_left_alone(build, block):
     build("fp16")
     assert all(p.dtype == torch.float32 for p in block.parameters()) and block.training
@@ -411,7 +432,6 @@ def test_weight_streaming_is_accepted(build):
 
 
 def test_a_missing_provider_is_one_clear_line(build):
-    tensorrt_builder.provider_version.cache_clear()
     with pytest.raises(BackendUnavailable, match="not installed"):
         build("fp16", provider="tensorrt")
 
@@ -444,13 +464,9 @@ def test_without_the_package_one_line_says_so(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", nothing)
-    tensorrt_builder.provider_version.cache_clear()
-    try:
-        assert "not installed" in tensorrt_builder.missing()
-        monkeypatch.setattr(tensorrt_builder.sys, "platform", "darwin")
-        assert "macOS" in tensorrt_builder.missing() and "\n" not in tensorrt_builder.missing()
-    finally:
-        tensorrt_builder.provider_version.cache_clear()
+    assert "not installed" in tensorrt_builder.missing()
+    monkeypatch.setattr(tensorrt_builder.sys, "platform", "darwin")
+    assert "macOS" in tensorrt_builder.missing() and "\n" not in tensorrt_builder.missing()
 
 
 def test_looking_for_a_driver_starts_no_program(monkeypatch):

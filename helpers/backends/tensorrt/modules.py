@@ -36,12 +36,13 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -85,7 +86,10 @@ def from_module(
         return onnx_export.export(module, example_inputs, precision=precision, varying=varying)
 
     label = name or type(module).__name__.lower()
-    content = content_of(module, example_inputs, precision) or _content_of_graph(export())
+    content = content_of(module, example_inputs, precision)
+    if not content:
+        calibrated = precision == "fp8"  # then the scales rest on the inputs
+        content = _content_of_graph(export(), onnx_export.example_feeds(export(), example_inputs) if calibrated else {})
     return _job(label, precision, settings, content, export, time_limit, example_inputs)
 
 
@@ -99,7 +103,7 @@ def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float,
     model = onnx_export.read(file)
     if precision:
         onnx_export.retype(model, precision)
-    content = _content_of_graph(model)
+    content = _content_of_graph(model, {})
     return _job(name or file.stem, precision or "fp32", settings, content, lambda: model, time_limit, ())
 
 
@@ -159,11 +163,11 @@ def _job(
     return BuildJob(f"{label}-tensorrt-{precision}", identity, recipe, compile_into, lambda: (2.0, 5_000_000, 5e6))
 
 
-def _content_of_graph(model: onnx.ModelProto) -> str:
-    """A hash of a graph. Of the nodes' metadata only the module's lines count: the rest names files that lie
-    elsewhere in every session."""
+def _content_of_graph(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> str:
+    """A hash of a graph and of the inputs that it is calibrated with. Of the nodes' metadata only the module's lines
+    count: the rest names files that lie elsewhere in every session."""
     bare = copy.deepcopy(model)
-    weights = hashlib.sha256()
+    weights = hashlib.sha256(b"".join(values.tobytes() for values in feeds.values()))
     for tensor in bare.graph.initializer:
         weights.update(tensor.raw_data)
         tensor.ClearField("raw_data")
@@ -180,7 +184,7 @@ def content_of(module: nn.Module, example_inputs: Sequence[Any], precision: str)
     """
     bookkeeping = vars(torch.nn.Module())
     total = hashlib.sha256(torch.__version__.encode())
-    for name, part in module.named_modules():
+    for name, part in module.named_modules(remove_duplicate=False):  # one that is used in two places counts in both
         settings = {key: value for key, value in vars(part).items() if key not in bookkeeping}
         hooks = any(vars(part)[key] for key in bookkeeping if key.endswith("hooks"))
         if not type(part).__module__.startswith("torch.nn.modules.") or hooks or not _is_plain([*settings.values()]):
@@ -189,7 +193,8 @@ def content_of(module: nn.Module, example_inputs: Sequence[Any], precision: str)
     inputs = [(str(index), value) for index, value in enumerate(example_inputs)]
     if not all(isinstance(value, torch.Tensor) for _, value in inputs):
         return ""
-    for key, tensor in (*module.named_parameters(), *module.named_buffers(), *inputs):
+    parameters, buffers = (named(remove_duplicate=False) for named in (module.named_parameters, module.named_buffers))
+    for key, tensor in (*parameters, *buffers, *inputs):
         total.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
         if not key.isdigit() or precision == "fp8":  # of inputs only the shape counts, but fp8's scales rest on them
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
