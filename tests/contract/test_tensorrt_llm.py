@@ -296,6 +296,11 @@ def test_a_stream_hands_out_what_generate_returns(folder):
         assert [t.token_id for t in tokens] == answer.token_ids
         assert "".join(t.text for t in tokens) == answer.text
         assert [t.elapsed_s for t in tokens] == sorted(t.elapsed_s for t in tokens)
+        # Of a batch, they are handed over when all are there: that takes time, and its steps are timed.
+        sampling = {**vars(GREEDY), "end_ids": [2]}
+        engine.memory()  # waits for the end of the request before
+        events = {n: list(engine.worker.stream("generate", prompts=[[10]] * n, sampling=sampling)) for n in (1, 3)}
+        assert [len(events[n]) for n in (1, 3)] == [len(answer.token_ids), 1] and len(events[3][0]) == 12
 
 
 def test_a_stream_that_is_left_does_not_disturb_the_next_request(folder):

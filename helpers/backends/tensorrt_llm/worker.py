@@ -204,7 +204,8 @@ def load_pytorch(
 def generate(
     prompts: list[list[int]], sampling: dict[str, Any]
 ) -> Generator[list[list[Any]], None, dict[str, list[float]]]:
-    """Answer all prompts at once. Yields, as they come, lists of [prompt's index, token id, seconds]."""
+    """Answer all prompts at once. Yields lists of [prompt's index, token id, seconds]: a single prompt's as they come,
+    a batch's at the end, for handing them over takes longer than some steps."""
     from tensorrt_llm import SamplingParams
 
     params = SamplingParams(**sampling_settings(sampling))
@@ -214,6 +215,7 @@ def generate(
         index: _llm.generate_async(ids, sampling_params=params, streaming=True) for index, ids in enumerate(prompts)
     }
     ended = [0.0] * len(prompts)
+    collected: list[list[Any]] = []
     while running:
         # The engine works on all sequences in one step, so their tokens arrive together: waiting in turn costs nothing.
         for index, result in list(running.items()):
@@ -222,8 +224,13 @@ def generate(
             if more is None:
                 del running[index]
                 continue
-            for token in more.outputs[0].token_ids_diff:
-                yield [[index, token, seconds]]
+            tokens = [[index, token, seconds] for token in more.outputs[0].token_ids_diff]
+            if len(prompts) == 1 and tokens:
+                yield tokens
+            else:
+                collected += tokens
+    if collected:
+        yield collected
     return {"seconds": ended}
 
 
