@@ -35,6 +35,8 @@ def export(model: Path | str, folder: Path | str, *, limit: float = 1800.0, quie
     checkpoint, folder = find_checkpoint(str(model)), Path(folder)
     if checkpoint.dummy:
         raise ModelError(f"{checkpoint.name!r} has no weights to export.", fix="Name a checkpoint without 'dummy:'.")
+    checkpoint.check(1)
+    checkpoint.check_sole_weights(environments.ENVIRONMENTS[NAME].title)  # it follows an index before a single file
     python = environments.need_python(NAME)
     if folder.exists():
         raise InputError(f"There is something at {folder} already.", fix="Take it away, or name another folder.")

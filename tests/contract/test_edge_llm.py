@@ -1,6 +1,7 @@
 """The exporter of TensorRT Edge-LLM as a command: a stand-in ends in each way that the real one can, in the words that
 0.11.0 uses. tests/build/test_edge_llm_export.py runs the real one."""
 
+import shutil
 import stat
 
 import psutil
@@ -12,6 +13,7 @@ from helpers.course import edge_llm, onnx_tables
 from helpers.course.recorded import FOLDER
 from helpers.errors import BackendUnavailable, BuildError, InputError, ModelError
 from helpers.machine import commands, environments
+from helpers.model.checkpoint import BUNDLED
 
 RECORDED = FOLDER / "edge_llm-stories" / edge_llm.GRAPH
 # $1 is -m, $2 the exporter's module, $3 the checkpoint, $4 the folder to write. Asked with -c, it says its version.
@@ -65,6 +67,15 @@ def test_the_checkpoint_and_the_module_of_the_release_reach_the_command(exporter
     flag, module, checkpoint = (tmp_path / "called").read_text().split()
     assert (flag, module) == ("-m", "tensorrt_edgellm.scripts.export")
     assert checkpoint == str(edge_llm.find_checkpoint("stories").folder)
+
+
+@pytest.mark.parametrize("beside", ["model-00001-of-00001.safetensors", "adapter_config.json"])
+def test_a_checkpoint_that_the_exporter_would_read_otherwise_is_refused(exporter, place, tmp_path, beside):
+    exporter()
+    shutil.copytree(BUNDLED, tmp_path / "model")
+    (tmp_path / "model" / beside).write_text("{}")
+    with pytest.raises(ModelError, match=beside.partition(".")[0]):
+        edge_llm.export(tmp_path / "model", place / "edge", quiet=True)
 
 
 @pytest.mark.parametrize(
