@@ -139,19 +139,21 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
         if tokenizer is not None:
             _check_tokenizer(find_checkpoint(engine.model).folder, tokenizer)
+        backend = backends.module(engine.backend)
         with _loading():
-            return backends.module(engine.backend).load(engine.replace())  # checked again, as in `identity`
+            return backend.load(engine.replace())  # checked again, as in `identity`
     folder = locate(engine)
-    with store.reading(folder), _understood(folder), _loading():
+    with store.reading(folder), _understood(folder):
         check_trust(folder)
         manifest = _read_language_model(folder)
         _check_recipe(folder, manifest)
         backend = backends.module(manifest["recipe"]["backend"])
-        backend.check_machine(folder.name, manifest["identity"])
-        store.verify(folder, manifest)
-        if tokenizer is not None:
-            _check_tokenizer(folder, tokenizer)
-        return backend.load(from_dict(manifest["recipe"]), folder, manifest)
+        with _loading():
+            backend.check_machine(folder.name, manifest["identity"])
+            store.verify(folder, manifest)
+            if tokenizer is not None:
+                _check_tokenizer(folder, tokenizer)
+            return backend.load(from_dict(manifest["recipe"]), folder, manifest)
 
 
 def load_plan(engine: Path | str) -> dict[str, Any]:

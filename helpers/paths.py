@@ -96,6 +96,18 @@ def check_is_file(path: Path) -> None:
         raise OSError(errno.EINVAL, "this is no file, but a pipe or a device", str(path))
 
 
+def check_working_folder() -> None:
+    """StoreError where the working folder is gone: a library of PyTorch ends a process that loads it there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise StoreError(
+            "The folder that this Python works in is gone.",
+            cause="It was deleted, or moved and made anew, after the notebook or the terminal was opened in it.",
+            fix="Go to a folder that is there: os.chdir(os.path.expanduser('~')) in a notebook, cd in a terminal.",
+        ) from error
+
+
 def named(path: str | Path) -> Path:
     """The path that somebody gave; InputError for what no system takes as one."""
     text = str(path) if isinstance(path, (str, Path)) else "\0"

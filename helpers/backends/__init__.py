@@ -22,7 +22,8 @@ from typing import Any
 
 from helpers.errors import BackendUnavailable, CourseError, why_refused
 from helpers.machine import environments
-from helpers.progress import say
+from helpers.paths import check_working_folder
+from helpers.progress import say, shown_if_slow
 
 MODULES = {
     "aot": "aot.backend",
@@ -42,8 +43,10 @@ def module(backend: str) -> Any:
     """The module that implements a backend."""
     if backend not in MODULES:
         raise BackendUnavailable(f"There is no backend {backend!r}.", fix=f"Use one of {', '.join(MODULES)}.")
+    check_working_folder()
     try:
-        return importlib.import_module(f"helpers.backends.{MODULES[backend]}")
+        with shown_if_slow("Starting PyTorch, once in a process", "import"):
+            return importlib.import_module(f"helpers.backends.{MODULES[backend]}")
     except OSError as error:
         raise BackendUnavailable(
             f"Backend {backend!r} cannot be imported: {error}.",

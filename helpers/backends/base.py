@@ -167,9 +167,12 @@ class Engine(ABC):
                 )
             if (longest := max(self._by_hand)) == self.recipe.max_seq_len:
                 raise _limit("sequence has", longest + 1, "tokens", "max_seq_len", longest)
-            self._by_hand = [length + 1 for length in self._by_hand]
+            # Until the step is done there is nothing to go on with: an interrupt leaves open what it has written.
+            lengths, self._by_hand = self._by_hand, []
             # Cloned, because a GPU's next step writes into the same memory.
-            return self._guarded(lambda: self._decode(torch.tensor(ids, device="cpu")).clone())
+            logits = self._guarded(lambda: self._decode(torch.tensor(ids, device="cpu")).clone())
+            self._by_hand = [length + 1 for length in lengths]
+        return logits
 
     def end(self) -> None:
         """End a request by hand, so that a `decode` of somebody who called `prefill` before is refused."""

@@ -314,7 +314,7 @@ def check_processes() -> Check:
 def check_tensorrt() -> Check:
     """The first TensorRT that really loads, in the order in which the course looks for one."""
     complaints = []
-    elsewhere = os.environ.get("COURSE_TENSORRT_PYTHON")
+    elsewhere = environments.named_python("tensorrt")
     for provider in ("tensorrt_rtx", "tensorrt"):
         if not elsewhere and not importlib.util.find_spec(provider):
             continue

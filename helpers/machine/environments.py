@@ -95,6 +95,11 @@ def variable(name: str) -> str:
     return f"COURSE_{name.upper()}_PYTHON"
 
 
+def named_python(name: str) -> str:
+    """The Python that COURSE_<NAME>_PYTHON names; "" where it is not set."""
+    return os.path.expanduser(os.environ.get(variable(name), ""))  # noqa: PTH111  (Path's own fails for a user who is not here)
+
+
 def folder(name: str) -> Path:
     return PROJECT / f".venv-{name}"
 
@@ -105,9 +110,8 @@ def python_of(name: str) -> Path | None:
     Looked for in this order: the variable COURSE_<NAME>_PYTHON, `.venv-<name>/bin/python` in the course's folder, and
     for "trtllm" this interpreter, if TensorRT-LLM is installed beside it (as in NVIDIA's container).
     """
-    named = os.environ.get(variable(name))
-    if named:
-        return Path(os.path.expanduser(named))  # noqa: PTH111  (Path's own fails for a user who is not here)
+    if named := named_python(name):
+        return Path(named)
     own = folder(name) / "bin" / "python"
     if own.is_file() and not (folder(name) / UNFINISHED).exists():
         return own

@@ -1,5 +1,6 @@
 """The command line and the two example scripts, on a small engine."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,21 @@ def test_interrupting_says_that_nothing_is_left(monkeypatch, capsys):
     monkeypatch.setattr(store, "list_engines", interrupt)
     assert main(["list"]) == 130
     assert "nothing half-built" in capsys.readouterr().err
+
+
+def test_in_a_folder_that_is_gone_nothing_is_begun(engine, tmp_path):
+    """A library of PyTorch ends a process that loads it there."""
+    for command in (["generate", engine, "Hello"], ["build", "--model", "stories", *SMALL]):
+        (tmp_path / "gone").mkdir()
+        code = f"import os, sys; from helpers.cli import main; os.rmdir(os.getcwd()); sys.exit(main({command}))"
+        path = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", env=path, capture_output=True)
+        assert done.returncode == 1 and b"StoreError: The folder that this Python works in is gone" in done.stderr
+
+
+def test_importing_pytorch_is_shown_where_it_takes_long(engine):
+    code = f"from helpers import load, progress; progress.SILENT_S = 0.01; load({engine!r}).close()"
+    assert "Starting PyTorch" in run_in_shell(sys.executable, "-c", code).stderr
 
 
 def test_importing_helpers_loads_neither_torch_nor_a_compiler_nor_numpy():

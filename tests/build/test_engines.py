@@ -349,6 +349,24 @@ def test_logits_by_hand_stay_as_they_are_when_the_next_come():
     assert [logits.argmax().item() for logits in chosen] == [8, 9]
 
 
+def test_after_an_interrupted_step_by_hand_no_other_goes_on():
+    """Nobody knows whether the cache holds that step's token."""
+    engine = Scripted([7, 8, 9])
+    plain = engine._decode
+
+    def interrupted(tokens):
+        plain(tokens)
+        raise KeyboardInterrupt
+
+    engine.prefill([[3]])
+    engine._decode = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.decode([7])
+    engine._decode = plain
+    with pytest.raises(InputError, match="nothing to append"):
+        engine.decode([7])
+
+
 def test_an_observer_that_uses_the_engine_ends_the_stream():
     engine = Scripted([7])
     with pytest.raises(InputError, match="answers another prompt"):

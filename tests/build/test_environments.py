@@ -99,10 +99,13 @@ def test_a_named_python_that_cannot_be_started_is_refused_by_its_name(project, m
     assert environments.need_python(name) == str(named)
 
 
-def test_a_python_for_tensorrt_that_cannot_be_started_is_refused_by_its_name(monkeypatch):
-    monkeypatch.setenv("COURSE_TENSORRT_PYTHON", "/nowhere/python")
-    with pytest.raises(BackendUnavailable, match="/nowhere/python cannot be started"):
-        builder.start_worker()
+def test_a_python_for_tensorrt_that_cannot_be_started_is_refused_by_its_name_whatever_was_asked_before(monkeypatch):
+    assert builder.provider_version("tensorrt_rtx")
+    monkeypatch.setenv("HOME", "/nowhere")
+    monkeypatch.setenv("COURSE_TENSORRT_PYTHON", "~/python")
+    for ask in (builder.start_worker, lambda: builder.provider_version("tensorrt_rtx")):
+        with pytest.raises(BackendUnavailable, match="/nowhere/python cannot be started"):
+            ask()
 
 
 def test_an_environment_that_is_still_being_made_is_not_taken(project):

@@ -15,7 +15,7 @@ from helpers import BuildRecipe, SamplingParams, load
 from helpers.course import batching, widgets
 from helpers.course.widgets import choices, panel
 from helpers.course.widgets import sampling as explorers
-from helpers.errors import InputError, LimitError, NumericsError
+from helpers.errors import InputError, LimitError, ModelError, NumericsError
 from helpers.model.tokenizer import load_tokenizer
 
 
@@ -270,7 +270,7 @@ def test_the_memory_calculator_shows_its_table_and_follows_its_controls():
 @pytest.mark.parametrize("explore", [widgets.build_explorer, widgets.memory_calculator])
 @pytest.mark.parametrize(
     "fields",
-    [{"max_batch_size": 128, "max_input_len": 4096, "max_seq_len": 8192}, {"max_input_len": 1, "max_seq_len": 64}],
+    [{"max_batch_size": 1024, "max_input_len": 4096, "max_seq_len": 8192}, {"max_input_len": 1, "max_seq_len": 64}],
     ids=["large", "small"],
 )
 def test_no_control_changes_the_recipe_that_was_given(explore, fields):
@@ -278,6 +278,8 @@ def test_no_control_changes_the_recipe_that_was_given(explore, fields):
     names = fields if explore is widgets.build_explorer else {**fields, "max_input_len": 1}
     assert {name: shown[name] for name in names} == names
     assert widgets.memory_calculator(max_seq_len=64).recipe().max_seq_len == 64  # shorter than a recipe's usual prompt
+    with pytest.raises(ModelError, match="nowhere"):
+        explore(model="./nowhere")
 
 
 def test_what_the_calculator_cannot_count_is_told_and_goes_away(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 from dataclasses import asdict
@@ -15,9 +14,10 @@ from helpers.backends.report import Kernel, Operation
 from helpers.backends.tensorrt import INSTALL, layers
 from helpers.backends.tensorrt.api import explain
 from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, RecipeError
+from helpers.machine.environments import named_python
 from helpers.machine.worker import Worker
 from helpers.paths import engines_folder
-from helpers.progress import Progress
+from helpers.progress import Progress, shown_if_slow
 from helpers.recipe.tensorrt import Options
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def plans(manifest: dict[str, Any]) -> list[str]:
 def load_plans(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Load each plan of a verified folder in a worker, and give it back: TensorRT's word on whether it runs here."""
     provider, answer = manifest["details"]["provider"], {}
-    with start_worker() as worker:
+    with shown_if_slow(f"Loading {folder.name} to try it", "load"), start_worker() as worker:
         for plan in plans(manifest):
             answer = worker.call("load", plan=str(folder / plan), name=folder.name, provider=provider)
     return answer
@@ -62,7 +62,7 @@ def load_plans(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def start_worker() -> Worker:
     """A worker with TensorRT in it, under the Python that COURSE_TENSORRT_PYTHON names if it is set."""
-    return Worker(API, python=os.environ.get("COURSE_TENSORRT_PYTHON", ""))
+    return Worker(API, python=named_python("tensorrt"))
 
 
 def missing(provider: str = "tensorrt_rtx") -> str:
@@ -74,12 +74,10 @@ def missing(provider: str = "tensorrt_rtx") -> str:
     return ""
 
 
-@cache
 def provider_version(provider: str) -> str:
     """The installed version; BackendUnavailable, in one line, where there is none (macOS)."""
-    if os.environ.get("COURSE_TENSORRT_PYTHON"):
-        with start_worker() as worker:
-            return worker.call("version", provider=provider)
+    if python := named_python("tensorrt"):
+        return _version_under(python, provider)
     try:
         return importlib.metadata.version(provider)
     except importlib.metadata.PackageNotFoundError:
@@ -90,6 +88,12 @@ def provider_version(provider: str) -> str:
             else "It comes with the course on Linux and Windows.",
             fix=f"Look at the recorded engines, or on Linux or Windows: {INSTALL}.",
         ) from None
+
+
+@cache
+def _version_under(python: str, provider: str) -> str:
+    with shown_if_slow(f"Asking {python} for its TensorRT", "ask"), start_worker() as worker:
+        return worker.call("version", provider=provider)
 
 
 def machine_facts(provider: str) -> dict[str, Any]:

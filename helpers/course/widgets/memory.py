@@ -27,6 +27,7 @@ class RecipePanel(Panel):
 
     def __init__(self, recipe: BuildRecipe, **more: Any):
         super().__init__()
+        find_checkpoint(recipe.model)  # refused here if it is missing
         self._recipe = recipe
         self.fields = {
             "model": control("Dropdown", "model", options=models(recipe.model), value=recipe.model),
