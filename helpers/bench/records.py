@@ -11,7 +11,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -240,48 +240,39 @@ class Record:
 
         batch_sizes: without any, all that there are.
         """
-        sizes = batch_sizes or tuple(self.batch_sizes)
-        words = ""
-        for title, remarks_at in (("Disturbed", self.disturbances), ("Waiting for its host", self.host_waits)):
-            sizes_of: dict[str, list[int]] = {}
-            for size in sizes:
-                for remark in remarks_at(size):
-                    sizes_of.setdefault(remark, []).append(size)
-            texts = [
-                remark if len(where) == len(sizes) else f"{remark} at batch {' and '.join(map(str, where))}"
-                for remark, where in sizes_of.items()
-            ]
-            words += f". {title}: {'; '.join(texts)}" if texts else ""
-        return words
+        rows = [row for size in batch_sizes or self.batch_sizes for row in self.at(size) if row.status == "ok"]
+        remarks = {"Disturbed": self.disturbances(rows), "Waiting for its host": self.host_waits(rows)}
+        return "".join(f". {title}: {'; '.join(texts)}" for title, texts in remarks.items() if texts)
 
-    def host_waits(self, batch_size: int) -> list[str]:
-        """The contenders whose GPU waits for the processor beside it: on another host they take another time."""
+    def host_waits(self, rows: Sequence[Row]) -> list[str]:
+        """The contenders whose GPU waits for the processor beside it: on another host they take another time. For how
+        long, the column "GPU idle" says."""
         if self.hardware["device"] != "cuda":
             return []
-        idle = {row.name: row.gpu_idle for row in self.at(batch_size) if row.status == "ok"}
-        remarks = [name for name, x in idle.items() if x and x > HOST_BOUND]  # how long, the column "GPU idle" says
-        unseen = [name for name, x in idle.items() if x is None]
+        waits = dict.fromkeys(row.name for row in rows if row.gpu_idle and row.gpu_idle > HOST_BOUND)
+        unseen = dict.fromkeys(row.name for row in rows if row.gpu_idle is None)
+        remarks = [", ".join(waits)] if waits else []
         if unseen:
-            remarks.append("not recorded" + (f" of {', '.join(unseen)}" if len(unseen) < len(idle) else ""))
+            remarks.append("not recorded" + (f" of {', '.join(unseen)}" if len(unseen) < len(rows) else ""))
         return remarks
 
-    def disturbances(self, batch_size: int) -> list[str]:
+    def disturbances(self, rows: Sequence[Row]) -> list[str]:
         """What makes these rows less than a fair comparison: another's work on the machine, runs that differ by more
         than STEADY, or a contender that used something else than was asked."""
-        rows = [row for row in self.at(batch_size) if row.status == "ok"]
         remarks = []
         if self.host.other_work > BUSY * self.host.cores:
             kept, cores = self.host.other_work, self.host.cores
             remarks.append(f"other work kept {kept:.1f} cores busy beside the {cores} that were used here")
-        spreads = {row.name: row.spread("tpot_s")[1] / row.spread("tpot_s")[0] for row in rows}
-        if uneven := [f"{name} {spread:.1f} times" for name, spread in spreads.items() if spread > STEADY]:
-            remarks.append(f"slowest run over fastest: {', '.join(uneven)}")
+        spreads = [(row.name, row.spread("tpot_s")[1] / row.spread("tpot_s")[0]) for row in rows]
+        if uneven := [(name, spread) for name, spread in spreads if spread > STEADY]:
+            names = ", ".join(dict.fromkeys(name for name, _ in uneven))
+            remarks.append(f"slowest run up to {max(spread for _, spread in uneven):.1f} times the fastest: {names}")
         for row in rows:
             if row.device not in (None, self.hardware["device"]):
                 remarks.append(f"{row.name} ran on {row.device}")
             if self.hardware["device"] == "cpu" and row.threads not in (None, self.threads):
                 remarks.append(f"{row.name} used {row.threads} threads")
-        return remarks
+        return list(dict.fromkeys(remarks))
 
 
 # Files

@@ -287,13 +287,21 @@ def test_what_was_not_measured_is_said_and_not_a_traceback():
 def test_a_disturbed_record_says_so():
     uneven = new_row("pytorch", tpot_s=[0.002, 0.0026])
     calm, busy = Host("a processor", 2, 0.1), Host("a processor", 2, 1.5)
-    assert new_record(new_row(device="cpu", threads=1), host=calm).disturbances(1) == []
-    assert "pytorch fp32 1.3 times" in new_record(uneven).disturbances(1)[0]
-    assert "other work kept 1.5 cores busy" in new_record(new_row(), host=busy).disturbances(1)[0]
-    assert new_record(new_row(threads=2, device="cpu")).disturbances(1) == ["aot fp32 used 2 threads"]
-    assert new_record(new_row(device="cuda")).disturbances(1) == ["aot fp32 ran on cuda"]
+    for record, remarks in (
+        (new_record(new_row(device="cpu", threads=1), host=calm), ""),
+        (
+            new_record(new_row(), host=busy),
+            ". Disturbed: other work kept 1.5 cores busy beside the 2 that were used here",
+        ),
+        (new_record(new_row(threads=2, device="cpu")), ". Disturbed: aot fp32 used 2 threads"),
+        (new_record(new_row(device="cuda")), ". Disturbed: aot fp32 ran on cuda"),
+    ):
+        assert record.remarks() == remarks
+    steadier = new_row("pytorch", batch_size=4, tpot_s=[0.002, 0.0028])
+    words = ". Disturbed: slowest run up to 1.4 times the fastest: pytorch fp32"
+    assert new_record(uneven, steadier, new_row()).remarks() == words  # once, however many batch sizes
     for table in (comparison.table(new_record(uneven)), comparison.overview(new_record(uneven))):
-        assert "Disturbed: slowest run over fastest: pytorch fp32 1.3 times" in table.caption
+        assert "Disturbed: slowest run up to 1.3 times the fastest: pytorch fp32" in table.caption
     assert records.merge(new_record(host=calm), new_record(host=busy)).host == busy
 
 
