@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.display import Table
 from helpers.errors import InputError
 from helpers.maintain import site
+from helpers.messages import ESCAPES
 from helpers.paths import PROJECT, read_text
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def judge(nb: NotebookNode, name: str) -> NotebookResult:
         elif cell.execution_count is None:
             untouched.append(number)
         elif errors and not expected:
-            result.problems.append(f"cell {number} failed: {errors[0].ename}: {errors[0].evalue}")
+            result.problems.append(f"cell {number} failed: {errors[0].ename}: {errors[0].evalue:.1000}")
         elif expected and not errors and not reasons:
             result.problems.append(f"cell {number} has the tag raises-exception but raised nothing")
         elif reasons:
@@ -172,13 +173,16 @@ def static(output: NotebookNode) -> NotebookNode | None:
 
 
 def scrub(value: Any) -> Any:
-    """Replace this machine's folders in all texts of an output; pictures are left as they are."""
+    """Replace this machine's folders in all texts of an output, and take a terminal's colours out, which nbconvert
+    takes hours for where there are many; pictures are left as they are."""
     if isinstance(value, str):
+        value = ESCAPES.sub("", value).replace("\x1b", "")
         folders = _folders()
-        # The innermost first, and all in one pass: "~/tmp" is no temporary folder. /home/ann, but not /home/anna.
+        # The innermost first, and all in one pass: "~/tmp" is no temporary folder. /home/ann, but not /home/anna
+        # or http://home/ann.
         names = "|".join(re.escape(name) for name in sorted(folders, key=len, reverse=True))
         cell = re.escape(tempfile.gettempdir()) + r"/ipykernel_\d+/\d+\.py"
-        pattern = rf"(?<![\w.~-])(?:(?P<cell>{cell})|(?P<folder>{names})(?P<inside>/|(?![\w.-])))"
+        pattern = rf"(?<!:/)(?<![\w.~-])(?:(?P<cell>{cell})|(?P<folder>{names})(?P<inside>/|(?![\w.-])))"
 
         def stand_in(match: re.Match[str]) -> str:
             return "<cell>" if match["cell"] else folders[match["folder"]] or ("" if match["inside"] else ".")
@@ -237,12 +241,13 @@ def run_notebook(
 
     class Client(NotebookClient):
         def output(self, outs: list[NotebookNode], msg: dict[str, Any], *more: Any) -> NotebookNode | None:
-            if text := msg["content"].get("text"):  # of a stream
-                left = max(0, MOST_PRINTED - progress.printed[progress.cell])
-                progress.printed[progress.cell] += len(text)
-                if not left:
-                    return None
-                msg["content"]["text"] = text[:left]
+            content = msg["content"]
+            left = max(0, MOST_PRINTED - progress.printed[progress.cell])
+            progress.printed[progress.cell] += len(content.get("text") or str(content.get("data", "")))
+            if not left:
+                return None
+            if text := content.get("text"):  # of a stream
+                content["text"] = text[:left]
             return super().output(outs, msg, *more)
 
     client = Client(

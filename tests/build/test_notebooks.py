@@ -112,6 +112,7 @@ def test_outputs_do_not_name_this_machine(tmp_path):
         ("/usr/bin/g++ /usr/local/cuda", "/usr/bin/g++ /usr/local/cuda"),  # not Python's, though it lies there
         ("LINK/a DISK/b", "~/a ~/b"),
         ("/home/ann-folder /home/anna /home/ann", "/home/ann-folder /home/anna ~/"),  # whole names only
+        ("https://scratch/x file:///scratch/x", "https://scratch/x file://<tmp>/x"),  # and no host's
     ],
 )
 def test_a_folder_is_replaced_once_and_where_it_is_meant(tmp_path, monkeypatch, text, expected):
@@ -139,10 +140,27 @@ def test_a_folder_that_may_stand_in_any_text_replaces_nothing(monkeypatch, folde
 def test_one_long_line_is_no_trouble_and_a_cell_without_end_fills_neither_memory_nor_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "MOST_PRINTED", 2_000_000)
     endless = "for i in range(10_000): print('x' * 999)"
-    nb, result = run(tmp_path, "print('7' * 10**6)", endless, "print('last')")
+    shown = "for i in range(2_500): display('x' * 999)"
+    nb, result = run(tmp_path, "print('7' * 10**6)", endless, "print('last')", shown)
     assert nb.cells[0].outputs[0].text == "7" * 10**6 + "\n" and nb.cells[2].outputs[0].text == "last\n"
-    assert result.problems == ["cell 2 printed more than 2,000,000 characters; the rest is left out"]
+    left_out = "printed more than 2,000,000 characters; the rest is left out"
+    assert result.problems == [f"cell 2 {left_out}", f"cell 4 {left_out}"]
+    assert len(nb.cells[3].outputs) < 2_100
     assert 0 < len(nb.cells[1].outputs[0].text) <= 2_000_000
+
+
+@pytest.mark.timeout(60)  # nbconvert would take hours to colour this page
+def test_colours_of_a_terminal_are_no_part_of_an_output():
+    coloured = "\x1b[1;31mred\x1b[0m \x1b[ bare\n" * 100_000
+    outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text=coloured),
+        nbformat.v4.new_output("execute_result", data={"text/plain": coloured}),
+        nbformat.v4.new_output("error", ename="E", evalue=coloured, traceback=[coloured]),
+    ]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs)])
+    notebooks.tidy(nb)
+    assert "\x1b" not in nbformat.writes(nb) and nb.cells[0].outputs[0].text.startswith("red ")
+    assert "red" in site.convert("page", nb).body
 
 
 def test_the_pieces_of_a_stream_are_one_text_as_a_terminal_shows_it():
