@@ -28,10 +28,10 @@ def plain(value: Any) -> Any:
 def number(value: Any) -> float:
     """A finite number: of Python, numpy or torch, a Fraction or Decimal, one alone in a list, or written as text."""
     try:
-        alone = _alone(value)
-        if isinstance(alone, str):
-            alone = alone.replace(",", "") if THOUSANDS.fullmatch(alone.strip()) else alone
-        result = math.nan if isinstance(alone, (bool, bytes, bytearray)) else float(alone)
+        one = alone(value)
+        if isinstance(one, str):
+            one = one.replace(",", "") if THOUSANDS.fullmatch(one.strip()) else one
+        result = math.nan if isinstance(one, (bool, bytes, bytearray)) else float(one)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
@@ -71,9 +71,9 @@ def choice(value: Any, options: Sequence[str]) -> str:
 
 def choices(value: Any, options: Sequence[str]) -> set[str]:
     """Which of the options are named: in a list, tuple or set of texts, or in one text with commas between them."""
-    items = re.split(r"[,;&+\n]| and ", value) if isinstance(value, str) else plain(value)
-    if not isinstance(items, list):
-        raise InputError(f"{shown(value)} is not a set of names.")
+    value = alone(value)
+    items = re.split(r"[,;&+\n]| and ", value) if isinstance(value, str) else value
+    items = items if isinstance(items, list) else [items]
     known = {_words(option): option for option in options}
     for item in items:
         if item != "" and _words(item) not in known:
@@ -85,7 +85,7 @@ def _no_option(value: Any, options: Sequence[str]) -> InputError:
     return InputError(f"{shown(value)} is not one of these: {', '.join(options)}.")
 
 
-def _alone(value: Any) -> Any:
+def alone(value: Any) -> Any:
     """A plain value, without lists that hold nothing but it."""
     value = plain(value)
     while isinstance(value, list) and len(value) == 1:
@@ -95,7 +95,7 @@ def _alone(value: Any) -> Any:
 
 def _words(value: Any) -> str:
     """A text, or the name of what has one, in lower case and with a space for all signs."""
-    value = _alone(value)
+    value = alone(value)
     name = getattr(value, "name", None) or getattr(value, "__name__", None) or value
     return re.sub(r"[\W_]+", " ", name if isinstance(name, str) else shown(name)).strip().casefold()
 

@@ -37,11 +37,12 @@ def share(sizes):
 
 
 RIGHT = {
-    "01.1": [{"B", "C"}, ["C", "B"], ("B", "C"), {"b", "c"}, "B & C"],
+    "01.1": [{"B", "C"}, ["C", "B"], ("B", "C"), {"b", "c"}, "B & C", ["B, C"]],
     "01.2": [
         lambda q, k, v: torch.cat([q, k, v]),
         lambda q, k, v: torch.vstack((q, k, v)),
         lambda q, k, v: np.concatenate([q.numpy(), k.numpy(), v.numpy()]),
+        lambda q, k, v: [*q, *k, *v],
     ],
     "01.3": [
         lambda report, graph: sum(k.kind == "library" for k in report.of(graph).kernels),

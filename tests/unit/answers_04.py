@@ -59,7 +59,14 @@ RIGHT = {
         Decimal(round(PAID)),
         np.int64(PAID),
     ],
-    "04.5": [(NAME, SIZE), [NAME.replace(" ", ":"), float(SIZE)], f"{NAME}, {SIZE}", (NAME.upper(), str(SIZE)), BEST],
+    "04.5": [
+        (NAME, SIZE),
+        [NAME.replace(" ", ":"), float(SIZE)],
+        f"{NAME}, {SIZE}",
+        [f"{NAME}, {SIZE}"],
+        (NAME.upper(), str(SIZE)),
+        BEST,
+    ],
     "04.6": [
         FOR_TWO,
         FOR_TWO.replace(max_batch_size=8, decode_batch_sizes=[2, 4]),

@@ -74,6 +74,7 @@ RIGHT = {
     "05.5": [
         lambda e, o, p: bool(share(e, o) > LIMITS[p]),
         lambda e, o, p: share(e, o) > LIMITS[p],  # a tensor of one truth
+        lambda e, o, p: [[share(e, o) > LIMITS[p]]],
         lambda e, o, p: np.bool_(share(e, o).item() >= LIMITS[p]),
         lambda e, o, p: int(share(e, o) > LIMITS[p]),
     ],

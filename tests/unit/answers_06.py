@@ -85,7 +85,7 @@ LEAST = INT8 / 60e9 * 1e3
 RIGHT = {
     "06.1": [SIZE, float(SIZE), np.int64(SIZE), torch.tensor(SIZE), Fraction(SIZE), str(SIZE), f"{SIZE:,}"],
     "06.2": [LEAST, round(INT8 / 1e6) / 60, round(LEAST, 3), np.float32(LEAST), Fraction(INT8, 60_000_000), str(LEAST)],
-    "06.3": ["aot int8", "int8", "INT8", "AOT int8", "aot:int8", RESULTS[1], np.str_("aot int8")],
+    "06.3": ["aot int8", "int8", "INT8", "AOT int8", "aot:int8", RESULTS[1], np.str_("aot int8"), ["int8"]],
     "06.4": [
         kl,
         lambda r, x: F.kl_div(x.log_softmax(-1), r.log_softmax(-1), log_target=True, reduction="batchmean"),

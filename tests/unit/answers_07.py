@@ -44,8 +44,9 @@ RIGHT = {
     "07.4": [
         lambda m, P: m.view(-1, P, m.shape[1]).permute(0, 2, 1),
         lambda m, P: np.stack([block.T for block in np.split(m.numpy(), len(m) // P)]),
+        lambda m, P: [block.T for block in m.split(P)],
     ],
-    "07.5": [quantized, lambda w: [np.asarray(part) for part in quantized(w)]],
+    "07.5": [quantized, lambda w: [np.asarray(part) for part in quantized(w)], lambda w: list(map(list, quantized(w)))],
 }
 WRONG = {
     "07.1": [lambda report: len(report.kernels), lambda report: 1, lambda report: None, 3],

@@ -33,7 +33,7 @@ RIGHT = {
         lambda d, c, o: branch(d) >= o[int(c.split(".")[0])],
         lambda d, c, o: np.bool_(branch(d) >= o[int(float(c))]),
         lambda d, c, o: int(branch(d) >= o[int(float(c))]),
-        lambda d, c, o: torch.tensor(branch(d) >= o[int(float(c))]),
+        lambda d, c, o: torch.tensor([branch(d) >= o[int(float(c))]]),
     ],
     "08.6": [fewest, lambda t: str(fewest(t)), lambda t: [fewest(t)], lambda t: np.int64(fewest(t))],
 }

@@ -72,6 +72,18 @@ def test_right_answers_are_right(engine, number):
     assert [(str(outcome), outcome.state) for outcome in outcomes] == [(str(o), "right") for o in outcomes]
 
 
+@pytest.mark.parametrize("number", ["01.2", "05.5", "06.4", "07.4", "07.5"])
+def test_what_a_notebook_sets_for_its_own_tensors_makes_no_right_answer_wrong(engine, number):
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")  # as "cuda", where there is one
+    try:
+        outcomes = [checked(number, answer) for answer in ANSWERS[number[:2]].RIGHT[number]]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(outcomes), outcomes
+
+
 @pytest.mark.parametrize("number", ALL)
 def test_wrong_answers_are_wrong_and_told_beside_what_was_expected(engine, number):
     for answer in [*ANSWERS[number[:2]].WRONG[number], *STRANGE]:
@@ -169,6 +181,12 @@ def test_a_mistake_in_the_learners_function_is_shown_down_to_their_own_line_and_
     assert "Your code raises IndexError" in text
     assert "in outer: return inner(logits)" in text and "in inner: return torch.zeros(3)" in text
     assert "frame.py" not in text and "in call" not in text
+
+    def endless(*arguments):
+        return endless(*arguments)
+
+    assert "Your code raises RecursionError" in (text := str(check("03.4", endless)))
+    assert 1 < text.count("in endless: return endless") < 10
 
 
 @pytest.mark.parametrize(

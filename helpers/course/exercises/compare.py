@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from helpers.course.exercises.frame import expect, judge
-from helpers.course.values import choice, plain, printed, span, whole, within
+from helpers.course.values import alone, choice, plain, printed, span, whole, within
 from helpers.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def break_even(answer: Any, record: Record) -> str:
 @judge("04.5")
 def fastest_setting(answer: Any, sweep: Record, promise_s: float) -> str:
     rows = [row for row in sweep.rows if row.status == "ok"]
-    named = [answer.name, answer.batch_size] if hasattr(answer, "batch_size") else answer  # one of sweep.rows
-    items = named.split(",") if isinstance(named, str) else plain(named)
+    named = [answer.name, answer.batch_size] if hasattr(answer, "batch_size") else alone(answer)  # a row
+    items = named.split(",") if isinstance(named, str) else named
     expect(isinstance(items, list) and len(items) == 2, "Two things are asked for: a name and a batch size.")
     name, batch = choice(items[0], sorted({row.name for row in rows})), whole(items[1])
     row = next((row for row in rows if (row.name, row.batch_size) == (name, batch)), None)

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from helpers.course.exercises.frame import expect, judge, same_as
-from helpers.course.values import choice, number, whole, within
+from helpers.course.values import alone, choice, number, whole, within
 from helpers.machine.doctor import OLDEST_DRIVER
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def runs(answer: Any) -> None:
 
     drivers = ("580.65.06", "13.0"), ("570.124.06", "13.0"), ("535.104.05", "12.8"), ("525", "12.1")
     older = ("470.42.01", "12.1"), ("470.42.01", "11.8"), ("1000.1", "13.1"), ("99.9", "11.0")
-    same_as(answer, right, [(*case, dict(OLDEST_DRIVER)) for case in (*drivers, *older)])
+    same_as(answer, right, [(*case, dict(OLDEST_DRIVER)) for case in (*drivers, *older)], alone)
 
 
 @judge("08.6")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from helpers.course.exercises.frame import call, expect, judge, same_as
-from helpers.course.values import choices, number, whole
+from helpers.course.values import choices, number, plain, whole
 from helpers.errors import shown
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def joined(answer: Any) -> None:
         result = call(answer, *right.split(rows))
         apart = isinstance(result, (list, tuple)) and len(result) == len(rows)
         expect(not apart, "It returns three things. The engine keeps one tensor.")
-        result = torch.as_tensor(result)
+        result = torch.as_tensor(plain(result))
         shape = tuple(result.shape)
         expect(shape == (sum(rows), 5), f"Of rows {rows} with 5 columns it makes {shape}, not {(sum(rows), 5)}.")
         expect(bool(torch.equal(result, right)), "The shape is right, and numbers stand in other places.")

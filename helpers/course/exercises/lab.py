@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from helpers.course.exercises.frame import call, expect, judge, same_as
-from helpers.course.values import number, numbers, whole
+from helpers.course.values import number, numbers, plain, whole
 
 if TYPE_CHECKING:
     from helpers.backends.report import EngineReport
@@ -40,7 +40,7 @@ def pack_blocks(answer: Any) -> None:
 
     for rows, columns, side in ((6, 5, 3), (32, 7, 16), (8, 8, 8)):
         matrix = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
-        blocks = torch.as_tensor(call(answer, matrix, side))
+        blocks = torch.as_tensor(plain(call(answer, matrix, side)))
         shape = (rows // side, columns, side)
         expect(tuple(blocks.shape) == shape, f"Of {rows} by {columns} and P = {side} it makes {tuple(blocks.shape)}.")
         right = torch.stack([matrix[at : at + side].T for at in range(0, rows, side)])
@@ -59,7 +59,7 @@ def quantize(answer: Any) -> None:
         result = call(answer, weight)
         pair = isinstance(result, (tuple, list)) and len(result) == 2
         expect(pair, "It has to return two things: the whole numbers, and the scales.")
-        whole_numbers, scale = (torch.as_tensor(part).double() for part in result)
+        whole_numbers, scale = (torch.as_tensor(plain(part)).double() for part in result)
         expect(whole_numbers.shape == weight.shape, f"The numbers have the shape {tuple(whole_numbers.shape)}.")
         expect(scale.numel() == rows, f"There are {scale.numel()} scales for {rows} rows.")
         numbers(scale)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.course.exercises.frame import call, expect, judge, same_as
-from helpers.course.values import choice, choices, numbers, plain, whole
+from helpers.course.values import alone, choice, choices, numbers, whole
 
 if TYPE_CHECKING:
     from helpers.recipe import BuildRecipe
@@ -62,7 +62,7 @@ def is_fault(answer: Any) -> None:
         for factor, right in ((0.0, False), (0.5, False), (-0.5, False), (2.0, True), (-2.0, True)):
             logits = exact.clone()
             logits[0, 1] += factor * share * 8.0
-            result = plain(call(answer, exact, logits, precision))
+            result = alone(call(answer, exact, logits, precision))
             expect(result in (True, False), f"It returns {result!r:.80}, and not True or False.")
             makes = "more than rounding makes" if right else "what rounding can make"
             far = f"{abs(factor) * share:.3%} of the largest apart"
