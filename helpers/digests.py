@@ -25,7 +25,8 @@ def file_digest(path: Path, *, reread: bool = False) -> str:
     """The sha256 of a file, in hexadecimal digits.
 
     A large file that has the size, the inode and the times of an earlier call is not read again. `reread` reads it all
-    the same: use it on request, and before a file is refused for its digest, because the memory could be wrong.
+    the same: use it on request, and before a file is refused for its digest, because the memory could be wrong: a page
+    of a file mapped into memory, once written to, is changed again without any time until it is on the disk.
     """
     path = path.resolve()
     check_is_file(path)
@@ -69,7 +70,7 @@ def _valid(entry: Any) -> bool:
 
 def _remember(path: str, entry: list[Any]) -> None:
     """Another process may write at the same time: then one entry is lost, and its file is read once more."""
-    entries = {p: e for p, e in _memory().items() if Path(p).exists()} | {path: entry}
+    entries = {p: e for p, e in _memory().items() if os.access(p, os.R_OK)} | {path: entry}
     with contextlib.suppress(OSError):  # a folder that cannot be written to: the digest is right all the same
         descriptor, temporary = tempfile.mkstemp(dir=engines_folder(), prefix=MEMORY)
         try:

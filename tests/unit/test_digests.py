@@ -1,9 +1,11 @@
 """A large file's digest is kept, and taken again wherever the file may be another."""
 
 import os
+import shutil
 import threading
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,29 @@ def test_a_damaged_memory_means_reading_again(large, memory):
     file.write_text(memory.replace("PATH", str(path)), encoding="latin-1")
     assert file_digest(path) == digest and len(reads) == 2
     assert file_digest(path) == digest and len(reads) == 2  # it was written anew
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_remembered_file_that_may_not_be_looked_for_any_more_is_no_hindrance(large, tmp_path):
+    path, reads = large
+    (tmp_path / "theirs").mkdir()
+    theirs = path.rename(tmp_path / "theirs" / "weights")
+    digest = file_digest(theirs)
+    shutil.copy2(theirs, path)
+    (tmp_path / "theirs").chmod(0)
+    user, folders = os.geteuid(), [f for f in tmp_path.parents if f.stat().st_uid == 0 and f != Path("/")]
+    try:
+        if user == 0:  # whom nothing is refused
+            for folder in (tmp_path, *folders):
+                folder.chmod(folder.stat().st_mode | 0o755)
+            digests.engines_folder().chmod(0o777)
+            os.chown(digests.engines_folder() / digests.MEMORY, 65534, 65534)
+            os.seteuid(65534)
+        assert [file_digest(path), file_digest(path)] == [digest] * 2 and len(reads) == 2
+        assert str(path) in digests._memory()
+    finally:
+        os.seteuid(user)
+        (tmp_path / "theirs").chmod(0o755)
 
 
 def test_what_is_gone_is_forgotten_and_nothing_else_lies_in_the_folder(large, tmp_path):
