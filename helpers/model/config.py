@@ -32,7 +32,7 @@ SIZES = {  # the largest that is read, several times what public models have
 }
 # With these, transformers would compute something else than the decoder here does, or take other weights.
 COMPUTED_OTHERWISE = {
-    "quantization_config": "its weights are already quantized",
+    **dict.fromkeys(("quantization_config", "compression_config", "quantization"), "its weights are already quantized"),
     "transformers_weights": "its weights are in a file of another name (transformers_weights)",
     "per_layer_config": "its layers have settings of their own (per_layer_config)",
     "attention_chunk_size": "it attends within chunks of a text (attention_chunk_size)",
@@ -146,6 +146,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
     refused = [why for name, why in COMPUTED_OTHERWISE.items() if raw.get(name)]
     if raw.get("is_causal") is False:
         refused.append("its tokens attend to those after them too (is_causal)")
+    if (folder / "hf_quant_config.json").exists():  # ModelOpt's, which vLLM and TensorRT-LLM follow
+        refused.append("its weights are already quantized (hf_quant_config.json)")
     if refused:
         raise unsupported(refused[0], "Use another model; for quantized weights the original ones, and set precision.")
     given = {name: value for name, value in raw.items() if name in FIELDS}

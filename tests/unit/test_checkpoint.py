@@ -169,6 +169,7 @@ REFUSED = {
         "original_max_position_embeddings",
     ),
     "gptq": (QWEN25 | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
+    "mlx": (QWEN25 | {"quantization": {"group_size": 64, "bits": 4}}, "already quantized"),
     "an encoder": (QWEN25 | {"is_causal": False}, "is_causal"),
     "layers of their own": (QWEN25 | {"per_layer_config": {"1": {"rms_norm_eps": 0.1}}}, "per_layer_config"),
     "Llama that attends in chunks": (PUBLIC["Llama-2-7b"][0] | {"attention_chunk_size": 512}, "attention_chunk_size"),
@@ -240,6 +241,14 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, name):
     with pytest.raises(ModelError, match=words) as refused:
         read_config(written(tmp_path, fields))
     assert refused.value.fix
+
+
+def test_a_checkpoint_that_modelopt_quantized_is_refused_for_dummy_weights_too(tmp_path):
+    """vLLM and TensorRT-LLM would compute in fp8 under the name of bf16."""
+    written(tmp_path, QWEN25)
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(ModelError, match="already quantized"):
+        find_checkpoint(f"dummy:{tmp_path}")
 
 
 def test_either_name_of_the_position_encoding_is_read_by_every_transformers(tmp_path):
