@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from helpers.backends.base import Engine
-from helpers.errors import BackendUnavailable, OutOfMemory
-from helpers.machine import hardware
+from helpers.errors import BackendUnavailable, BuildError, OutOfMemory, out_of_memory
+from helpers.machine import doctor, hardware
+from helpers.machine.inductor import prepare_inductor
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.config import transformers_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.progress import shown_if_slow
 from helpers.recipe import BuildRecipe
 
+# torch gives up on a function that it has compiled eight times, for all batch sizes and all models together.
+NO_LIMITS = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,45 +124,65 @@ class TorchCompileEngine(PyTorchEngine):
     On a GPU mode "reduce-overhead" records the compiled step as a CUDA graph.
     """
 
+    in_use: ClassVar[WeakSet[TorchCompileEngine]] = WeakSet()
+
     def __init__(self, recipe: BuildRecipe):
         super().__init__(recipe)
-        if not torch.compile(torch.compiler.is_compiling)():
+        self.compiles = torch.compile(torch.compiler.is_compiling)
+        self._check_compiles()
+        prepare_inductor()
+        mode = "reduce-overhead" if self.device == "cuda" else "default"
+        self.compiled: Any = torch.compile(self.model.forward, mode=mode, fullgraph=True, dynamic=False)
+        self.caches: dict[int, Any] = {}
+        self.compiled_for: set[tuple[int, int]] = set()  # batch sizes, with how many threads
+        self.in_use.add(self)
+
+    def _check_compiles(self) -> None:
+        """Asked for each request: a notebook can switch it off at any time."""
+        with torch._dynamo.config.patch(NO_LIMITS):
+            compiles = self.compiles()
+        if not compiles:
             raise BackendUnavailable(
                 "torch.compile is switched off here, so this backend would run the eager model under another name.",
                 cause="TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE is set, or torch.compiler.set_stance was called.",
                 fix="Unset it and start Python again, or use backend='pytorch'.",
             )
-        mode = "reduce-overhead" if self.device == "cuda" else "default"
-        self.compiled: Any = torch.compile(self.model.forward, mode=mode, fullgraph=True, dynamic=False)
-        self.caches: dict[int, Any] = {}
 
     def new_cache(self, batch: int) -> Any:
         from transformers import StaticCache
 
+        self._check_compiles()
         if batch not in self.caches:  # one cache a batch size: a new one would be compiled for again
             self.caches[batch] = StaticCache(config=self.model.config, max_cache_len=self.recipe.max_seq_len)
         self.caches[batch].reset()
-        self.step = 0
         return self.caches[batch]
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        model = self.model.forward if ids.shape[1] > 1 else self.compiled
-        mask = self.mask
-        if ids.shape[1] == 1:  # static shape: the mask covers the whole cache
+        mask, length = self.mask, self.mask.shape[1]
+        decodes = length > ids.shape[1]  # a prompt of one token is read as any other
+        if decodes:  # static shape: the mask covers the whole cache
             mask = torch.nn.functional.pad(mask, (0, self.recipe.max_seq_len - mask.shape[1]))
         if self.device == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        length = self.mask.shape[1]
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._cache_position(length, ids),
-        )
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        given |= {"use_cache": True, "logits_to_keep": 1, **self._cache_position(length, ids)}
+        size = len(ids), torch.get_num_threads()
+        with self._compiling(size) if decodes and size not in self.compiled_for else contextlib.nullcontext():
+            out = self.compiled(**given) if decodes else self.model.forward(**given)
         return out.logits[:, -1].float().clone()
+
+    @contextlib.contextmanager
+    def _compiling(self, size: tuple[int, int]) -> Iterator[None]:
+        """Around the first step of its size, which is compiled whatever a notebook has set."""
+        try:
+            with torch.compiler.set_stance("default"), torch._dynamo.config.patch(NO_LIMITS):
+                yield
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = error.inner_exception
+            words = next(iter(str(reason).splitlines()), type(reason).__name__)
+            failed = BuildError(f"torch.compile cannot compile this model here: {words}")
+            raise out_of_memory(reason) or doctor.named_cause(failed) from error
+        self.compiled_for.add(size)
 
     def _cache_position(self, length: int, ids: Tensor) -> dict[str, Tensor]:
         """transformers 4.57 wants the cache slots that this call fills; 5.x counts them itself."""
@@ -171,7 +195,9 @@ class TorchCompileEngine(PyTorchEngine):
     def _release(self) -> None:
         super()._release()
         self.compiled, self.caches = None, {}
-        torch._dynamo.reset()
+        self.in_use.discard(self)
+        if not self.in_use:  # else another engine's steps would be compiled again, while somebody times them
+            torch._dynamo.reset()
 
 
 def _check_memory(size: int, device: str) -> None:

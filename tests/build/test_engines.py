@@ -16,7 +16,15 @@ import torch
 from conftest import GREEDY, PROMPTS, STORIES, Scripted, limits
 
 from helpers import BuildRecipe, SamplingParams, load
-from helpers.errors import BackendUnavailable, EngineMismatch, InputError, LimitError, NumericsError
+from helpers.errors import (
+    BackendUnavailable,
+    BuildError,
+    EngineMismatch,
+    InputError,
+    LimitError,
+    NumericsError,
+    OutOfMemory,
+)
 
 
 @pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
@@ -25,7 +33,9 @@ def engine(request):
     if request.param == "aot":
         yield request.getfixturevalue("aot")
     else:
-        with load(BuildRecipe(backend=request.param, **limits())) as engine:
+        # Each batch size is compiled for, however many there were before: torch alone would refuse the second one here.
+        limited = torch._dynamo.config.patch(recompile_limit=1)
+        with limited, load(BuildRecipe(backend=request.param, **limits())) as engine:
             yield engine
 
 
@@ -513,6 +523,30 @@ def test_transformers_makes_its_tensors_on_the_default_device_that_torch_starts_
     assert devices == ["cpu"] * 3
 
 
-def test_torch_compile_is_not_loaded_where_nothing_would_be_compiled():
-    with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailable, match="switched off"):
-        load(BuildRecipe(backend="torch_compile", device="cpu"))
+def test_torch_compile_does_not_run_where_nothing_would_be_compiled():
+    recipe = BuildRecipe(backend="torch_compile", device="cpu")
+    with load(recipe) as loaded, torch.compiler.set_stance("force_eager"):
+        for use in (lambda: load(recipe), lambda: loaded.generate([3, 14], GREEDY)):
+            with pytest.raises(BackendUnavailable, match="switched off"):
+                use()
+
+
+@pytest.mark.parametrize(("words", "kind"), [("No working C++ compiler", BuildError), ("out of memory", OutOfMemory)])
+def test_what_torch_compile_cannot_compile_is_told_in_our_words(words, kind):
+    def fail(**_):
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError(words), None)
+
+    with load(BuildRecipe(backend="torch_compile", device="cpu")) as engine:
+        engine.compiled = fail
+        with pytest.raises(kind):
+            engine.generate([3, 14], GREEDY)
+
+
+def test_closing_an_engine_has_no_other_one_compiled_again(monkeypatch):
+    resets = []
+    first, second = (load(BuildRecipe(backend="torch_compile", device="cpu")) for _ in range(2))
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    first.close()
+    assert not resets
+    second.close()
+    assert resets or first.in_use  # one of the module's own may still be open
