@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import backends, store
 from helpers.access import check_trust, origin
 from helpers.backends.base import Engine
-from helpers.backends.job import BuildJob
+from helpers.backends.job import WORK, BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
     BuildError,
@@ -41,8 +41,6 @@ from helpers.recipe import COMPILED, BuildRecipe, from_dict
 
 if TYPE_CHECKING:
     from torch import nn
-
-WORK = 50e6  # bytes of disk that any build needs
 
 
 def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> Path:

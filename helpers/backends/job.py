@@ -12,6 +12,8 @@ from typing import Any
 from helpers.paths import PROJECT
 from helpers.progress import Progress
 
+WORK = 50e6  # bytes of disk that any build needs, and the folder that its compiler works in
+
 
 @dataclass(frozen=True)
 class BuildJob:

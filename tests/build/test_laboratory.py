@@ -290,7 +290,8 @@ def test_int8_weights_are_read_faster():
 
 
 class Joined(nn.Module):
-    """Products of one input, and what the model does with them: query, key and value, or the MLP's gate and up."""
+    """Products of one input, and what the model does with them: query, key and value, or the MLP's gate and up. Several
+    layers of it, so that the time of one call is small beside theirs."""
 
     def __init__(self, names, rows):
         super().__init__()
@@ -298,15 +299,17 @@ class Joined(nn.Module):
 
     def forward(self, x, *tensors):
         weights = dict(zip(self.names, tensors, strict=True))
-        y = [matmul(weights, name.removesuffix(".weight.packed"), x, "packed") for name in self.names]
-        parts = y if len(y) > 1 else y[0].split(self.rows, -1)
-        return parts[0] * nn.functional.silu(parts[1]) if len(parts) == 2 else torch.cat([torch.tanh(p) for p in parts])
+        for _ in range(8):
+            y = [matmul(weights, name.removesuffix(".weight.packed"), x, "packed") for name in self.names]
+            first, second, *third = y if len(y) > 1 else y[0].split(self.rows, -1)
+            x = first.tanh() + second.tanh() + third[0].tanh() if third else first * nn.functional.silu(second)
+        return x
 
 
-@pytest.mark.parametrize("rows", [(64, 64, 64), (96, 96)], ids=["qkv", "gate_up"])
+@pytest.mark.parametrize("rows", [(64, 64, 64), (64, 64)], ids=["qkv", "gate_up"])
 def test_one_product_pays_where_several_read_the_same_input(rows):
     """What the switches qkv and gate_up join, of so few weights that reading them does not hide it."""
-    weights, x = [torch.randn(count, 64) for count in rows], torch.randn(1, 64)
+    weights, x = [torch.randn(count, 64) / 8 for count in rows], torch.randn(1, 64)
     calls = []
     for group in ([torch.cat(weights)], weights):
         packed = {}
@@ -317,7 +320,7 @@ def test_one_product_pays_where_several_read_the_same_input(rows):
     torch.testing.assert_close(joined, apart)
     code = [[k.details["code"] for k in call.report.kernels] for call, *_ in calls]
     assert code[0] != code[1] and lab.moved(calls[0][0].report)[1] <= lab.moved(calls[1][0].report)[1]
-    assert is_faster(*calls, repeats=500)
+    assert is_faster(*calls, repeats=100)
 
 
 def test_fused_kernels_pay_in_a_whole_model(built, tiny_engine, tiny_llama):

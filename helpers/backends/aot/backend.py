@@ -22,7 +22,7 @@ import torch
 from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import compute_dtype, graph_module, graph_names, layers_of_a_run, packs
 from helpers.backends.aot.stored import stored_bytes
-from helpers.backends.job import source_digest
+from helpers.backends.job import WORK, source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.errors import BuildError, EngineMismatch, RecipeError, WorkerError
 from helpers.machine import doctor, hardware
@@ -46,7 +46,6 @@ SWITCHES = tuple(
     " TORCHEXPORT_ AOT_INDUCTOR_ AOTINDUCTOR_ DUMP_AOTI_ TRITON_F32_ TRITON_DEFAULT_FP_ TRITON_INTERPRET CUTLASS_"
     " CUTEDSL_ ENABLE_TMA_ ENABLE_PERSISTENT_ ENABLE_TEMPLATE_ ATEN_CPU_CAPABILITY".split()
 )
-COMPILERS_ROOM = 50e6  # bytes of disk
 COMPILE_LIMIT = 3600.0  # seconds for one graph
 STEP = "decode_b1"  # the graph that numbers of threads are tried with
 
@@ -226,8 +225,8 @@ def _jobs(graphs: int, weight_bytes: int, device: str) -> int:
 
 @contextlib.contextmanager
 def _scratch_folder(folder: Path) -> Iterator[str]:
-    """A folder for what the compilers write, gone after the block. Its path must hold no space (see compile.py), and
-    it must let programs run. The build's own folder comes first, since that is swept up even after a killed build."""
+    """A folder for what the compilers write, gone after the block. Its path must hold no space, and it must let
+    programs run. The build's own folder comes first, since that is swept up even after a killed build."""
     place = compilers_folder(folder)
     if place is None:
         raise BuildError(
@@ -236,9 +235,9 @@ def _scratch_folder(folder: Path) -> Iterator[str]:
             cause="torch hands paths to the C++ compiler in one line, which a space would cut.",
             fix="Set TMPDIR to a folder without a space in its path, such as /tmp.",
         )
-    if (free := shutil.disk_usage(place).free) < COMPILERS_ROOM:
+    if (free := shutil.disk_usage(place).free) < WORK:
         raise BuildError(
-            f"{place} has {free / 1e6:.0f} MB free; the compiler needs about {COMPILERS_ROOM / 1e6:.0f} MB there.",
+            f"{place} has {free / 1e6:.0f} MB free; the compiler needs about {WORK / 1e6:.0f} MB there.",
             fix="Make room there, or set TMPDIR to a folder that has more.",
         )
     with owned_folder(".compile-", place) as scratch:

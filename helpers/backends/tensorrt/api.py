@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from helpers.backends.tensorrt import INSTALL
+from helpers.backends.tensorrt import INSTALL, WHY_MISSING
 from helpers.errors import BackendUnavailable, BuildError, CourseError
 from helpers.messages import matches, read_cards
 
@@ -32,7 +32,7 @@ def load_provider(provider: str) -> ModuleType:
     except ImportError as error:
         raise BackendUnavailable(
             f"TensorRT is not here: the Python package {provider!r} cannot be imported ({error}).",
-            cause="NVIDIA makes no TensorRT for macOS." if sys.platform == "darwin" else "It is not installed.",
+            cause=WHY_MISSING,
             fix=f"On Linux or Windows: {INSTALL}. Recorded engines can be looked at anywhere.",
         ) from error
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.backends.report import Kernel, Operation
-from helpers.backends.tensorrt import INSTALL, layers
+from helpers.backends.tensorrt import INSTALL, WHY_MISSING, layers
 from helpers.backends.tensorrt.api import explain
 from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, RecipeError
 from helpers.machine.environments import named_python
@@ -83,9 +82,7 @@ def provider_version(provider: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         raise BackendUnavailable(
             f"TensorRT cannot build here: the package {provider.replace('_', '-')!r} is not installed.",
-            cause="NVIDIA makes no TensorRT for macOS."
-            if sys.platform == "darwin"
-            else "It comes with the course on Linux and Windows.",
+            cause=WHY_MISSING,
             fix=f"Look at the recorded engines, or on Linux or Windows: {INSTALL}.",
         ) from None
 
