@@ -169,6 +169,12 @@ def shown(value: Any, longest: int = 80) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def need(value: Any, kind: type, fix: str) -> None:
+    """InputError for another thing than is asked for, such as an engine's folder in place of the engine."""
+    if not isinstance(value, kind):
+        raise InputError(f"{kind.__name__} is asked for, not {shown(value)}.", fix=fix)
+
+
 def status_of(command: Callable[[], int | None], *, as_json: bool = False) -> int:
     """Run a terminal's command to its exit status. Whatever ends it is told in words, on any terminal; with as_json
     also as JSON on standard output."""

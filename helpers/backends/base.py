@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from helpers.backends.answers import NOT_A_TOKEN, AnswerText, Generation, RunningSequence, Token
-from helpers.errors import InputError, LimitError, out_of_memory
+from helpers.errors import InputError, LimitError, need, out_of_memory
 from helpers.machine.plain_torch import is_plain, plain_torch
 from helpers.model.prompts import as_list, is_id, no_prompt, plain_list
 from helpers.model.sampling import Sampler, SamplingParams, checked
@@ -376,6 +376,11 @@ class TokenStream(Iterator[Token]):
             if inspect.getgeneratorstate(self._tokens) == inspect.GEN_RUNNING:
                 raise InputError("This stream is read or closed inside of its own `observe`.", fix="Do it outside.")
             return use(self._tokens)
+
+
+def need_engine(value: Any) -> None:
+    """InputError for what is no engine, such as the folder that `build` returns."""
+    need(value, Engine, "Give a loaded one: load(build(recipe)).")
 
 
 def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from helpers.backends.base import need_engine
 from helpers.bench.records import REFERENCES, Record
 from helpers.display import COLOURS, Picture, Table, new_panels, plain
 from helpers.errors import InputError, LimitError, NumericsError, shown
@@ -91,6 +92,7 @@ def score(engine: Engine, passages: str | Sequence[str | Sequence[int]], *, quie
     """
     import torch
 
+    need_engine(engine)
     sequences = [engine.tokenize(passage) for passage in as_list(passages)]
     count = sum(len(ids) - 1 for ids in sequences)
     if not count:

@@ -12,7 +12,7 @@ from helpers.backends.aot.graphs import cache_length, compute_dtype
 from helpers.backends.aot.stored import stored_bytes
 from helpers.display import Table
 from helpers.engine import locate
-from helpers.errors import EngineNotFound, RecipeError
+from helpers.errors import EngineNotFound, RecipeError, need
 from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
 from helpers.model.config import ModelConfig
@@ -75,6 +75,7 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
 
     speed: this machine's bandwidth in bytes per second, where it has been measured already.
     """
+    need(recipe, BuildRecipe, "Give a BuildRecipe(...).")
     here = hardware.describe()
     machines = [("this machine", here.device, float(here.memory_bytes), speed or bandwidth())]
     for gpu in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")):
@@ -97,6 +98,7 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
 
 def plan(recipe: BuildRecipe, speed: float | None = None) -> Table:
     """What a build of this recipe would take and give on this machine."""
+    need(recipe, BuildRecipe, "Give a BuildRecipe(...).")
     device, speed = hardware.resolve_device(recipe.device), speed or bandwidth()
     takes = memory(recipe, device)
     try:

@@ -11,12 +11,22 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.display import COLOURS, Picture, Table, grouped_bars, new_panels, plain, sample_bars, stacked_bars
-from helpers.errors import printable
+from helpers.backends.report import EngineReport
+from helpers.display import (
+    COLOURS,
+    Picture,
+    Table,
+    grouped_bars,
+    new_figure,
+    new_panels,
+    plain,
+    sample_bars,
+    stacked_bars,
+)
+from helpers.errors import need, printable
 
 if TYPE_CHECKING:
     from helpers.backends.base import Engine
-    from helpers.backends.report import EngineReport
     from helpers.model.sampling import SamplingParams
 
 
@@ -79,7 +89,7 @@ def sizes(reports: Mapping[str, EngineReport]) -> Picture:
 
 def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
     """How long each phase of a build took, from the manifest's `seconds`."""
-    figure, (axes,) = new_panels(1, 1, height=0.6 + 0.27 * len(seconds))
+    figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
     bars = axes.barh(list(map(plain, seconds)), list(seconds.values()), color=COLOURS[0])
     axes.bar_label(bars, fmt=" %.1f")
     axes.invert_yaxis()
@@ -105,6 +115,7 @@ def fusion(reports: Mapping[str, EngineReport]) -> Picture:
 
 def operations(report: EngineReport, first: int = 0, count: int = 20) -> Table:
     """Some operations as they were before fusion."""
+    need(report, EngineReport, "Give a report: inspect(engine).")
     part = report.operations[first : first + count]
     rows = [(number, o.op, o.name, _shape(o.shape), o.dtype) for number, o in enumerate(part, start=first + 1)]
     caption = f"Operations {first + 1} to {first + len(part)} of {len(report.operations)}, before fusion"
@@ -117,6 +128,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 def kernels(report: EngineReport, first: int = 0, count: int = 10) -> Table:
     """Some kernels in the order they run, each with the operations that it does in one go."""
+    need(report, EngineReport, "Give a report: inspect(engine).")
     kinds = {operation.name: operation.op for operation in report.operations}
     rows = [
         (number, kernel.kind, len(kernel.fused), _listed(kinds.get(name, name) for name in kernel.fused))

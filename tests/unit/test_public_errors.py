@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 import helpers
 from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
-from helpers.bench import records
+from helpers.bench import quality, records
 from helpers.bench import run as benchmark
-from helpers.course import widgets
+from helpers.course import memory, pictures, widgets
 from helpers.course.cards import explain
 from helpers.course.exercises import check, freeze, hint, solution
 from helpers.course.predict import predict, reveal
@@ -141,6 +141,16 @@ ENGINE_CALLS = {
     "stream_chat": lambda e, value: list(e.stream_chat(value, SHORT)),
     "stream_choices": lambda e, value: list(widgets.stream_choices(e, [1], SHORT, value)),
 }
+OF_A_NOTEBOOK = {  # the folder in place of the engine, the engine in place of its report
+    "sampling_explorer": widgets.sampling_explorer,
+    "chat": widgets.chat,
+    "score": lambda value: quality.score(value, "Once upon a time"),
+    "plan": memory.plan,
+    "memory_table": memory.memory_table,
+    "kernels": pictures.kernels,
+    "operations": pictures.operations,
+    "fusion_replay": widgets.fusion_replay,
+}
 TENSORS = [
     torch.empty(2, dtype=torch.long, device="meta"), torch.eye(2, dtype=torch.long).to_sparse(), torch.long,
     torch.tensor(1), torch.tensor([[1]]), torch.tensor([1.0]), torch.tensor([True]), torch.tensor([-1]), np.int64,
@@ -152,6 +162,13 @@ TENSORS = [
 def test_what_an_engine_is_asked(call):
     for value in ODD + TENSORS:
         refuses_in_our_words(call, Scripted([1]), value)
+
+
+@pytest.mark.parametrize("call", OF_A_NOTEBOOK.values(), ids=OF_A_NOTEBOOK)
+def test_what_another_cell_holds_is_refused_by_name(call):
+    for value in (*ODD, SamplingParams()):
+        with pytest.raises(InputError, match="is asked for, not"):
+            call(value)
 
 
 @pytest.mark.parametrize("value", [{}, {"temperature": 0}, 0, False, [], "", "greedy", SamplingParams], ids=repr)

@@ -539,6 +539,9 @@ def test_the_widgets_tokens_read_as_within_a_text(tmp_path):
     probabilities = torch.zeros(2048)
     probabilities[there], probabilities[engine.tokenize("k")[-1]], probabilities[2] = 0.5, 0.3, 0.2
     assert [text for text, _ in candidates(engine, probabilities, 3, prompt)] == [" there", "k", ""]
+    parts = [engine.tokenizer._backend.token_to_id(name) for name in ("<0xE2>", "<0xE3>")]  # of different characters
+    probabilities[parts] = 0.7
+    assert [name for name, _ in candidates(engine, probabilities, 2, prompt)] == [f"(token {i})" for i in sorted(parts)]
     *_, last = stream_choices(engine, "Once upon", SamplingParams(temperature=0, max_tokens=5))
     assert last.text == " there" == last.chosen == engine.detokenize([there], prompt)
 

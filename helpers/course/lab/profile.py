@@ -22,7 +22,7 @@ from helpers.backends.aot.early_start import PREFIX
 from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import prefill_width, sequences
 from helpers.backends.aot.stages import FREE as NO_WORK
-from helpers.backends.base import Engine
+from helpers.backends.base import Engine, need_engine
 from helpers.backends.report import EngineReport, Kernel, Operation
 from helpers.display import Table
 from helpers.errors import BackendUnavailable, InputError
@@ -106,6 +106,7 @@ def gpu_launches(events: list[Any], pattern: re.Pattern[str]) -> list[tuple[str,
 def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "Once upon a time") -> EngineReport:
     """The report of one graph with the measured seconds of each kernel; without a report, what eager PyTorch launches
     in a decode step."""
+    need_engine(engine)
     ids, graph = engine.tokenize(prompt), report.graphs()[0] if report else ""
     engine.prefill([ids])
     step = (lambda: engine.prefill([ids])) if graph.startswith("prefill") else (lambda: engine.decode([14]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from helpers.backends.base import need_engine
 from helpers.course.widgets.panel import Panel, button, control, row, slider
 from helpers.course.widgets.sampling import check_shown
 from helpers.errors import printable
@@ -34,6 +35,7 @@ class Chat(Panel):
         import ipywidgets as w
 
         super().__init__()
+        need_engine(engine)
         self.engine = engine
         longest = min(1024, engine.recipe.max_seq_len - engine.recipe.max_input_len)
         self.temperature = slider("temperature", sampling.temperature, 0.0, 2.0, 0.1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from helpers.errors import InputError, shown
 from helpers.model.sampling import SamplingParams, next_token_distribution
+from helpers.model.tokenizer import INCOMPLETE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,10 +54,12 @@ def candidates(
 
 
 def _name(engine: Engine, token: int, after: Sequence[int]) -> str:
-    """A token's text; "" where it ends the text. One that is no text, such as a padding token, is told by its id."""
+    """A token's text; "" where it ends the text. One that is no text, such as a padding token, or a part of a character
+    is told by its id, because others have the same text."""
     if token in engine.end_ids:
         return ""
-    return engine.detokenize([token], after) or f"(token {token})"
+    text = engine.detokenize([token], after)
+    return text if text.strip(INCOMPLETE) else f"(token {token})"
 
 
 def stream_choices(engine: Engine, prompt: str, sampling: SamplingParams, count: int = 8) -> Iterator[Choice]:

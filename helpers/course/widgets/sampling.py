@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from helpers.backends.base import need_engine
 from helpers.course.pictures import sampled_text
 from helpers.course.widgets.choices import START, Choice, bars, candidates, stream_choices, visible
 from helpers.course.widgets.panel import Panel, button, control, row, slider
 from helpers.display import Picture
-from helpers.errors import InputError, shown
-from helpers.model.sampling import SamplingParams, next_token_distribution
+from helpers.errors import InputError, need, shown
+from helpers.model.sampling import SamplingParams, checked, next_token_distribution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +92,10 @@ class SamplingExplorer(Panel):
         import ipywidgets as w
 
         super().__init__()
+        need_engine(engine)
+        need(prompt, str, "Give the prompt as text.")
+        if beside is not None:
+            checked(beside)
         self.engine = engine
         self._logits: tuple[str, Tensor] | None = None
         longest = min(128, engine.recipe.max_seq_len - engine.recipe.max_input_len)
