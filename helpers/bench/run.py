@@ -35,7 +35,7 @@ from helpers.machine import environments, hardware
 from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
-from helpers.paths import owned_folder, user_id
+from helpers.paths import compilers_folder, owned_folder, user_id
 from helpers.progress import Progress, held, hushed, say
 from helpers.recipe import COMPILED, BuildRecipe
 
@@ -340,7 +340,8 @@ class Runner:
         self.worker: Worker | None = None
         self._folders = contextlib.ExitStack()
         # torch.compile's cache: what earlier runs left would hide its cost.
-        self.cache = str(self._folders.enter_context(owned_folder("course-bench-")))
+        place = compilers_folder(Path(tempfile.gettempdir()))
+        self.cache = str(self._folders.enter_context(owned_folder("course-bench-", place)))
 
     def prepare(self, prompts: list[list[int]], sizes: Sequence[int]) -> None:
         """Build if need be, load in a new process, and answer the first request at each batch size."""

@@ -30,11 +30,11 @@ from helpers.backends.report import Kernel, Operation
 from helpers.errors import BuildError, CourseError, OutOfMemory, out_of_memory, why_refused
 from helpers.machine import hardware
 from helpers.machine.commands import complaint
+from helpers.machine.inductor import prepare_inductor
 from helpers.model import llama
 from helpers.model.checkpoint import find_checkpoint, read_tensors
 from helpers.model.config import load_config
 from helpers.model.weights import Weights
-from helpers.paths import is_one_word
 from helpers.recipe import BuildRecipe, from_dict
 
 TURNS = 7  # at most, of each number of threads
@@ -75,7 +75,7 @@ def compile_part(
 
     threads: of the generated code on a CPU. compile_threads: processes that the compiler may start.
     """
-    _use_private_folder(Path(scratch))
+    _use_private_folder(scratch)
     asked = from_dict(recipe)
     parts, module = _parts_of(name, asked, device, folder)
     (part,) = (part for part in parts if part.file == file)
@@ -170,29 +170,11 @@ def _weights(folder: str, device: str) -> Weights:
     return read_weights(Path(folder), device)
 
 
-@cache
-def _use_private_folder(scratch: Path) -> None:
-    """Have all that the compilers write, and would leave behind, in a folder that goes with the build.
-
-    Its path holds no space: the compiler's command line could not hold it. Nor could it hold that of torch's libraries
-    in an environment whose path has one (https://github.com/pytorch/pytorch/issues/191010), so these get a link.
-    """
-    os.environ |= {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch), "TRITON_CACHE_DIR": str(scratch)}
-    tempfile.tempdir = str(scratch)
-    from torch._inductor.cpp_builder import BuildOptionsBase
-
-    def without_spaces(options: Any) -> list[str]:
-        return [path if is_one_word(path) else _link_to(path, scratch) for path in plain(options)]
-
-    plain = BuildOptionsBase.get_libraries_dirs
-    BuildOptionsBase.get_libraries_dirs = without_spaces  # type: ignore[assignment,method-assign]
-
-
-@cache
-def _link_to(path: str, folder: Path) -> str:
-    link = Path(tempfile.mkdtemp(dir=folder)) / "lib"
-    link.symlink_to(path)
-    return str(link)
+def _use_private_folder(scratch: str) -> None:
+    """Have all that the compilers write, and would leave behind, in a folder that goes with the build."""
+    os.environ |= {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch, "TRITON_CACHE_DIR": scratch}
+    tempfile.tempdir = scratch
+    prepare_inductor()
 
 
 def _inductor_options(recipe: BuildRecipe, device: str, threads: int, module: Prefill | Decode) -> dict[str, Any]:

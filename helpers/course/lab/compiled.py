@@ -11,12 +11,10 @@ Each kernel is a function of its own, so that torch.profiler can time it (profil
 from __future__ import annotations
 
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,8 @@ from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart
 from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
 from helpers.machine import hardware
+from helpers.machine.inductor import prepare_inductor
+from helpers.paths import owned_folder
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def compile_module(
         settings |= {"max_fusion_size": 1, "post_grad_custom_pre_pass": _keep_every_result}
     with (
         torch.no_grad(),
-        tempfile.TemporaryDirectory() as folder,
-        fresh_cache(dir=folder),
+        owned_folder("course-lab-", prepare_inductor()) as folder,
+        fresh_cache(dir=str(folder)),
         warnings.catch_warnings(),
         kernels_apart(),
     ):
@@ -64,7 +64,7 @@ def compile_module(
         graph = program.module()
         inductor = torch._inductor.compile(graph, list(inputs), options={**settings, **(options or {})})
         inductor(*inputs)  # the last of the compilers is done
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        files = [path for path in folder.rglob("*") if path.is_file()]
         (wrapper,) = [text for text in (p.read_text() for p in files if p.suffix == ".py") if " def call(" in text]
         # Beside a GPU's kernels, the libraries are what starts them.
         kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
