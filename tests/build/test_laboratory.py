@@ -1,8 +1,11 @@
 """The laboratory (helpers/course/lab): its counts against the profiler's and the tensors' own, its switches against
 results, and the sign of each effect that notebook 07 explains."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from helpers.engine import build_module
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import hardware
 from helpers.model.checkpoint import BUNDLED
+from helpers.paths import PROJECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 AVX = [w for flag, w in {"avx2": 256, "avx512f": 512}.items() if flag in hardware.describe("cpu").instructions]
@@ -64,6 +68,26 @@ def apart(block):
 @pytest.fixture(params=["fused", "apart"])
 def compiled(request):
     return request.getfixturevalue(request.param)
+
+
+def test_inductor_works_where_paths_have_a_space(tiny_llama, tmp_path):
+    """In the paths of the temporary folder and of the environment: the laboratory's compiler and torch_compile's."""
+    libraries, temporary = tmp_path / "my env", tmp_path / "my temporary files"
+    libraries.symlink_to(Path(torch.__file__).parents[1])
+    temporary.mkdir()
+    code = f"""
+import torch
+from helpers import BuildRecipe, SamplingParams, load
+from helpers.course.lab.compiled import compile_module
+module, x = torch.nn.Linear(8, 8), torch.ones(1, 8)
+torch.testing.assert_close(compile_module(module, (x,))(x), module(x))
+with load(BuildRecipe(model={str(tiny_llama)!r}, backend="torch_compile", device="cpu")) as engine:
+    print(engine.generate([3, 14, 15], SamplingParams(max_tokens=3))[0].finish_reason)
+"""
+    variables = {**os.environ, "PYTHONPATH": f"{libraries}:{PROJECT}", "TMPDIR": str(temporary)}
+    variables.pop("TORCHINDUCTOR_CACHE_DIR", None)  # of an earlier test
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout == "length\n", done.stderr
 
 
 def test_kernels_are_those_that_the_profiler_counts(compiled, block):
