@@ -228,8 +228,8 @@ def _declared_tokens(
 ) -> list[tokenizers.AddedToken]:
     """The tokens that files beside tokenizer.json name, in the order in which transformers numbers them.
 
-    Older checkpoints have special_tokens_map.json and added_tokens.json; newer ones name all tokens in
-    tokenizer_config.json, under added_tokens_decoder, and then the two others do not count.
+    Older checkpoints have special_tokens_map.json and added_tokens.json, which says nothing of what tokenizer.json has
+    too; newer ones name all in tokenizer_config.json, under added_tokens_decoder, and the two others do not count.
     """
     from tokenizers import AddedToken
 
@@ -238,16 +238,22 @@ def _declared_tokens(
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     named = [_added_token(entry) for entry in [*map(config.get, NAMED_TOKENS), *extra] if entry]
     names = {token.content for token in named}
+    in_file = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     if older:
         ids = read_json(added_file) if added_file.exists() else {}
         declared = [
             AddedToken(content, special=content in names, normalized=content not in names)
             for content in sorted(ids, key=ids.__getitem__)
+            if content not in in_file
         ]
+        for name in filter(None, map(config.get, NAMED_TOKENS)):  # special, whatever tokenizer.json says of it
+            if token := in_file.get(_added_token(name).content):
+                kept = {flag: getattr(token, flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+                declared.append(AddedToken(token.content, special=True, **kept))
     else:
         entries = sorted(config["added_tokens_decoder"].items(), key=lambda entry: int(entry[0]))
         declared = [_added_token(entry, special=entry["content"] in names or entry["special"]) for _, entry in entries]
-    known = {token.content for token in [*backend.get_added_tokens_decoder().values(), *declared]}
+    known = {*in_file, *(token.content for token in declared)}
     return declared + [token for token in named if token.content not in known]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import Scripted, limits
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BatchEncoding
 
 from helpers import BuildRecipe, SamplingParams
@@ -302,6 +302,23 @@ def test_tokens_of_added_tokens_json_are_met_in_the_normalized_text_unless_they_
     folder = saved(tmp_path, backend, **files)
     text = "<a> <A> <b> <B>"
     assert load_tokenizer(folder).encode(text) == AutoTokenizer.from_pretrained(folder)(text).input_ids
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-legacy"])
+@pytest.mark.parametrize("flags", [{"special": True, "rstrip": True}, {"special": False}], ids=str)
+@pytest.mark.parametrize("files", [{}, {"config": {"eos_token": "<a>"}}, {"special_tokens_map": {"pad_token": "<a>"}}])
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_tokenizer_json_says_of_a_token_counts_before_added_tokens_json(tmp_path, kind, flags, files, listed):
+    """An older save's file may lie beside a newer tokenizer.json."""
+    backend = make(kind)
+    backend.add_tokens([AddedToken("<a>", normalized=False, **flags)])
+    more = {"added_tokens": {"<a>": backend.token_to_id("<a>")}} if listed else {}
+    folder = saved(tmp_path, backend, **files, **more)
+    ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in ("Once<a> \n there<a>river", " <a>"):
+        ids = reference(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
 AFTER_SPECIAL = ["hi", "Once upon", " hi", "Once</s> the river", "Once</s>hi"]
