@@ -19,7 +19,7 @@ from test_models import PROMPT, Ours, assert_close, change_config, reference, te
 
 from helpers import BuildRecipe, SamplingParams, backends, load
 from helpers.backends import pytorch
-from helpers.errors import EngineCorrupt, ModelError, OutOfMemory
+from helpers.errors import BackendUnavailable, EngineCorrupt, ModelError, OutOfMemory
 from helpers.model import checkpoint as checkpoints
 from helpers.model.checkpoint import BUNDLED, check_weights, find_checkpoint, read_tensors
 from helpers.model.config import COMPUTED_OTHERWISE, FIELDS, MODEL_FILE, SIZES, load_config, read_config, save_config
@@ -541,6 +541,33 @@ def test_a_backup_is_refused_for_libraries_that_list_the_folder(checkpoint, tmp_
     module = backends.module(backend)
     with pytest.raises(ModelError, match="model_old.safetensors"):
         module.build(recipe, found, tmp_path, None) if backend == "tensorrt_llm" else module.load(recipe)
+
+
+SCALED = {**LLAMA3, "rope_type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "seen"),
+    [
+        ({}, True),
+        ({"rope_theta": 500000, "rope_scaling": SCALED}, True),
+        ({"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, True),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, True),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, False),
+        ({"rope_theta": 500000.0, "rope_parameters": {**SCALED, "rope_theta": 500000.0}}, False),
+        ({"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, False),
+        ({"rope_scaling": {**SCALED, "rope_theta": 500000.0}}, False),
+    ],
+    ids=str,
+)
+def test_a_position_encoding_that_tensorrt_llm_would_read_otherwise_is_refused(tmp_path, monkeypatch, fields, seen):
+    """It reads the folder with transformers 4, which knows rope_theta and rope_scaling."""
+    module = backends.module("tensorrt_llm")
+    monkeypatch.setattr(module, "machine", lambda: {"compute_capability": "7.5"})  # too old: refused next
+    shape = config_of("llama", 64, 96, 2, 4, 2, 131072, 128)
+    recipe = BuildRecipe(f"dummy:{written(tmp_path, shape | fields)}", backend="tensorrt_llm", precision="bf16")
+    with pytest.raises(BackendUnavailable if seen else ModelError, match="capability" if seen else "position encoding"):
+        module.build(recipe, find_checkpoint(recipe.model), tmp_path, None)
 
 
 def test_a_single_file_wins_over_an_index_as_in_transformers(sharded):

@@ -333,11 +333,14 @@ def _check_gpu(recipe: BuildRecipe, capability: str) -> None:
 def _check_reading(checkpoint: Checkpoint) -> None:
     """ModelError where TensorRT-LLM, which reads the folder by itself with transformers 4, would compute otherwise."""
     checkpoint.check_sole_weights("TensorRT-LLM")
-    given = read_fields(checkpoint.folder)
-    if "rope_parameters" in given and "rope_theta" not in given:
+    given, rope = read_fields(checkpoint.folder), checkpoint.config.rope
+    scaling = given.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    theirs = {**scaling, "rope_type": kind, "rope_theta": given.get("rope_theta") or 10000.0}
+    if rope != {name: theirs.get(name) for name in rope}:
         raise ModelError(
             f"TensorRT-LLM 1.2.1 would not see the position encoding of {checkpoint.name!r}.",
-            cause="transformers 5 saved it as rope_parameters in config.json, and version 4 reads another field.",
+            cause="transformers 5 saved it as rope_parameters in config.json, and version 4 reads other fields.",
             fix="Write into config.json: rope_theta, and for a scaled encoding rope_scaling, as in rope_parameters.",
         )
     if read_config(checkpoint.folder).tie_word_embeddings != checkpoint.config.tie_word_embeddings:
