@@ -26,6 +26,7 @@ from helpers.errors import (
     EngineNotFound,
     RecipeError,
 )
+from helpers.machine.hardware import Hardware
 from helpers.maintain.recordings import BLOCK
 from helpers.paths import engines_folder
 from helpers.recipe.tensorrt import make_options
@@ -207,6 +208,19 @@ def test_the_manifest_says_who_built_it_and_where_it_runs(build):
     assert details["version"] == tensorrt_builder.provider_version("tensorrt_rtx")
     targeted = store.read_manifest(build("fp16", compute_capabilities=["8.9"]))["details"]
     assert targeted["runs_on"] == ["8.9"]
+
+
+def test_a_plan_of_tensorrt_itself_is_of_one_gpu(monkeypatch):
+    def identity(provider, name, architecture):
+        gpu = Hardware("cuda", name, architecture, 132, 80 << 30, "570.1")
+        monkeypatch.setattr(tensorrt_builder, "describe", lambda device: gpu)
+        return tensorrt_builder.machine_facts(provider)
+
+    monkeypatch.setattr(tensorrt_builder, "provider_version", lambda provider: "11.1")
+    monkeypatch.setattr(tensorrt_builder, "resolve_device", lambda: "cuda")
+    gpus = ("H100", "sm_90"), ("A100", "sm_80")
+    assert identity("tensorrt", *gpus[0]) != identity("tensorrt", *gpus[1])
+    assert identity("tensorrt_rtx", *gpus[0]) == identity("tensorrt_rtx", *gpus[1])
 
 
 def test_an_onnx_file_is_built_in_its_own_and_in_another_precision(block, tmp_path):

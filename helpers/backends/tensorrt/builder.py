@@ -14,6 +14,7 @@ from helpers.backends.tensorrt import INSTALL, WHY_MISSING, layers
 from helpers.backends.tensorrt.api import explain
 from helpers.errors import BackendUnavailable, BuildError, CourseError, EngineMismatch, RecipeError
 from helpers.machine.environments import named_python
+from helpers.machine.hardware import describe, resolve_device
 from helpers.machine.worker import Worker
 from helpers.paths import engines_folder
 from helpers.progress import Progress, shown_if_slow
@@ -94,10 +95,14 @@ def _version_under(python: str, provider: str) -> str:
 
 
 def machine_facts(provider: str) -> dict[str, Any]:
-    """What a plan depends on: TensorRT's version and the operating system, not this machine's processor."""
+    """What a plan depends on: TensorRT's version and the operating system, not this machine's processor; and of
+    TensorRT itself, which measures kernels while it builds, the GPU."""
+    system, gpu = f"{platform.system().lower()} {platform.machine().lower()}", None
+    if provider == "tensorrt" and resolve_device() == "cuda":
+        gpu = describe("cuda")
     return {
-        "architecture": f"{platform.system().lower()} {platform.machine().lower()}",
-        "device_name": "",
+        "architecture": f"{system} {gpu.architecture}" if gpu else system,
+        "device_name": gpu.name if gpu else "",
         "instructions": "",
         "versions": {provider: provider_version(provider)},
     }
