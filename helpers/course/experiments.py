@@ -35,7 +35,8 @@ def read_rows(file: Path | str) -> list[Row]:
 
 def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Row]]:
     """Call measure(**settings) for each combination that `file` has no row of. After each, all rows: JSON in the file,
-    CSV beside it. A combination that an engine refuses has a row that says why, and is tried again the next time.
+    CSV beside it. A combination that an engine refuses has a row that says why, and is tried again the next time. A row
+    is known by its settings alone: after a change of `measure`, or on another machine, name another file.
     """
     if not grid or not all(isinstance(values, (list, tuple, range)) and len(values) for values in grid.values()):
         raise InputError(f"This is no grid: {shown(grid)}.", fix="Give each setting a list of values.")
