@@ -1,12 +1,10 @@
 """The laboratory (helpers/course/lab): its counts against the profiler's and the tensors' own, its switches against
 results, and the sign of each effect that notebook 07 explains."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -27,7 +25,6 @@ from helpers.engine import build_module
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import hardware
 from helpers.model.checkpoint import BUNDLED
-from helpers.paths import PROJECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 AVX = [w for flag, w in {"avx2": 256, "avx512f": 512}.items() if flag in hardware.describe("cpu").instructions]
@@ -68,26 +65,6 @@ def apart(block):
 @pytest.fixture(params=["fused", "apart"])
 def compiled(request):
     return request.getfixturevalue(request.param)
-
-
-def test_inductor_works_where_paths_have_a_space(tiny_llama, tmp_path):
-    """In the paths of the temporary folder and of the environment: the laboratory's compiler and torch_compile's."""
-    libraries, temporary = tmp_path / "my env", tmp_path / "my temporary files"
-    libraries.symlink_to(Path(torch.__file__).parents[1])
-    temporary.mkdir()
-    code = f"""
-import torch
-from helpers import BuildRecipe, SamplingParams, load
-from helpers.course.lab.compiled import compile_module
-module, x = torch.nn.Linear(8, 8), torch.ones(1, 8)
-torch.testing.assert_close(compile_module(module, (x,))(x), module(x))
-with load(BuildRecipe(model={str(tiny_llama)!r}, backend="torch_compile", device="cpu")) as engine:
-    print(engine.generate([3, 14, 15], SamplingParams(max_tokens=3))[0].finish_reason)
-"""
-    variables = {**os.environ, "PYTHONPATH": f"{libraries}:{PROJECT}", "TMPDIR": str(temporary)}
-    variables.pop("TORCHINDUCTOR_CACHE_DIR", None)  # of an earlier test
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
-    assert done.stdout == "length\n", done.stderr
 
 
 def test_kernels_are_those_that_the_profiler_counts(compiled, block):
@@ -259,12 +236,12 @@ def test_a_plan_says_which_gpus_it_is_for(targets):
 
 
 def is_faster(one, other, repeats=1):
-    """Whether one is faster than the other in every round of some five."""
+    """Whether one is faster than the other in 12 of 15 rounds, which two alike would be in 2 % of all tries; in some of
+    five tries, for other work on the machine disturbs rounds."""
+    calls = {name: partial(seconds, *call, repeats=repeats) for name, call in (("one", one), ("other", other))}
     for _ in range(5):
-        samples = take_turns(
-            {"one": lambda: seconds(*one, repeats=repeats), "other": lambda: seconds(*other, repeats=repeats)}, rounds=5
-        )
-        if all(a < b for a, b in zip(samples["one"], samples["other"], strict=True)):
+        samples = take_turns(calls, rounds=15)
+        if sum(a < b for a, b in zip(samples["one"], samples["other"], strict=True)) >= 12:
             return True
     return False
 

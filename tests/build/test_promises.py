@@ -240,14 +240,24 @@ def mutate(value, rng):
 def test_any_manifest_is_refused_or_works(own_engines, attempts, capsys):
     manifest = json.loads((own_engines / "manifest.json").read_text())
 
+    def answer(loaded):
+        return loaded.generate([5, 6, 7], GREEDY)[0].token_ids
+
+    def use(folder):
+        with load(folder) as loaded:  # which weights are read in which order, only who built it knows
+            assert store.read_manifest(folder)["details"] != manifest["details"] or answer(loaded) == right
+
+    with load(own_engines) as loaded:
+        right = answer(loaded)
+
     def one(rng):
         changed = mutate(manifest, rng)
         if isinstance(changed, dict):
             store.save_manifest(own_engines, changed)
         else:
             (own_engines / "manifest.json").write_text(json.dumps(changed))
-        assert cli.main(["list"]) == 0
-        for call in (inspect, load):
+        assert cli.main(["list"]) == 0 and "\x1b" not in capsys.readouterr().out
+        for call in (inspect, use):
             try:
                 call(own_engines)
             except CourseError as error:
