@@ -6,9 +6,12 @@ import gc
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +127,36 @@ def test_a_build_in_a_folder_with_a_space_under_odd_settings_leaves_nothing_behi
     monkeypatch.setenv("PYTHONPATH", "")
     with load(folder) as engine:
         assert engine.generate([3, 14, 15], GREEDY)[0].token_ids == under_odd_settings
+
+
+def test_an_interrupt_while_the_compilers_are_ended_leaves_none_at_work(monkeypatch):
+    """A terminal and a wrapper such as `uv run` send one each."""
+    from helpers.backends.aot import backend
+
+    ended = []
+
+    class Endless:
+        def __init__(self, *_, **__):
+            self.killed = threading.Event()
+
+        def stream(self, *_, **__):
+            yield "compile"
+            self.killed.wait()
+
+        def kill(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            self.killed.set()
+            ended.append(self)
+
+    monkeypatch.setattr(backend, "Worker", Endless)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt), backend._Compilers(2) as compilers:
+        compilers.run("compile", [{}, {}], lambda step: contextlib.nullcontext())
+    for _ in range(50):  # the next interrupts come while this test waits
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(0.02)
+    assert len(ended) == 2
 
 
 def test_there_is_an_error_that_names_the_space_where_no_folder_is_without(tmp_path, monkeypatch):

@@ -5,10 +5,13 @@ import copy
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from helpers.errors import (
     NumericsError,
     OutOfMemory,
 )
+from helpers.paths import PROJECT
 
 
 @pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
@@ -540,6 +544,23 @@ def test_what_torch_compile_cannot_compile_is_told_in_our_words(words, kind):
         engine.compiled = fail
         with pytest.raises(kind):
             engine.generate([3, 14], GREEDY)
+
+
+def test_torch_compile_works_where_paths_have_a_space(tiny_llama, tmp_path):
+    """In those of the temporary folder and of the environment."""
+    libraries, temporary = tmp_path / "my env", tmp_path / "my temporary files"
+    libraries.symlink_to(Path(torch.__file__).parents[1])
+    temporary.mkdir()
+    recipe = {"model": str(tiny_llama), "backend": "torch_compile", **limits(max_input_len=16, max_seq_len=48)}
+    code = f"""
+from helpers import BuildRecipe, SamplingParams, load
+with load(BuildRecipe(**{recipe})) as engine:
+    print(engine.generate([3, 14, 15], SamplingParams(max_tokens=3))[0].finish_reason)
+"""
+    variables = {**os.environ, "PYTHONPATH": f"{libraries}{os.pathsep}{PROJECT}", "TMPDIR": str(temporary)}
+    variables.pop("TORCHINDUCTOR_CACHE_DIR", None)  # of an earlier test
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.stdout == "length\n", done.stderr
 
 
 def test_closing_an_engine_has_no_other_one_compiled_again(monkeypatch):

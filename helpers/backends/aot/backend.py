@@ -281,6 +281,11 @@ class _Compilers:
 
     def __exit__(self, *_: object) -> None:
         self._stopped = True
+        stopping = threading.Thread(target=self._stop)  # where no second interrupt can reach it
+        stopping.start()
+        stopping.join()
+
+    def _stop(self) -> None:
         for worker in self._workers:
             worker.kill()
         self._threads.shutdown(cancel_futures=True)
