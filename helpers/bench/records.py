@@ -378,7 +378,13 @@ def commit() -> str:
     """The course's commit, with "+" if files differ from it. COURSE_COMMIT names it for a copy without git; else ""."""
     if given := os.environ.get("COURSE_COMMIT"):
         return given
-    answer = run(["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=12", "--dirty=+"], 10)
+    own = [
+        "--git-dir",
+        str(PROJECT / ".git"),
+        "--work-tree",
+        str(PROJECT),
+    ]  # not that of a repository around the course
+    answer = run(["git", *own, "describe", "--always", "--abbrev=12", "--dirty=+"], 10)
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -610,6 +611,20 @@ def test_records_that_come_with_the_course_are_whole_and_of_nobodys_machine():
 
 
 # Real runs, in processes of their own
+
+
+def test_the_commit_of_a_repository_around_a_copy_is_not_the_courses(tmp_path, monkeypatch):
+    around = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@here"]
+    subprocess.run([*around, "init", "-q"], check=True)
+    subprocess.run([*around, "commit", "-q", "--allow-empty", "-m", "my own work"], check=True)
+    monkeypatch.delenv("COURSE_COMMIT", raising=False)
+    here = records.commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert records.commit() == here
+    monkeypatch.setattr(records, "PROJECT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", records.commit())
+    monkeypatch.setattr(records, "PROJECT", tmp_path / "course")
+    assert records.commit() == ""
 
 
 @pytest.mark.parametrize("words", ["bench --batch 4 --out R", "bench --out R --batch 4", "bench --out=R --batch 4"])
