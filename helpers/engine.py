@@ -82,7 +82,7 @@ def _job(recipe: BuildRecipe) -> BuildJob:
         load_tokenizer(checkpoint.folder)  # refused here if it cannot be read
         return backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
 
-    given = {**recipe.to_dict(), "model": checkpoint.full_name}
+    given = {**recipe.to_dict(), "model": checkpoint.name}
     return BuildJob(recipe.short_name, depends_on, given, compile_into, estimate)
 
 

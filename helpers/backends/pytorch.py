@@ -7,7 +7,6 @@ cache, or `torch.compile` over a static cache. Nothing of the course's own decod
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -214,7 +213,6 @@ def _check_memory(size: int, device: str) -> None:
 @contextlib.contextmanager
 def _quiet():
     """No progress bar for the fraction of a second that loading takes; errors still show."""
-    before = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
@@ -224,5 +222,3 @@ def _quiet():
     finally:
         if bars:
             logging.enable_progress_bar()
-        if before is None:
-            os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)

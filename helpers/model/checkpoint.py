@@ -44,7 +44,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in Hugging Face format. With `dummy`, only its configuration and tokenizer are used and the
-    weights are random: right for speed, meaningless for text."""
+    weights are random: right for speed, meaningless for text. `name` finds it again from any folder: of a local
+    checkpoint it has the whole path."""
 
     name: str
     folder: Path
@@ -53,21 +54,8 @@ class Checkpoint:
     @property
     def short_name(self) -> str:
         """The name in an engine's identity: a local checkpoint's folder, because its content counts, not its path."""
-        return ("dummy:" if self.dummy else "") + (self.folder.name if self._is_local else self._plain_name)
-
-    @property
-    def full_name(self) -> str:
-        """The name that finds this checkpoint again from any folder: of a local checkpoint its whole path."""
-        return ("dummy:" if self.dummy else "") + (str(self.folder) if self._is_local else self._plain_name)
-
-    @property
-    def _plain_name(self) -> str:
-        return self.name.removeprefix("dummy:")
-
-    @property
-    def _is_local(self) -> bool:
-        """Given as a folder, not as a name that means the same on every machine."""
-        return Path(self._plain_name).is_absolute()
+        plain = self.name.removeprefix("dummy:")
+        return ("dummy:" if self.dummy else "") + (self.folder.name if Path(plain).is_absolute() else plain)
 
     @cached_property
     def config(self) -> ModelConfig:

@@ -473,7 +473,7 @@ def test_a_folders_name_means_the_same_after_a_change_of_folder(checkpoint, tmp_
     monkeypatch.chdir(tmp_path)
     found = find_checkpoint(f"{prefix}./{name}")
     monkeypatch.chdir("/")
-    again = find_checkpoint(found.full_name)
+    again = find_checkpoint(found.name)
     assert (again.folder, again.dummy) == (found.folder, found.dummy) == (folder, prefix != "")
     assert found.short_name == f"{prefix}{folder.name}"
 

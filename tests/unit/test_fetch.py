@@ -276,7 +276,7 @@ def test_the_model_comes_from_the_package_and_says_so(package, capsys, monkeypat
     assert "quantization_config" not in config and config["rope_theta"] == 100000 and config["rms_norm_eps"] == 1e-6
     checkpoint = find_checkpoint("smollm2")
     checkpoint.check(64)
-    assert checkpoint.config.eos_token_ids == (2,) and checkpoint.full_name == "smollm2"
+    assert checkpoint.config.eos_token_ids == (2,) and checkpoint.name == "smollm2"
     exact = load_file(original / "model.safetensors")
     assert all(torch.equal(load_file(folder / "model.safetensors")[name], exact[name].bfloat16()) for name in exact)
     shutil.rmtree(index)  # a second time nothing is fetched
@@ -414,7 +414,7 @@ def test_an_engines_name_is_that_of_the_same_files_anywhere(package, tmp_path, m
     folder = fetch.get("smollm2")
     expected = name(recipe)
     monkeypatch.chdir(folder.parent)  # here the name is a folder's too
-    assert name(recipe) == expected and find_checkpoint("smollm2").full_name == "smollm2"
+    assert name(recipe) == expected and find_checkpoint("smollm2").name == "smollm2"
     shutil.copytree(folder, tmp_path / "other" / "smollm2")
     assert name(recipe.replace(model=str(tmp_path / "other" / "smollm2"))) == expected
     monkeypatch.setenv("COURSE_MODELS", str(tmp_path / "other"))

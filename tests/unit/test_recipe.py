@@ -226,6 +226,6 @@ def test_a_folder_here_does_not_change_what_a_plain_name_means(name, tmp_path, m
     monkeypatch.chdir(tmp_path)
     plain = name.removeprefix("dummy:")
     shutil.copytree(find_checkpoint(name).folder, tmp_path / plain)
-    assert find_checkpoint(name).full_name == name
+    assert find_checkpoint(name).name == name
     written = name.replace(plain, f"./{plain}")
-    assert find_checkpoint(written).full_name == name.replace(plain, str(tmp_path / plain))
+    assert find_checkpoint(written).name == name.replace(plain, str(tmp_path / plain))

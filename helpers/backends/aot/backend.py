@@ -124,7 +124,7 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
     device = hardware.resolve_device(recipe.device)
     names, counts = graph_names(recipe, device), thread_counts(recipe, device)
     jobs = _jobs(len(names), stored_bytes(recipe, checkpoint.config, device)[0], device)
-    given, plain = {**recipe.to_dict(), "model": checkpoint.full_name}, folder / "plain"
+    given, plain = {**recipe.to_dict(), "model": checkpoint.name}, folder / "plain"
     with _scratch_folder(folder) as scratch, _Compilers(jobs) as compilers:
         common = {"recipe": given, "device": device, "folder": str(folder)}
         own = {"scratch": scratch, "compile_threads": max(1, hardware.free_cores() // jobs)}
