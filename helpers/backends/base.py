@@ -128,11 +128,9 @@ class Engine(ABC):
     def logits(self, prompt: str | Sequence[int]) -> Tensor:
         """Logits [V] for the token after the prompt, in float32 on the CPU."""
         self._check_usable()
-        with self._lock:
+        with self.alone():
             logits = self.prefill([self.tokenize(prompt)])[0]
-            logits = self._guarded(lambda: logits.float().cpu().clone())  # the caller's own, to change
-            self.end()
-        return logits
+            return self._guarded(lambda: logits.float().cpu().clone())  # the caller's own, to change
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """The first phase by hand: read the prompts into an empty KV cache; logits [B, V] after each one's last token.
@@ -174,10 +172,15 @@ class Engine(ABC):
             self._by_hand = [length + 1 for length in lengths]
         return logits
 
-    def end(self) -> None:
-        """End a request by hand, so that a `decode` of somebody who called `prefill` before is refused."""
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a function that calls `prefill` and `decode`: other threads wait meanwhile, and after it a `decode` of
+        somebody who called `prefill` before is refused."""
         with self._lock:
-            self._by_hand = []
+            try:
+                yield
+            finally:
+                self._by_hand = []
 
     def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt. Without add_special_tokens, the tokenizer puts no BOS token before a text."""

@@ -123,15 +123,15 @@ def _read(engine: Engine, batch: list[list[int]]) -> Iterator[Tensor]:
     """Log probabilities [V] at each token of each sequence but its first, sequence by sequence."""
     steps = max(map(len, batch)) - 1
     kept: list[list[Tensor]] = [[] for _ in batch]
-    logits = engine.prefill([ids[:1] for ids in batch])  # [B, V]
-    for step in range(steps):
-        log_probs = logits.float().log_softmax(-1).cpu()
-        for ids, row, own in zip(batch, log_probs, kept, strict=True):
-            if step + 1 < len(ids):
-                own.append(row.clone())
-        if step + 1 < steps:  # a sequence that has ended gets its last token again, and nobody looks
-            logits = engine.decode([ids[min(step + 1, len(ids) - 1)] for ids in batch])
-    engine.end()
+    with engine.alone():
+        logits = engine.prefill([ids[:1] for ids in batch])  # [B, V]
+        for step in range(steps):
+            log_probs = logits.float().log_softmax(-1).cpu()
+            for ids, row, own in zip(batch, log_probs, kept, strict=True):
+                if step + 1 < len(ids):
+                    own.append(row.clone())
+            if step + 1 < steps:  # a sequence that has ended gets its last token again, and nobody looks
+                logits = engine.decode([ids[min(step + 1, len(ids) - 1)] for ids in batch])
     for own in kept:
         yield from own
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from helpers.backends.tensorrt import llama_onnx, onnx_export
 from helpers.display import Table
 from helpers.model.checkpoint import find_checkpoint
+from helpers.paths import owned_folder
 
 PLAIN = ("", "ai.onnx")  # the domain of ONNX's own operators; a node of any other is a plugin
 PRODUCTS = ("MatMul", "Gemm")
@@ -28,8 +28,8 @@ def read(path: Path | str) -> ModelProto:
 def course_graphs(model: Path | str, *, cache_length: int = 1024) -> list[ModelProto]:
     """The graphs that this course's `tensorrt` backend builds engines from: prefill and decode, in fp16."""
     checkpoint = find_checkpoint(str(model))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, config = Path(temporary), checkpoint.config
+    with owned_folder("course-onnx-") as folder:
+        config = checkpoint.config
         weights = llama_onnx.write_weights(checkpoint, "fp16", cache_length, folder)
         sizes: dict[str, Any] = {"cache_length": cache_length, "batch_sizes": (1, 4)}
         return [

@@ -3,6 +3,7 @@ for a worker that ends badly."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import io
@@ -20,16 +21,20 @@ from typing import Any
 import psutil
 
 from helpers.model.checkpoint import find_checkpoint
+from helpers.paths import owned_folder
 
 
 @cache
-def _scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory()  # goes when Python ends
+def _scratch() -> Path:
+    """It goes when Python ends; that of a kernel that was killed goes with the next."""
+    folder = contextlib.ExitStack()
+    atexit.register(folder.close)
+    return folder.enter_context(owned_folder("course-trouble-"))
 
 
 def copy_of(folder: Path) -> Path:
     """A copy of an engine or checkpoint in a temporary folder of its own, to be damaged at will."""
-    return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(dir=_scratch().name)) / folder.name))
+    return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(dir=_scratch())) / folder.name))
 
 
 def other_tokenizer(name: str = "stories") -> Path:
@@ -60,7 +65,7 @@ def source_checkout(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
     compiled = shutil.ignore_patterns("*.so", "*.pyd", "*.dylib", "__pycache__")
-    folder = Path(tempfile.mkdtemp(dir=_scratch().name)) / "clone"
+    folder = Path(tempfile.mkdtemp(dir=_scratch())) / "clone"
     shutil.copytree(Path(spec.origin).parent, folder / package, ignore=compiled)
     return folder
 
@@ -90,14 +95,14 @@ def graph_with_plugin() -> Path:
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 64]) for name in "xy")
     node = helper.make_node("GPTAttention", ["x"], ["y"], name="attention", domain="tensorrt_llm")
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("tensorrt_llm", 1)]
-    path = Path(tempfile.mkdtemp(dir=_scratch().name)) / "attention.onnx"
+    path = Path(tempfile.mkdtemp(dir=_scratch())) / "attention.onnx"
     onnx.save(helper.make_model(helper.make_graph([node], "block", [x], [y]), opset_imports=opsets, ir_version=8), path)
     return path
 
 
 def broken_compiler() -> Path:
     """A C++ compiler whose headers are gone: a shell script that says so."""
-    path = Path(tempfile.mkdtemp(dir=_scratch().name)) / "g++"
+    path = Path(tempfile.mkdtemp(dir=_scratch())) / "g++"
     path.write_text("#!/bin/sh\necho 'probe.cpp:1: fatal error: string: No such file or directory' >&2\nexit 1\n")
     path.chmod(0o755)
     return path

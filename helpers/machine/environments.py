@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.machine import commands, hardware
@@ -340,13 +341,16 @@ def _remove(target: Path) -> None:
 def _step(command: list[str], environment: Environment) -> None:
     """One command whose output a person can follow; its last lines become the cause if it fails."""
     lines: list[str] = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **output, **commands.OWN_SESSION) as process:
         assert process.stdout is not None
-        for line in filter(None, map(str.strip, process.stdout)):
-            lines.append(line)
-            print(f"      {line[:150]}", flush=True)
+        try:
+            for line in filter(None, map(str.strip, process.stdout)):
+                lines.append(line)
+                print(f"      {line[:150]}", flush=True)
+        except BaseException:  # pip would go on in a folder that is being removed
+            commands.kill_all(process)
+            raise
     if process.returncode != 0:
         raise CourseError(
             f"{environment.title} could not be installed: a step ended with exit status {process.returncode}.",

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -23,6 +22,7 @@ from helpers.course.exercises import frame
 from helpers.display import Table
 from helpers.errors import InputError, StoreError
 from helpers.maintain import notebooks
+from helpers.paths import owned_folder
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -196,8 +196,8 @@ def grade(notebook: str) -> Grade:
             f"{path.name} has no exercises.", fix="Its name must begin with a notebook's number: 03_....ipynb"
         )
     kept = os.environ.get("COURSE_WORK")
-    with tempfile.TemporaryDirectory(prefix="course-grade-") as work:
-        os.environ["COURSE_WORK"] = work  # the kernel writes there what its checks say
+    with owned_folder("course-grade-") as work:
+        os.environ["COURSE_WORK"] = str(work)  # the kernel writes there what its checks say
         try:
             _, result = notebooks.run_notebook(path, go_on=True)
             answers = learner.read()["exercises"]

@@ -18,6 +18,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30  # bytes of address space, where the system can limit it
+SECONDS = 30  # of processor time: more than who waits for it allows, and an end where nobody waits any more
 LONGEST = 2**22  # characters; a long prompt of a long-context model has a million
 
 
@@ -94,6 +95,7 @@ if __name__ == "__main__":
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; macOS refuses
         import resource
 
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answer = render(**json.load(sys.stdin.buffer))
     sys.stdout.flush()  # what an environment's own start-up printed, such as a sitecustomize.py

@@ -2,11 +2,14 @@
 made, and how one is made. It is made for real, from a small package that stands in for vLLM; the true wheels are not
 installed here."""
 
+import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import psutil
 import pytest
 
 from helpers import backends, cli
@@ -258,6 +262,17 @@ def test_where_the_installation_breaks_off_nothing_stays(wheels, project):
         environments.create("vllm")
     assert "no-such-package-at-all" in broken.value.cause
     assert not (project / ".venv-vllm").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_an_interrupt_that_reaches_only_this_process_ends_the_step_that_it_waits_for(tmp_path):
+    """As VS Code sends it to a kernel: pip would go on in a folder that is being removed."""
+    file = tmp_path / "pid"
+    code = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        environments._step([sys.executable, "-c", code], environments.ENVIRONMENTS["vllm"])
+    assert not psutil.pid_exists(int(file.read_text()))
 
 
 def test_where_the_import_fails_the_reason_is_told_and_nothing_stays(wheels, project):

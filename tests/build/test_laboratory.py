@@ -209,8 +209,12 @@ def test_an_engine_says_which_registers_its_code_names(tiny_engine):
 
 
 def test_an_engine_that_was_not_built_for_it_says_so(tiny_engine):
-    with load(tiny_engine) as engine, pytest.raises(BackendUnavailable, match="time_kernels"):
-        lab.profile(engine, inspect(tiny_engine).of("decode_b1"))
+    with load(tiny_engine) as engine:
+        engine.prefill([[3]])
+        with pytest.raises(BackendUnavailable, match="time_kernels"):
+            lab.profile(engine, inspect(tiny_engine).of("decode_b1"))
+        with pytest.raises(InputError, match="nothing to append"):  # the cache holds what was profiled
+            engine.decode([7])
 
 
 def test_bytes_of_a_tensorrt_layer():

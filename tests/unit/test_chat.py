@@ -5,8 +5,10 @@ import io
 import json
 import re
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 from conftest import Scripted
 from test_tokenizer import make, saved
@@ -15,7 +17,7 @@ from transformers import AutoTokenizer
 from helpers import SamplingParams
 from helpers.errors import InputError, ModelError, WorkerError
 from helpers.model import chat, chat_process
-from helpers.model.chat import ChatTemplate
+from helpers.model.chat import TIME_LIMIT_S, ChatTemplate
 from helpers.model.tokenizer import load_tokenizer
 
 # In the style of public models, each with what is peculiar to it.
@@ -367,6 +369,17 @@ def test_a_template_that_does_not_end_is_ended(source, monkeypatch):
     with pytest.raises(ModelError, match="not done after 3 s"):
         ChatTemplate(source, {}).render([USER])
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells another process's limits")
+def test_a_template_whose_reader_was_killed_does_not_run_for_ever():
+    with subprocess.Popen([sys.executable, "-m", "helpers.model.chat_process"], stdin=subprocess.PIPE) as process:
+        deadline, limit = time.monotonic() + 20, psutil.RLIM_INFINITY
+        while limit == psutil.RLIM_INFINITY and time.monotonic() < deadline:
+            time.sleep(0.05)
+            limit, _ = psutil.Process(process.pid).rlimit(psutil.RLIMIT_CPU)
+        process.kill()
+    assert TIME_LIMIT_S <= limit <= 60
 
 
 @pytest.mark.parametrize("source", ["{{ ('x' * 10 ** 11) | length }}", "{{ 'x' | center(10 ** 11) | length }}"])

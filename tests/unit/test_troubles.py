@@ -360,3 +360,13 @@ def test_a_build_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         worker.call("build_small", size=700, room=100_000)
     assert "helpers remove" in explain(str(failed.value)).troubles[0].card.fix
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_what_a_killed_kernel_left_goes_with_the_next(tmp_path):
+    code = "import os, signal; from helpers.course.troubles import broken_compiler; broken_compiler()"
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    for end in ("os.kill(os.getpid(), signal.SIGKILL)", ""):
+        subprocess.run([sys.executable, "-c", f"{code}; {end}"], env=variables, cwd=PROJECT, check=not end)
+        for left in tmp_path.iterdir():
+            os.utime(left, (0, 0))
+    assert not list(tmp_path.iterdir())

@@ -6,13 +6,13 @@ import mmap
 import re
 import shutil
 import struct
-import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import commands
+from helpers.paths import owned_folder
 
 # The names of registers, widest first, with how many bits they have.
 REGISTERS = {
@@ -45,7 +45,7 @@ def compiled_for(file: Path) -> Counter[str]:
         return Counter(f"{number // 10}.{number % 10}" for number in numbers)
     if not zipfile.is_zipfile(file):
         return vector_registers(file)
-    with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as folder:
+    with zipfile.ZipFile(file) as archive, owned_folder("course-binary-") as folder:
         libraries = [archive.extract(name, folder) for name in archive.namelist() if name.endswith(".so")]
         return sum((vector_registers(Path(library)) for library in libraries), Counter())
 

@@ -108,13 +108,14 @@ def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "O
     in a decode step."""
     need_engine(engine)
     ids, graph = engine.tokenize(prompt), report.graphs()[0] if report else ""
-    engine.prefill([ids])
     step = (lambda: engine.prefill([ids])) if graph.startswith("prefill") else (lambda: engine.decode([14]))
-    if report is None:
-        return _eager(launches(step, ATEN))
-    if isinstance(engine, AotEngine) and engine.device == "cuda":
-        return with_seconds(report, launches(_graph_alone(engine, graph, ids), ATEN))  # some calls are known by ATen
-    return with_seconds(report, launches(step, COMPILED))
+    with engine.alone():
+        engine.prefill([ids])
+        if report is None:
+            return _eager(launches(step, ATEN))
+        if isinstance(engine, AotEngine) and engine.device == "cuda":  # there, some calls are known by ATen
+            return with_seconds(report, launches(_graph_alone(engine, graph, ids), ATEN))
+        return with_seconds(report, launches(step, COMPILED))
 
 
 def _graph_alone(engine: AotEngine, graph: str, ids: list[int]) -> Callable[[], Any]:

@@ -6,7 +6,6 @@ import html
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from helpers.display import Table
 from helpers.engine import inspect
 from helpers.errors import BuildError
 from helpers.machine import commands
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, owned_folder
 from helpers.recipe import BuildRecipe
 from helpers.recipe.fields import OPTIMIZATION_LEVELS
 
@@ -79,8 +78,8 @@ class BuildExplorer(RecipePanel):
         recipe, started = self.recipe(), time.monotonic()
         expected = expected_seconds(recipe)
         self.bar.layout.display, self.bar.value, self.report.value = "", 0, ""
-        with tempfile.TemporaryDirectory() as folder:
-            file, log = recipes.write(recipe, Path(folder) / "recipe.toml"), Path(folder) / "log"
+        with owned_folder("course-build-") as folder:
+            file, log = recipes.write(recipe, folder / "recipe.toml"), folder / "log"
             paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
             with log.open("wb") as output:
                 process = subprocess.Popen(
