@@ -109,7 +109,8 @@ def test_the_backend_pytorch_answers_as_transformers(theirs):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_the_check_of_a_build_takes_rounding_for_what_it_is(folder, precision):
-    """Thirty layers make a last bit large, in bf16 a tenth of the largest logit. A weight that is wrong is more."""
+    """Thirty layers make a last bit large, behind a cache of random numbers in bf16 a tenth to half of the largest
+    logit. Behind one that the model has filled it is hundredths, and what is wrong by little is more."""
     checkpoint = find_checkpoint("smollm2")
     config, recipe = (
         checkpoint.config,
@@ -121,6 +122,6 @@ def test_the_check_of_a_build_takes_rounding_for_what_it_is(folder, precision):
     module, right = Decode(config, "packed", True), packed(dict(weights), recipe, "cpu")
     with torch.no_grad():
         check_graph("right", lambda *inputs: module(right, *inputs), llama.Decode(config), weights, cache, 128)
-        wrong = right | {"layers.7.attention_norm": weights["layers.7.attention_norm"] * 1.5}
+        wrong = right | {"norm": weights["norm"] * 1.2}
         with pytest.raises(BuildError, match="computes something else"):
             check_graph("wrong", lambda *inputs: module(wrong, *inputs), llama.Decode(config), weights, cache, 128)

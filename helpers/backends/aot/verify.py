@@ -27,6 +27,7 @@ LENGTH = 128  # so many tokens of a prompt, and entries of a cache, at least; mo
 LONGEST, WORK = 1024, 1 << 34  # tokens of a prompt, and their number times that of the weights
 ROOM = 1 << 28  # bytes of a cache
 SHORT = 12  # tokens of a short prompt: whole tiles of any size, and no whole register
+KEPT = 32  # tokens that the model reads for what a cache holds before a decode step
 DRAWS = 4  # of random numbers; the one that rounding disturbs least is taken
 
 Run = Callable[..., Tensor]  # a graph's inputs after the weights, to logits [B, V]; it updates the cache in place
@@ -43,8 +44,8 @@ def check_graph(
     tolerance = TOLERANCE[cache[0].dtype]
     best, best_seed = math.inf, 0
     for seed in range(DRAWS):
-        cases = _random_cases(reference, weights, cache, limit, seed)
-        plain, exact = (_expected(reference, weights, cases, cache, wider) for wider in (False, True))
+        cases, filled = _random_cases(reference, weights, cache, limit, seed)
+        plain, exact = (_expected(reference, weights, cases, filled, wider) for wider in (False, True))
         if all(bool(tensor.isfinite().all()) for tensor in plain):
             rounding = max(map(relative_error, plain, exact))
             best, best_seed = min((best, best_seed), (rounding, seed))
@@ -58,11 +59,12 @@ def check_graph(
             fix="Build with precision='bf16' or 'fp32', and check the checkpoint's weights.",
         )
     if best_seed != seed:
-        cases = _random_cases(reference, weights, cache, limit, best_seed)
-        exact = _expected(reference, weights, cases, cache, wider=True)
-    error, used = 0.0, exact[-1].shape[2]
+        cases, filled = _random_cases(reference, weights, cache, limit, best_seed)
+        exact = _expected(reference, weights, cases, filled, wider=True)
+    error, used = 0.0, filled[0].shape[2]
     for inputs, logits in zip(cases, exact, strict=False):
-        _fill(cache, used, best_seed)
+        for entries, before in zip(cache, filled, strict=True):
+            entries[:, :, :used] = before
         seen = inputs[0].shape[1] if isinstance(reference, llama.Prefill) else used
         computed = [run(*inputs, cache), *(entries[:, :, :seen] for entries in cache)]
         expected = [logits, *(entries[:, :, :seen] for entries in exact[len(cases) :])]
@@ -84,58 +86,69 @@ def relative_error(computed: Tensor, expected: Tensor) -> float:
 
 def _random_cases(
     reference: llama.Decoder, weights: Weights, cache: llama.Cache, limit: int, seed: int
-) -> list[list[Tensor]]:
+) -> tuple[list[list[Tensor]], llama.Cache]:
     """The tensors between the weights and the cache, several times: as many of each open length as there may be, and
-    fewer, so that they fill no vector register; the cache gets random entries.
+    fewer, so that they fill no vector register. And what the cache holds before: the entries in use.
 
     Every sequence has tokens of its own. Prompts have different lengths, so that some are filled up and each row of a
     tile is some prompt's last; in decode, sequences are at different positions, so that most have entries before them
     and entries that they must not see.
     """
     batch, device = len(cache[0]), cache[0].device
-    used = min(limit, _length(reference, weights, cache))
-    generator, rows = _fill(cache, used, seed), torch.arange(batch, device=device)
+    used = max(2, min(limit, _length(reference, weights, cache)))
+    generator, rows = torch.Generator("cpu").manual_seed(seed), torch.arange(batch, device=device)
+    filled = [_random(entries[:, :, :used], generator) for entries in cache]
 
     def tokens(*shape: int) -> Tensor:
         return torch.randint(len(weights["embedding"]), shape, generator=generator, device="cpu").to(device)
 
     if isinstance(reference, llama.Prefill):
-        width = max(2, used)
-        widths = [width, *[min(width, SHORT)] * 3]
-        prompts = tokens(batch, width)
-        return [[prompts[:, :w].contiguous(), w - (rows + back) % w] for back, w in enumerate(widths)]
+        widths = [used, *[min(used, SHORT)] * 3]
+        prompts = tokens(batch, used)
+        return [[prompts[:, :w].contiguous(), w - (rows + back) % w] for back, w in enumerate(widths)], filled
     positions, span = (rows * 5 + used * 3 // 4) % used, torch.arange(limit, device=device)
     spans = [span] if device.type == "cuda" else [span, span[: max(2, int(positions.max()) + 1)]]  # fixed on a GPU
+    kept = _kept(reference, weights, tokens(min(KEPT, len(weights["rope.cos"]))), cache)
+    # Not the first token's: where those are, most heads look there, and see little else.
+    which = torch.randint(1, kept[0].shape[1], (batch, used), generator=generator, device="cpu").to(device)
+    hidden = (span[:used] > positions[:, None])[:, None, :, None]  # [B, 1, S, 1]; random ones are easier to tell there
+    for noise, entries in zip(filled, kept, strict=True):
+        seen = entries[:, which].transpose(0, 1)  # [B, G, S, D]
+        torch.where(hidden, noise * (4 * entries.float().std()).to(noise.dtype), seen, out=noise)
     step = tokens(batch)
-    return [[step, positions, span] for span in spans]
+    return [[step, positions, span] for span in spans], filled
 
 
-def _fill(cache: llama.Cache, used: int, seed: int) -> torch.Generator:
-    """Random entries; returns where further random numbers of this draw come from."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for entries in cache:
-        values = torch.randn(entries[:, :, :used].shape, generator=generator, dtype=torch.float32, device="cpu") / 2
-        entries[:, :, :used] = values.to(entries.device, entries.dtype)
-    return generator
+def _random(entries: Tensor, generator: torch.Generator) -> Tensor:
+    numbers = torch.randn(entries.shape, generator=generator, dtype=torch.float32, device="cpu") / 2
+    return numbers.to(entries.device, entries.dtype)
+
+
+def _kept(reference: llama.Decoder, weights: Weights, tokens: Tensor, cache: llama.Cache) -> llama.Cache:
+    """The keys and values, [G, T, D] of each layer, that the model itself keeps of tokens [T]. Behind random ones a
+    deep model computes what it was never trained for, and rounding makes tens of times more of it."""
+    kept = [torch.zeros_like(entries[:1, :, : len(tokens)]) for entries in cache]
+    prefill = llama.Prefill(reference.config)
+    prefill.through(weights, prefill.embed(weights, tokens), kept)
+    return [entries[0] for entries in kept]
 
 
 def _expected(
     reference: llama.Decoder, weights: Weights, cases: list[list[Tensor]], cache: llama.Cache, wider: bool = False
 ) -> list[Tensor]:
-    """The reference's logits of each case, and after them its cache: the entries in use, of a copy that is no longer.
+    """The reference's logits of each case, and after them its cache: a copy of the one given, of the entries in use.
     wider: computed in the next wider type. It runs once: neither what follows in a prompt changes its logits, nor how
     much there is behind the last position."""
     dtype = WIDER[cache[0].dtype] if wider else cache[0].dtype
     weights = _Wide(weights) if wider else weights
     tokens, numbers, *rest = cases[0]
-    used = tokens.shape[1] if not rest else min(len(rest[0]), _length(reference, weights, cache))
-    copies = [entries[:, :, :used].to(dtype, copy=True) for entries in cache]
+    copies = [entries.to(dtype, copy=True) for entries in cache]
     if isinstance(reference, llama.Prefill):
         x = reference.through(weights, reference.embed(weights, tokens.flatten()), copies).unflatten(0, tokens.shape)
         ends = torch.cat([lengths for _, lengths in cases])
         logits = list(reference.end(weights, x.repeat(len(cases), 1, 1), ends).chunk(len(cases)))
     else:
-        logits = [reference(weights, tokens, numbers, rest[0][:used], copies)] * len(cases)
+        logits = [reference(weights, tokens, numbers, rest[0][: copies[0].shape[2]], copies)] * len(cases)
     return [*logits, *copies]
 
 
