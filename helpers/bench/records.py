@@ -378,12 +378,8 @@ def commit() -> str:
     """The course's commit, with "+" if files differ from it. COURSE_COMMIT names it for a copy without git; else ""."""
     if given := os.environ.get("COURSE_COMMIT"):
         return given
-    own = [
-        "--git-dir",
-        str(PROJECT / ".git"),
-        "--work-tree",
-        str(PROJECT),
-    ]  # not that of a repository around the course
+    # Named, for git would also find a repository around the course's folder, or that of GIT_DIR.
+    own = f"--git-dir={PROJECT / '.git'}", f"--work-tree={PROJECT}"
     answer = run(["git", *own, "describe", "--always", "--abbrev=12", "--dirty=+"], 10)
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
