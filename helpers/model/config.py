@@ -195,8 +195,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise _not_understood(folder, "the key-value heads do not divide the attention heads, or head_dim is odd")
     if not _is_number(config.rms_norm_eps) or not 0 <= config.rms_norm_eps < 1:
         raise _not_understood(folder, f"rms_norm_eps is {config.rms_norm_eps!r:.80}")
-    switches = {"tie_word_embeddings": config.tie_word_embeddings}
-    switches |= {name: getattr(config, name, False) for name in ("attention_bias", "mlp_bias")}
+    switches = {name: getattr(config, name, False) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise _not_understood(folder, f"{name} is {value!r:.80}")
