@@ -230,6 +230,9 @@ def _dataset_problem(dataset: str) -> str:
     for number, entry in enumerate(texts or [None], start=1):
         if not (isinstance(entry, dict) and isinstance(entry.get("text"), str) and entry["text"].strip()):
             return f"entry {number} of {CALIBRATION_FILE} has no text under 'text'"
+        if len(entry) > 1 or any("\ud800" <= c <= "\udfff" for c in entry["text"]):
+            # The library's reader (pyarrow) gives up on half a character, and on a field that is of another type later.
+            return f"entry {number} of {CALIBRATION_FILE} holds more than a text under 'text', or half a character"
     return ""
 
 

@@ -144,6 +144,11 @@ def test_calibration_downloads_nothing_without_being_asked(standin, texts):
         (lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\n{"txt": "B"}\n'), "entry 2"),
         (lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\n{"text": " "}\n'), "entry 2"),
         (lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\nB\n'), "no readable"),
+        (
+            lambda folder: (folder / "train.jsonl").write_text('{"text": "A"}\n{"text": "B", "id": 1}\n'),
+            "entry 2 .* more",
+        ),
+        (lambda folder: (folder / "train.jsonl").write_text('{"text": "A\\ud800"}\n'), "half a character"),
     ],
 )
 def test_a_data_set_that_cannot_work_or_would_run_code_is_refused_before_the_build(standin, texts, change, words):
