@@ -388,24 +388,32 @@ def commit() -> str:
 
 
 def merge(*records: Record) -> Record:
-    """The rows of several records in one. They must have done the same work on the same machine."""
+    """Several records in one, of the same work on the same machine with the same versions. The rows of a batch size are
+    those of the last record that has all its contenders: only these took turns."""
     if not records:
         raise InputError("There are no records to merge.", fix="Give one or more.")
     first = records[0]
     for other in records[1:]:
-        if different := differences(first, other, ("workload", "hardware", "threads")):
+        if different := differences(first, other, ("workload", "hardware", "threads", "versions")):
             raise InputError(
                 f"These records do not belong in one table: they differ in {'; '.join(different)}.",
                 cause="Times of different work, or of different machines, say nothing about the backends.",
                 fix="Put them side by side instead: helpers bench --compare A.json B.json",
             )
-    rows: dict[tuple[str, int], Row] = {}
-    for record in records:
-        for row in record.rows:
-            if row.status == "ok" or (row.name, row.batch_size) not in rows:
-                rows[row.name, row.batch_size] = row
+    rows: list[Row] = []
+    for size in sorted({size for record in records for size in record.batch_sizes}):
+        runs = [[row for row in record.rows if row.batch_size == size] for record in records]
+        names = [{row.name for row in run if row.status == "ok"} for run in runs]
+        whole = [run for run, own in zip(runs, names, strict=True) if run and own == set().union(*names)]
+        if not whole:
+            raise InputError(
+                f"These records do not belong in one table: at batch {size} no one of them has all the contenders.",
+                cause="What was measured at different times took no turns, so a disturbance hits some of them only.",
+                fix="Measure them in one run, or look at each record alone: tables.overview.",
+            )
+        rows += whole[-1]
     busiest = max((record.host for record in records), key=lambda host: host.other_work)
-    return replace(first, rows=list(rows.values()), date=max(record.date for record in records), host=busiest)
+    return replace(first, rows=rows, date=max(record.date for record in records), host=busiest)
 
 
 def same_work(record: Record) -> Record:

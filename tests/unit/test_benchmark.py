@@ -224,10 +224,15 @@ def test_a_file_is_written_under_a_name_that_nobody_else_has(tmp_path, monkeypat
 
 def test_records_merge_only_if_they_did_the_same_work():
     first = new_record(new_row())
-    second = new_record(new_row("pytorch"), date="2026-01-02T00:00:00+00:00")
-    assert [row.name for row in records.merge(first, second).rows] == ["aot fp32", "pytorch fp32"]
+    second = new_record(new_row(tpot=0.003), new_row("pytorch"), new_row("pytorch", batch_size=4))
+    for both in (records.merge(first, second), records.merge(second, first)):
+        assert both.rows == second.rows
+    assert records.merge(first, first).rows == first.rows
+    with pytest.raises(InputError, match="at batch 1 no one of them has all"):  # they took no turns
+        records.merge(first, new_record(new_row("pytorch")))
     other_work = new_record(new_row(), workload=dataclasses.replace(SMALL, output_len=9))
-    for other in (other_work, new_record(new_row(), threads=2), new_record(new_row(), hardware={"name": "b"})):
+    newer, elsewhere = new_record(new_row(), versions={"torch": "2.13"}), new_record(new_row(), hardware={"name": "b"})
+    for other in (other_work, new_record(new_row(), threads=2), elsewhere, newer):
         with pytest.raises(InputError, match="do not belong in one table"):
             records.merge(first, other)
 
