@@ -91,7 +91,7 @@ class Progress:
 
     def _draw(self) -> None:
         if self._handle is not None:
-            with self._lock:
+            with self._lock, suppress(Exception):  # as in _write
                 self._handle.update({"text/plain": "\n".join(self._lines())}, raw=True)
         elif not self.quiet and self._running:
             _write(f"  {self._lines()[-1].strip()}", sys.stderr, on_terminal=True)
@@ -173,4 +173,6 @@ def _notebook_display():
         return None
     from IPython.display import display
 
-    return display({"text/plain": ""}, raw=True, display_id=True)
+    with suppress(Exception):  # as in _write
+        return display({"text/plain": ""}, raw=True, display_id=True)
+    return None

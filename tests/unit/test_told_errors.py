@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -16,7 +17,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
 from torch._inductor.exc import CppCompileError, InductorError
 
-from helpers import basic, build_engine, cli, errors
+from helpers import basic, build_engine, cli, errors, progress
 from helpers.backends.aot import compile
 from helpers.errors import BuildError, CourseError, OutOfMemory
 from helpers.machine import doctor
@@ -149,6 +150,18 @@ def test_an_answer_that_cannot_be_written_is_told():
 
 
 HOSTILE = "raise CourseError('a \\ud800 <b>bold</b> \\x1b[31m', cause='c', fix='f') from ValueError('<i>deep</i>')"
+
+
+@pytest.mark.parametrize("handle", [None, SimpleNamespace()])  # what display gives: nothing, or what has no `update`
+def test_a_notebook_that_cannot_show_progress_ends_no_work(handle, monkeypatch):
+    def display(*_, **__):
+        return handle or 1 / 0
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
+    with progress.Progress("a build") as shown, shown.phase("compile"):
+        pass
+    assert list(shown.seconds) == ["compile"]
 
 
 def test_a_notebook_shows_a_few_lines_and_folds_the_traceback():
