@@ -391,8 +391,10 @@ class Runner:
         return {"recipe": self.recipe.to_dict(), "threads": self.threads, "cache": self.cache}
 
     def _start(self) -> Worker:
+        from helpers.backends.aot.backend import SWITCHES  # no engine is compiled with them, so no contender is
+
         started = time.perf_counter()
-        self.worker = Worker(self.module, python=self.python)
+        self.worker = Worker(self.module, python=self.python, without=SWITCHES)
         answer = self.worker.call("load", time_limit=TIME_LIMIT_S, **self._load_arguments())
         self.row.start_s = time.perf_counter() - started
         self.decode_graphs = answer.pop("decode_graphs")

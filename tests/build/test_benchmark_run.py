@@ -1,5 +1,6 @@
 """The benchmark on real engines: what a run measures, and contenders that fail alone."""
 
+import contextlib
 import dataclasses
 import tempfile
 
@@ -57,6 +58,13 @@ def test_a_contender_that_is_wrong_in_one_phase_only_does_not_agree(monkeypatch,
             answer = process.check(prompts, SMALL.output_len, logits=True)
             row.logit_error = max(benchmark._logit_error(row, expected["logits"][0]) for row in answer["logits"])
             assert row.agrees is not wrong
+
+
+def test_no_contender_inherits_what_changes_the_compilation(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # with it, torch_compile is refused
+    runner = benchmark.make_runner(dataclasses.replace(SMALL, device="cpu"), 1, "torch_compile")
+    with contextlib.closing(runner):
+        assert runner._start()
 
 
 def test_one_failing_batch_size_leaves_the_others(monkeypatch):
