@@ -42,7 +42,7 @@ ITEM_LIMIT = 900  # seconds of one test or one notebook
 # In fp32, as the notebooks have it, and in bf16, the precision of models as they are published. Not `tensorrt`: its
 # engines run on RTX cards only.
 CONTENDERS = (
-    "pytorch,torch_compile,aot,pytorch:bf16,torch_compile:bf16,aot:bf16,aot:int8,vllm:bf16,"
+    "pytorch,torch_compile,aot,pytorch:bf16,torch_compile:bf16,aot:bf16,aot:int8,aot:int4,vllm:bf16,"
     "tensorrt_llm:bf16,tensorrt_llm_pytorch:bf16"
 )
 PACKAGES = (

@@ -12,6 +12,7 @@ from helpers.backends.aot import engine as aot_engine
 from helpers.machine import hardware
 from helpers.model.config import load_config
 from helpers.model.stories import draw_corpus
+from helpers.model.weights import GROUP, convert, dense
 
 pytestmark = pytest.mark.gpu
 
@@ -79,7 +80,7 @@ def test_the_shortest_and_longest_prompts_and_a_full_cache(fp32, stories_referen
         assert len(fp32.generate(ids, full)[0].token_ids) == 256 - len(ids)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_kernels_that_start_early_change_no_token(engine_of, monkeypatch, precision):
     """What a kernel reads before it waits must be nobody's work of this step."""
     if torch.cuda.get_device_capability() < early_start.CAPABILITY:
@@ -181,17 +182,23 @@ def test_matvec_is_the_product_with_its_neighbours(columns, rows, dtype):
     share = 1e-4 if dtype == torch.float32 else 2e-2
     normed = llama.rms_norm(x, norm, 1e-5)
     gate, up = torch.nn.functional.linear(normed, weight, bias).chunk(2, -1)
-    ours = gpu_kernels.matvec(x, weight, None, bias, norm, 1e-5, residual, True)
+    ours = gpu_kernels.matvec(x, weight, None, None, None, bias, norm, 1e-5, residual, True)
     close(ours, torch.nn.functional.silu(gate) * up + residual, share)
-    # int8 weights; x is then taken as a 16-bit integer
+    # small weights; x is then taken as a 16-bit integer
+    share, normed = max(share, 1e-3), llama.rms_norm(x.float(), norm.float(), 1e-5)
     narrow, scale = (weight * 30).round().clamp(-127, 127).to(torch.int8), torch.rand(2 * rows, device="cuda")
-    wide, share = narrow.float() * scale[:, None], max(share, 1e-3)
-    ours = gpu_kernels.matvec(x, narrow, scale, None, None, 0.0, None, False)
-    close(ours, x.float() @ wide.T, share)
-    normed = llama.rms_norm(x.float(), norm.float(), 1e-5)
-    gate, up = torch.nn.functional.linear(normed, wide, bias.float()).chunk(2, -1)
-    ours = gpu_kernels.matvec(x, narrow, scale, bias, norm, 1e-5, residual, True)
-    close(ours, torch.nn.functional.silu(gate) * up + residual, share)
+    kinds = [((narrow, scale, None, None), narrow.float() * scale[:, None])]
+    if columns % GROUP == 0:
+        source = [("model.layers.0.mlp.down_proj.weight", weight)]
+        words = dict(convert(source, None, torch.float32, bits=4, qkv=False, gate_up=False))
+        of_words = [words[f"layers.0.down.{kind}"] for kind in ("weight", "step", "least")]
+        kinds += [((of_words[0], None, *of_words[1:]), dense(words, "layers.0.down", torch.float32))]
+    for stored, wide in kinds:
+        ours = gpu_kernels.matvec(x, *stored, None, None, 0.0, None, False)
+        close(ours, x.float() @ wide.T, share)
+        gate, up = torch.nn.functional.linear(normed, wide, bias.float()).chunk(2, -1)
+        ours = gpu_kernels.matvec(x, *stored, bias, norm, 1e-5, residual, True)
+        close(ours, torch.nn.functional.silu(gate) * up + residual, share)
 
 
 @pytest.mark.parametrize("columns, rows", [(2048, 256), (5632, 31), (100, 7), (512, 20000)])

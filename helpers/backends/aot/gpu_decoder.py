@@ -14,10 +14,7 @@ from helpers.model.weights import Weights
 
 
 class GpuDecode(Decode):
-    """Several sequences: attention is our kernel, a product ours or the library's, the rest is the compiler's.
-
-    It serves one sequence too where weights are int4: their products are the compiler's then, or the library's.
-    """
+    """Several sequences: attention is our kernel, a product ours or the library's, the rest is the compiler's."""
 
     def through(self, weights: Weights, x: Tensor, positions: Tensor, span: Tensor, cache: Cache) -> Tensor:
         cos, sin = weights["rope.cos"], weights["rope.sin"]  # whole: the kernel looks up its position's row
@@ -58,6 +55,6 @@ class GpuDecodeOne(GpuDecode):
         residual: Tensor | None = None,
         gated: bool = False,
     ) -> Tensor:
-        weight, scale, bias = (weights.get(f"{name}.{kind}") for kind in ("weight", "scale", "bias"))
-        assert weight is not None, name
-        return gpu_kernels.matvec(x, weight, scale, bias, norm, self.config.rms_norm_eps, residual, gated)
+        scales_and_bias = (weights.get(f"{name}.{kind}") for kind in ("scale", "step", "least", "bias"))
+        eps = self.config.rms_norm_eps
+        return gpu_kernels.matvec(x, weights[f"{name}.weight"], *scales_and_bias, norm, eps, residual, gated)

@@ -7,8 +7,8 @@ five kernels a layer. For several sequences `split_matmul` is the product. Writt
 (https://triton-lang.org); imported only where there is a GPU.
 
 Shapes: B sequences, H heads, G KV heads, D head size (a power of two), S cache length, K and N a weight's columns
-and rows. Arithmetic is in float32, whatever the tensors hold; with int8 weights products are of integers, exactly.
-No product here takes int4 weights.
+and rows. Arithmetic is in float32, whatever the tensors hold; with int8 and int4 weights products are of integers,
+exactly.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from helpers.backends.aot import early_start
+from helpers.model.weights import GROUP
 
 # How programs share the work: found by trying all of a step's kernels together on an H100 (split_matmul and attention:
 # on an H200). Another GPU may like others better, and gets right results with these too.
@@ -28,6 +29,7 @@ from helpers.backends.aot import early_start
 # most so many columns: columns at once, warps.
 TILES = {4096: (1024, 1), 6144: (2048, 2), 1 << 30: (2048, 4)}
 INT8_ROWS, INT8_BYTES = 4, 512  # int8 takes whole rows: four, eight of long ones; each thread so many bytes of them
+INT4_ROWS, INT4_BYTES = 2, 64  # int4 too: two, four of long ones
 SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_WARPS, SPLIT_STAGES = 64, 128, 4, 4
 MOST_PARTS = 4  # so few that the compiler adds them up inside the operation that follows, not in a kernel of their own
 SKINNY = 64  # up to so many sequences a product reads more than it computes
@@ -128,35 +130,21 @@ def _words(values, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dot(weights, high, low):
-    """Words of int8 weights [ROWS, C] times x = 256 * high + low [1, C]: the sum over each row, [ROWS] in float32.
-
-    dp4a multiplies four bytes with four others and adds up, exactly, in one instruction.
-    """
-    dp4a: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, 0;"
-    upper = tl.inline_asm_elementwise(dp4a, "=r,r,r", [weights, high], dtype=tl.int32, is_pure=True, pack=1)
-    lower = tl.inline_asm_elementwise(dp4a, "=r,r,r", [weights, low], dtype=tl.int32, is_pure=True, pack=1)
-    return tl.sum(upper, 1).to(tl.float32) * 256.0 + tl.sum(lower, 1).to(tl.float32)
+def _dp4a(weights, x, sums):
+    """Words of four int8 weights [ROWS, C] times words of x [1, C], four products added to sums, in one instruction."""
+    dp4a: tl.constexpr = "dp4a.s32.s32 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(dp4a, "=r,r,r,r", [weights, x, sums], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _early_matvec_int8(  # type: ignore[no-untyped-def]
-    x, weight, scale, bias, norm, residual, y,
-    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """Widening each int8 weight to float would take longer than reading it. So x becomes a 16-bit integer, in two
-    bytes: 32512 steps up to its largest value, finer than the 256 that bf16 has between two powers of two."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS) + _let_next_start(EARLY)
-    word = tl.arange(0, COLUMNS // 4)
-    inside = (row < N)[:, None] & (word < K // 4)[None, :]
-    at = weight.to(tl.pointer_type(tl.int32)) + row[:, None] * (K // 4) + word[None, :]
-    first = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
-    if GATED:
-        second = tl.load(at + N * (K // 4), mask=inside, other=0, eviction_policy="evict_first")
-    zero = _wait_for_last(EARLY)
-    x += zero
-    residual += zero
+def _as_integers(  # type: ignore[no-untyped-def]
+    x, norm, EPS: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, NORMED: tl.constexpr
+):
+    """x as 16-bit integers [COLUMNS] in the low half of words, and what a step of them is worth.
+
+    Widening each small weight to float would take longer than reading it. So x becomes an integer: 32512 steps up to
+    its largest value, finer than the 256 that bf16 has between two powers of two.
+    """
     k = tl.arange(0, COLUMNS)
     v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if NORMED:
@@ -170,14 +158,84 @@ def _early_matvec_int8(  # type: ignore[no-untyped-def]
     highest = tl.maximum(highest, 1e-30)
     # Adding 1.5 * 2**23 leaves the rounded value in a float's lowest bits, as two's complement.
     bits = (v * (32512.0 / highest) + 12582912.0).to(tl.int32, bitcast=True)
+    return bits, highest / 32512.0 * factor
+
+
+@triton.jit
+def _dot(weights, high, low):
+    """Words of int8 weights [ROWS, C] times x = 256 * high + low [1, C]: the sum over each row, [ROWS] in float32."""
+    upper = tl.sum(_dp4a(weights, high, 0), 1)
+    return upper.to(tl.float32) * 256.0 + tl.sum(_dp4a(weights, low, 0), 1).to(tl.float32)
+
+
+@triton.jit
+def _early_matvec_int8(  # type: ignore[no-untyped-def]
+    x, weight, scale, bias, norm, residual, y,
+    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS) + _let_next_start(EARLY)
+    word = tl.arange(0, COLUMNS // 4)
+    inside = (row < N)[:, None] & (word < K // 4)[None, :]
+    at = weight.to(tl.pointer_type(tl.int32)) + row[:, None] * (K // 4) + word[None, :]
+    first = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+    if GATED:
+        second = tl.load(at + N * (K // 4), mask=inside, other=0, eviction_policy="evict_first")
+    zero = _wait_for_last(EARLY)
+    bits, unit = _as_integers(x + zero, norm, EPS, K, COLUMNS, NORMED)
     low = _words(bits, COLUMNS)[None, :]
     high = _words((bits + 128) >> 8, COLUMNS)[None, :]
-    unit = highest / 32512.0 * factor
     result = _dot(first, high, low) * unit * tl.load(scale + row, mask=row < N)
     other = result
     if GATED:
         other = _dot(second, high, low) * unit * tl.load(scale + N + row, mask=row < N)
-    _finish(result, other, row, bias, residual, y, N, BIASED, ADDED, GATED)
+    _finish(result, other, row, bias, residual + zero, y, N, BIASED, ADDED, GATED)
+
+
+@triton.jit
+def _dot_int4(words, step, least, even, odd):
+    """Words of int4 weights [ROWS, C], their groups' step and least value, times x [1, C]: [ROWS] in float32.
+
+    even and odd: the words of x that meet a word's even and odd numbers; of each its high and its low bytes.
+    """
+    evens, odds = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+    upper = _dp4a(evens, even[0], _dp4a(odds, odd[0], 0)).to(tl.float32)
+    lower = _dp4a(evens, even[1], _dp4a(odds, odd[1], 0)).to(tl.float32)
+    ones = tl.full([1, 1], 0x01010101, tl.int32)
+    of_x = _dp4a(ones, even[0], _dp4a(ones, odd[0], 0)) * 256 + _dp4a(ones, even[1], _dp4a(ones, odd[1], 0))
+    return tl.sum((upper * 256.0 + lower) * step + of_x.to(tl.float32) * least, 1)
+
+
+@triton.jit
+def _early_matvec_int4(  # type: ignore[no-untyped-def]
+    x, weight, step, least, bias, norm, residual, y,
+    EPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS) + _let_next_start(EARLY)
+    word = tl.arange(0, COLUMNS // 8)
+    inside = (row < N)[:, None] & (word < K // 8)[None, :]
+    at = row[:, None] * (K // 8) + word[None, :]
+    group = row[:, None] * (K // GROUP) + word[None, :] // (GROUP // 8)
+    first = tl.load(weight + at, mask=inside, other=0, eviction_policy="evict_first")
+    first_step = tl.load(step + group, mask=inside, other=0.0)
+    first_least = tl.load(least + group, mask=inside, other=0.0)
+    if GATED:
+        second = tl.load(weight + N * (K // 8) + at, mask=inside, other=0, eviction_policy="evict_first")
+        second_step = tl.load(step + N * (K // GROUP) + group, mask=inside, other=0.0)
+        second_least = tl.load(least + N * (K // GROUP) + group, mask=inside, other=0.0)
+    zero = _wait_for_last(EARLY)
+    bits, unit = _as_integers(x + zero, norm, EPS, K, COLUMNS, NORMED)
+    in_even, in_odd = tl.split(tl.reshape(bits, [COLUMNS // 2, 2]))
+    HALF: tl.constexpr = COLUMNS // 2
+    even = _words((in_even + 128) >> 8, HALF)[None, :], _words(in_even, HALF)[None, :]
+    odd = _words((in_odd + 128) >> 8, HALF)[None, :], _words(in_odd, HALF)[None, :]
+    result = _dot_int4(first, first_step, first_least, even, odd) * unit
+    other = result
+    if GATED:
+        other = _dot_int4(second, second_step, second_least, even, odd) * unit
+    _finish(result, other, row, bias, residual + zero, y, N, BIASED, ADDED, GATED)
 
 
 @torch.library.triton_op("helpers::matvec", mutates_args={})
@@ -185,6 +243,8 @@ def matvec(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
+    step: Tensor | None,
+    least: Tensor | None,
     bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
@@ -193,29 +253,37 @@ def matvec(
 ) -> Tensor:
     """x [1, K] times the transpose of weight [N, K]: [1, N], of x's type.
 
-    norm [K]: x is RMS-normalized first. scale [N], float32: of int8 rows, for which 4 divides K. residual [1, N] is
-    added last. gated: the weight holds gate [N/2, K] and up [N/2, K], and the result is silu(gate) * up [1, N/2].
+    norm [K]: x is RMS-normalized first. scale [N], float32: of int8 rows, for which 4 divides K. step and least
+    [N, K/32], float16: of int4 weights [N, K/8] (model/weights.py). residual [1, N] is added last. gated: the weight
+    holds gate [N/2, K] and up [N/2, K], and the result is silu(gate) * up [1, N/2].
     """
-    rows, columns = weight.shape
+    columns, rows = x.shape[1], weight.shape[0]
     rows = rows // 2 if gated else rows
     y = torch.empty((1, rows), device=x.device, dtype=x.dtype)
     bias, norm, added = (x if t is None else t for t in (bias, norm, residual))  # a kernel's pointers are never None
     switches = {"BIASED": bias is not x, "NORMED": norm is not x, "ADDED": residual is not None, "GATED": gated}
     switches["EARLY"] = _early()
     whole = triton.next_power_of_2(columns)
-    if scale is None:
-        width, warps = next(tile for most, tile in TILES.items() if columns <= most)
-        warps = max(warps, 2) if gated else warps  # it reads two rows
-        torch.library.wrap_triton(_early_matvec)[(rows,)](
-            x, weight, bias, norm, added, y,
-            EPS=eps, N=rows, K=columns, COLUMNS=min(width, whole), num_warps=warps, **switches,
+    halves = 2 if gated else 1  # a program reads two rows for each that it writes
+    if step is not None and least is not None:
+        tile = INT4_ROWS if whole <= 4096 else 2 * INT4_ROWS
+        warps = max(1, tile * whole // 2 * halves // (32 * INT4_BYTES))
+        torch.library.wrap_triton(_early_matvec_int4)[(triton.cdiv(rows, tile),)](
+            x, weight, step, least, bias, norm, added, y,
+            EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=whole, GROUP=GROUP, num_warps=min(32, warps), **switches,
         )  # fmt: skip
-    else:
+    elif scale is not None:
         tile = INT8_ROWS if whole <= 4096 else 2 * INT8_ROWS
-        warps = max(1, tile * whole * (2 if gated else 1) // (32 * INT8_BYTES))
+        warps = max(1, tile * whole * halves // (32 * INT8_BYTES))
         torch.library.wrap_triton(_early_matvec_int8)[(triton.cdiv(rows, tile),)](
             x, weight, scale, bias, norm, added, y,
             EPS=eps, N=rows, K=columns, ROWS=tile, COLUMNS=whole, num_warps=min(32, warps), **switches,
+        )  # fmt: skip
+    else:
+        width, warps = next(tile for most, tile in TILES.items() if columns <= most)
+        torch.library.wrap_triton(_early_matvec)[(rows,)](
+            x, weight, bias, norm, added, y,
+            EPS=eps, N=rows, K=columns, COLUMNS=min(width, whole), num_warps=max(warps, halves), **switches,
         )  # fmt: skip
     return y
 
@@ -404,7 +472,9 @@ def operations(kernel: str, switches: Mapping[str, bool]) -> list[str]:
         rotate_and_keep = ["mul", "mul", "add"] * 2 + ["index_put"] * 2
         scores = ["mul", "sum", "mul", "where"]
         return rotate_and_keep + scores + ["amax", "sub", "exp", "sum"] + ["mul", "sum", "div"]
-    product = ["mul", "sum", "mul"] if kernel == "matvec_int8" else ["mul", "sum"]
+    product = {"matvec_int8": ["mul", "sum", "mul"], "matvec_int4": ["mul", "add", "mul", "sum"]}.get(
+        kernel, ["mul", "sum"]
+    )
     product += ["add"] if switches["BIASED"] else []
     does = ["pow", "mean", "add", "rsqrt", "mul", "mul"] if switches["NORMED"] else []
     does += product * 2 + ["silu", "mul"] if switches["GATED"] else product

@@ -95,8 +95,7 @@ def _decode_class(recipe: BuildRecipe, config: ModelConfig, device: str, batch: 
         return Decode
     from helpers.backends.aot import gpu_decoder
 
-    one = batch == 1 and recipe.precision != "int4"  # for which our product has no form
-    return gpu_decoder.GpuDecodeOne if one else gpu_decoder.GpuDecode
+    return gpu_decoder.GpuDecodeOne if batch == 1 else gpu_decoder.GpuDecode
 
 
 def empty_cache(
