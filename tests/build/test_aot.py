@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import psutil
@@ -127,6 +128,31 @@ def test_a_build_in_a_folder_with_a_space_under_odd_settings_leaves_nothing_behi
     monkeypatch.setenv("PYTHONPATH", "")
     with load(folder) as engine:
         assert engine.generate([3, 14, 15], GREEDY)[0].token_ids == under_odd_settings
+
+
+def test_engines_at_work_in_two_threads_leave_torch_its_number_of_threads():
+    from helpers.backends.aot.engine import AotEngine
+
+    def number():
+        numbers = []
+        thread = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return numbers[0]
+
+    def work():
+        with AotEngine._own_threads(SimpleNamespace(num_threads=before + 1)):
+            begun.set()
+            first_is_done.wait()
+
+    before, begun, first_is_done = number(), threading.Event(), threading.Event()
+    with AotEngine._own_threads(SimpleNamespace(num_threads=before + 2)):
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert begun.wait(20)
+    first_is_done.set()
+    thread.join()
+    assert number() == torch.get_num_threads() == before
 
 
 def test_an_interrupt_while_the_compilers_are_ended_leaves_none_at_work(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from helpers.recipe import BuildRecipe
 
 PIECE = 256  # logits that one of a GPU's processors looks at
 SHORT = 1024  # so many tokens take a GPU hardly longer to read than few: starting its kernels is what takes the time
+_counting = threading.Lock()
+_at_work = _before = 0  # engines of all threads, and torch's threads without them
 
 
 class AotEngine(Engine):
@@ -85,13 +88,19 @@ class AotEngine(Engine):
 
     @contextlib.contextmanager
     def _own_threads(self) -> Iterator[None]:
-        """The library's products use as many threads as the generated code was compiled for."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.num_threads or before)
+        """The library's products use as many threads as the generated code was compiled for. torch has one number for
+        the threads to come: it is put back as the first of the engines at work met it."""
+        global _at_work, _before
+        with _counting:
+            _before = _before if _at_work else torch.get_num_threads()
+            _at_work, before = _at_work + 1, _before
         try:
+            torch.set_num_threads(self.num_threads or before)
             yield
         finally:
             torch.set_num_threads(before)
+            with _counting:
+                _at_work -= 1
 
     def _decode(self, tokens: Tensor) -> Tensor:
         self.step.tokens[: len(tokens)].copy_(tokens)
