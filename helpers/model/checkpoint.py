@@ -20,6 +20,7 @@ from helpers.model.config import (
     read_fields,
     read_json,
     unsupported,
+    why_damaged,
 )
 from helpers.paths import check_is_file, models_folder
 
@@ -231,10 +232,9 @@ def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
         path.open("rb").close()  # for safetensors, what cannot be opened is not there
         file = safe_open(path, framework="pt", device=device)
     except SafetensorError as error:
+        cause, fix = why_damaged(path, "The file is incomplete.", "Fetch it again.")
         raise ModelError(
-            f"{path.name} of {path.parent.name!r} cannot be read: {error}.",
-            cause="The file is incomplete.",
-            fix="Fetch it again.",
+            f"{path.name} of {path.parent.name!r} cannot be read: {error}.", cause=cause, fix=fix
         ) from error
     except (OSError, RuntimeError) as error:  # torch, which opens it as well, says in words what the system refuses
         raise out_of_memory(error) or cannot_open(path, error) from error

@@ -6,6 +6,7 @@ imported when something is built. The build writes model.json beside the engine,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -259,6 +260,15 @@ def cannot_open(path: Path, error: Exception) -> ModelError:
         cause=why_refused(error),
         fix="Mend that, or fetch the checkpoint again.",
     )
+
+
+def why_damaged(path: Path, cause: str, fix: str) -> tuple[str, str]:
+    """Likely cause and fix for a checkpoint's file that is none of its kind: the given ones, unless it is a pointer."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            cause = f"{path.name} is a Git LFS pointer: the repository was cloned without its large files."
+            fix = "Run `git lfs pull` in that folder."
+    return cause, fix
 
 
 def unsupported(what: str, fix: str) -> ModelError:

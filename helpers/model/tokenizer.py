@@ -14,7 +14,6 @@ is, as in 5: 4.57 took spaces before punctuation away where clean_up_tokenizatio
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.errors import InputError, ModelError
 from helpers.model.chat import ChatTemplate, read_chat_template
-from helpers.model.config import cannot_open, read_json
+from helpers.model.config import cannot_open, read_json, why_damaged
 from helpers.paths import check_is_file
 
 if TYPE_CHECKING:
@@ -189,11 +188,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise cannot_open(Path(error.filename or path), error) from error
     except Exception as error:  # the library raises nothing more exact
         cause = f"A file is damaged, or written for a newer library than tokenizers {tokenizers.__version__}."
-        fix = "Fetch the checkpoint again, or update tokenizers."
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"version https://git-lfs"):
-                cause = "tokenizer.json is a Git LFS pointer: the repository was cloned without its large files."
-                fix = "Run `git lfs pull` in that folder."
+        cause, fix = why_damaged(path, cause, "Fetch the checkpoint again, or update tokenizers.")
         what = f"The tokenizer of {folder.name!r} cannot be read: {error}."
         raise ModelError(what, cause=cause, fix=fix) from error
     return Tokenizer(backend, chat_template)

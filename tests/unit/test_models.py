@@ -380,6 +380,10 @@ def store_as_int8(folder):
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"pickles \(\*\.bin\)"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), "cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1"),
+            "git lfs pull",
+        ),
         (truncate, "cannot be read"),
         (drop_tensor, r"layers\.1\.mlp\.up_proj\.weight' of 'spoilt' is missing"),
         (store_as_int8, "type I8"),
