@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record, read
 from helpers.display import COLOURS, HATCHES, new_panels
+from helpers.errors import status_of
 from helpers.paths import PROJECT
 
 if TYPE_CHECKING:
@@ -54,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main))

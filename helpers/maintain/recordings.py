@@ -22,6 +22,7 @@ from helpers.backends.report import REPORT_FILE, write_report
 from helpers.course import edge_llm, onnx_tables
 from helpers.course.recorded import FOLDER, words
 from helpers.engine import build_module, inspect
+from helpers.errors import status_of
 from helpers.model.checkpoint import find_checkpoint
 
 # The block of the notebooks: which builds are recorded, and with which options of build_module.
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main))

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.backends.base import Engine
 from helpers.bench import quality
+from helpers.errors import status_of
 from helpers.machine.hardware import free_cores, resolve_device
 from helpers.model.checkpoint import BUNDLED
 from helpers.model.stories.grammar import Story, draw_corpus, entropy, parses
@@ -317,4 +318,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main))

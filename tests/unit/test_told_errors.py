@@ -231,3 +231,13 @@ def test_only_a_compiler_that_refuses_is_told_as_one(error, kind, words, monkeyp
 )
 def test_the_cause_of_a_refusal_is_told_only_where_it_is_known(error, cause):
     assert cause in errors.why_refused(error) and bool(cause) == bool(errors.why_refused(error))
+
+
+def test_whatever_runs_from_a_terminal_tells_its_errors_in_words():
+    """Our own processes, which nobody starts by hand, answer whoever has started them."""
+    ours = {"chat_process.py", "worker.py"}
+    programs = [
+        path for path in (PROJECT / "helpers").rglob("*.py") if '\nif __name__ == "__main__":' in path.read_text()
+    ]
+    assert len(programs) > len(ours)
+    assert [path for path in programs if "status_of(main)" not in path.read_text() and path.name not in ours] == []
