@@ -236,8 +236,7 @@ def test_the_cause_of_a_refusal_is_told_only_where_it_is_known(error, cause):
 def test_whatever_runs_from_a_terminal_tells_its_errors_in_words():
     """Our own processes, which nobody starts by hand, answer whoever has started them."""
     ours = {"chat_process.py", "worker.py"}
-    programs = [
-        path for path in (PROJECT / "helpers").rglob("*.py") if '\nif __name__ == "__main__":' in path.read_text()
-    ]
-    assert len(programs) > len(ours)
-    assert [path for path in programs if "status_of(main)" not in path.read_text() and path.name not in ours] == []
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "helpers").rglob("*.py")}
+    programs = {name: text for name, text in texts.items() if '\nif __name__ == "__main__":' in text}
+    assert ours < set(programs)
+    assert [name for name, text in programs.items() if name not in ours and "status_of(main)" not in text] == []
