@@ -235,8 +235,8 @@ def test_the_cause_of_a_refusal_is_told_only_where_it_is_known(error, cause):
 
 def test_whatever_runs_from_a_terminal_tells_its_errors_in_words():
     """Our own processes, which nobody starts by hand, answer whoever has started them."""
-    ours = {"chat_process.py", "worker.py"}
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (PROJECT / "helpers").rglob("*.py")}
+    ours = {str(PROJECT / "helpers" / path) for path in ("model/chat_process.py", "machine/worker.py")}
+    texts = {str(path): path.read_text(encoding="utf-8") for path in (PROJECT / "helpers").rglob("*.py")}
     programs = {name: text for name, text in texts.items() if '\nif __name__ == "__main__":' in text}
     assert ours < set(programs)
     assert [name for name, text in programs.items() if name not in ours and "status_of(main)" not in text] == []
