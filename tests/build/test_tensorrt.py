@@ -9,7 +9,7 @@ import threading
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this platform")
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: it comes with the course on Linux and Windows")
 
 from torch import nn
 

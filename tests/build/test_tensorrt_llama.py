@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
-pytest.importorskip("tensorrt_rtx", reason="NVIDIA makes no TensorRT for this platform")
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: it comes with the course on Linux and Windows")
 
 from helpers import BuildRecipe, SamplingParams, inspect, load, store
 from helpers import build as build_engine

@@ -175,7 +175,9 @@ def test_kernels_of_an_engine_are_those_that_the_profiler_counts(engines, folder
     assert not any(map(lab.WRITTEN.match, library))
     assert bool(library) == (graph == "prefill" or switch == "kernels off")
     assert sum(row[2] for row in lab.costs(report).rows) == len(report.kernels)
-    assert all(len(k.details["seconds"]) == lab.ROUNDS and min(k.details["seconds"]) > 0 for k in report.kernels)
+    rounds = {len(k.details["seconds"]) for k in report.kernels}  # one that launched something else is left out
+    assert len(rounds) == 1 and lab.ROUNDS / 2 < rounds.pop() <= lab.ROUNDS
+    assert all(min(k.details["seconds"]) > 0 for k in report.kernels)
 
 
 def test_kernels_take_about_as_long_as_the_step(engines, folders):
