@@ -74,6 +74,12 @@ class Progress:
         self._thread.join()
         self._draw()
 
+    def vanish(self) -> None:
+        """Leave an empty output of it, where it is closed and in a notebook."""
+        if self._handle is not None:
+            with suppress(Exception):  # as in _write
+                self._handle.update({"text/plain": ""}, raw=True)
+
     def __enter__(self) -> Progress:
         return self
 
@@ -107,18 +113,20 @@ class Progress:
 
 @contextmanager
 def shown_if_slow(title: str, phase: str) -> Iterator[None]:
-    """The block as a phase that is shown once it has taken some time."""
+    """The block as a phase that is shown once it has taken some time. A notebook shows it while it runs, and keeps
+    nothing of it: what is slow on one machine is not on another."""
     start, done = time.perf_counter(), threading.Event()
 
     def show() -> None:
         if not done.wait(SILENT_S):
             with Progress(title) as progress, progress.phase(phase, start):
                 done.wait()
+            progress.vanish()
 
     thread = threading.Thread(target=copy_context().run, args=(show,), daemon=True)  # hushed where this one is
-    with suppress(RuntimeError):  # a limit on threads keeps nobody from what is to be done
-        thread.start()
     try:
+        with suppress(RuntimeError):  # a limit on threads keeps nobody from what is to be done
+            thread.start()
         yield
     finally:
         done.set()

@@ -173,8 +173,9 @@ class TorchCompileEngine(PyTorchEngine):
     @contextlib.contextmanager
     def _compiling(self, size: tuple[int, int]) -> Iterator[None]:
         """Around the first step of its size, which is compiled whatever a notebook has set."""
+        shown = shown_if_slow(f"torch.compile: the step for a batch of {size[0]}", "compile")
         try:
-            with torch.compiler.set_stance("default"), torch._dynamo.config.patch(NO_LIMITS):
+            with shown, torch.compiler.set_stance("default"), torch._dynamo.config.patch(NO_LIMITS):
                 yield
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = error.inner_exception

@@ -160,8 +160,11 @@ def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def static(output: NotebookNode) -> NotebookNode | None:
-    """A widget as a page without a kernel can show it: its picture or table if it has one, else a note."""
+    """A widget as a page without a kernel can show it: its picture or table if it has one, else a note. None for what
+    shows nothing, such as a progress that has vanished."""
     data = output.get("data", {})
+    if output.output_type == "display_data" and not any(data.values()):
+        return None
     if data.pop("application/vnd.jupyter.widget-view+json", None) is None:
         return output
     if set(data) <= {"text/plain"}:

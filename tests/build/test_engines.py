@@ -536,14 +536,18 @@ def test_torch_compile_does_not_run_where_nothing_would_be_compiled():
 
 
 @pytest.mark.parametrize(("words", "kind"), [("No working C++ compiler", BuildError), ("out of memory", OutOfMemory)])
-def test_what_torch_compile_cannot_compile_is_told_in_our_words(words, kind):
+def test_what_torch_compile_cannot_compile_is_told_in_our_words(words, kind, monkeypatch):
     def fail(**_):
         raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError(words), None)
 
+    titles = []
     with load(BuildRecipe(backend="torch_compile", device="cpu")) as engine:
         engine.compiled = fail
+        shown = "helpers.backends.pytorch.shown_if_slow"
+        monkeypatch.setattr(shown, lambda title, phase: titles.append(title) or contextlib.nullcontext())
         with pytest.raises(kind):
             engine.generate([3, 14], GREEDY)
+    assert titles == ["torch.compile: the step for a batch of 1"]  # it can take a minute
 
 
 def test_torch_compile_works_where_paths_have_a_space(tiny_llama, tmp_path):
