@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 import sys
@@ -49,8 +50,9 @@ def trusted_folders() -> list[Path]:
 
 
 def own_store_first() -> str:
-    """The setting that goes on reading all stores, and builds into one of the learner's own."""
-    return f"COURSE_ENGINES={os.pathsep.join(['~/engines', *map(str, engines_folders())])}"
+    """The setting that goes on reading all stores, and builds into one of the learner's own, as a shell takes it."""
+    stores = (shlex.quote(str(folder)) for folder in engines_folders())
+    return f"COURSE_ENGINES={os.pathsep.join(['~/engines', *stores])}"
 
 
 def locks_folder() -> Path:
@@ -153,6 +155,7 @@ def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     import filelock
 
     place = place or Path(tempfile.gettempdir())
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)  # a system may clear it away while a kernel lives
     for left in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
             if is_left_behind(left):

@@ -15,12 +15,12 @@ from helpers.paths import compilers_folder, is_one_word
 
 def prepare_inductor() -> Path:
     """Let torch's compiler work in this process, whatever has a space in its path. Returns the folder for what it
-    writes: TORCHINDUCTOR_CACHE_DIR or torch's own choice, if that has no space."""
+    writes: TORCHINDUCTOR_CACHE_DIR or torch's own choice, if that has no space and lets programs run."""
     from torch._inductor import config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     folder = Path(cache_dir())
-    if not is_one_word(str(folder)) and (place := compilers_folder(Path(tempfile.gettempdir()))):
+    if (place := compilers_folder(folder)) not in (folder, None):
         folder = place / folder.name
         folder.mkdir(exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

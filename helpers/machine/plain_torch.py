@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 _lock = threading.Lock()
-_inside = 0  # blocks of any thread that go on now
+_inside: set[object] = set()  # one for each block, of any thread, that goes on now
 _settings = contextlib.ExitStack()  # of the process; the first block sets them, the last one puts them back
 
 
@@ -50,25 +50,25 @@ def _plain_process() -> Iterator[None]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    global _inside
     kernels = [backend for name, backend in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")]
-    with _lock:
-        if not _inside:
-            _settings.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
-            if torch.are_deterministic_algorithms_enabled():  # a GPU has none for the running sum of sampling
-                warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-                _settings.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
-                torch.use_deterministic_algorithms(False)
-            _settings.enter_context(sdpa_kernel(kernels))
-            _settings.enter_context(_full_precision())
-        _inside += 1
+    me = object()
     try:
+        with _lock:
+            if not _inside:
+                _settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(torch.float32)
+                if torch.are_deterministic_algorithms_enabled():  # a GPU has none for the running sum of sampling
+                    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+                    _settings.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+                    torch.use_deterministic_algorithms(False)
+                _settings.enter_context(sdpa_kernel(kernels))
+                _settings.enter_context(_full_precision())
+            _inside.add(me)
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if not _inside:
+            _inside.discard(me)
+            if not _inside:  # also where an interrupt came before the block
                 _settings.close()
 
 

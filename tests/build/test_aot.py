@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,6 +154,45 @@ def test_engines_at_work_in_two_threads_leave_torch_its_number_of_threads():
     first_is_done.set()
     thread.join()
     assert number() == torch.get_num_threads() == before
+
+
+def test_an_interrupt_before_the_work_leaves_no_engine_counted(monkeypatch):
+    from helpers.backends.aot import engine
+
+    @contextlib.contextmanager
+    def interrupted():
+        yield
+        raise KeyboardInterrupt
+
+    own_threads, before = (
+        partial(engine.AotEngine._own_threads, SimpleNamespace(num_threads=1)),
+        torch.get_num_threads(),
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_counting", interrupted())
+        own_threads().__enter__()
+    try:
+        torch.set_num_threads(before + 1)  # as a learner does later
+        with own_threads():
+            pass
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_where_no_thread_can_start_the_compilers_end_all_the_same(monkeypatch):
+    from helpers.backends.aot import backend
+
+    ended = []
+    with monkeypatch.context() as patch:
+        compilers = backend._Compilers(1)
+        compilers._workers.append(SimpleNamespace(kill=lambda: ended.append(1)))
+        patch.setattr(
+            threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+        )
+        with compilers:
+            pass
+    assert ended
 
 
 def test_an_interrupt_while_the_compilers_are_ended_leaves_none_at_work(monkeypatch):
@@ -660,9 +700,11 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
         with pytest.raises(BackendUnavailable, match="noexec"):
             Graph(package, "cpu")
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-        with pytest.raises(BackendUnavailable, match="No such file"):
+        patch.setattr("tempfile.tempdir", str(package / "within a file"))
+        with pytest.raises(BackendUnavailable, match="Not a directory"):
             Graph(package, "cpu")
+        patch.setattr("tempfile.tempdir", str(tmp_path / "cleared away"))
+        Graph(tiny_engine / package.name, "cpu").close()
     for error, ours in (
         (OSError(errno.EMFILE, "Too many open files"), BackendUnavailable),
         (OSError(errno.EFBIG, "File too large"), BackendUnavailable),

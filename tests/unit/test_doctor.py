@@ -21,6 +21,7 @@ import torch
 
 from helpers.errors import BuildError, StoreError, WorkerError
 from helpers.machine import commands, doctor, environments, hardware, leftovers, limits
+from helpers.machine.inductor import prepare_inductor
 
 FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "threads": 1, "available": True}
 GPU = {"gpu": "Test GPU", "capability": "9.0", "sms": 132, "free": 2**36, "total": 2**37, "gpus": 1}
@@ -361,6 +362,14 @@ def test_a_temporary_folder_without_programs_is_a_failure(monkeypatch):
     monkeypatch.setattr(doctor.os, "statvfs", lambda _: type("Options", (), {"f_flag": os.ST_NOEXEC}))
     line = doctor.check_temporary_folder()
     assert line.status == "failure" and "noexec" in line.found
+
+
+def test_torchs_compiler_works_where_programs_may_run(monkeypatch, tmp_path):
+    noexec = tmp_path / "noexec"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(noexec / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("helpers.paths.lets_programs_run", lambda folder: not folder.is_relative_to(noexec))
+    assert prepare_inductor() == tmp_path / "cache" == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 def test_the_compilers_folder_is_the_one_that_a_build_takes(monkeypatch, tmp_path):

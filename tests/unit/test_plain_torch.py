@@ -61,3 +61,13 @@ def test_tensors_are_real_inside_whatever_torch_traces_and_what_watches_goes_on(
     with FlopCounterMode(display=False) as counted, plain_torch():
         torch.ones(2, 2) @ torch.ones(2, 2)
     assert is_plain() and counted.get_total_flops() == 16
+
+
+def test_an_interrupt_while_torch_is_made_plain_leaves_a_notebook_its_settings(half, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.machine.plain_torch._full_precision", interrupted)
+    with pytest.raises(KeyboardInterrupt), plain_torch():
+        pass
+    assert torch.get_default_dtype() == torch.float16

@@ -5,8 +5,10 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from helpers.errors import BuildError, CourseError, OutOfMemory
 from helpers.machine import doctor
 from helpers.maintain import notebooks
 from helpers.model.checkpoint import BUNDLED
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, own_store_first
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +164,30 @@ def test_a_notebook_that_cannot_show_progress_ends_no_work(handle, monkeypatch):
     with progress.Progress("a build") as shown, shown.phase("compile"):
         pass
     assert list(shown.seconds) == ["compile"]
+
+
+def test_a_setting_that_an_error_gives_is_one_word_to_a_shell(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "my engines"))
+    assert shlex.split(own_store_first()) == [f"COURSE_ENGINES=~/engines{os.pathsep}{tmp_path / 'my engines'}"]
+
+
+def test_what_a_notebook_shows_because_it_is_slow_here_is_nothing_in_its_committed_outputs(monkeypatch):
+    shown, texts = threading.Event(), []
+
+    def update(data, raw):
+        texts.append(data["text/plain"])
+        if len(texts) > 1:
+            shown.set()
+
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: SimpleNamespace(update=update))
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
+    monkeypatch.setattr(progress, "SILENT_S", 0.0)
+    with progress.shown_if_slow("Starting PyTorch", "import"):
+        assert shown.wait(60) and "Starting PyTorch" in texts[1]
+    last = nbformat.v4.new_output("display_data", data={"text/plain": texts[-1]})
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("load(name)", outputs=[last])])
+    notebooks.tidy(nb)
+    assert nb.cells[0].outputs == []
 
 
 def test_a_notebook_shows_a_few_lines_and_folds_the_traceback():

@@ -282,8 +282,12 @@ class _Compilers:
     def __exit__(self, *_: object) -> None:
         self._stopped = True
         stopping = threading.Thread(target=self._stop)  # where no second interrupt can reach it
-        stopping.start()
-        stopping.join()
+        try:
+            stopping.start()
+        except RuntimeError:  # a limit on threads
+            self._stop()
+        else:
+            stopping.join()
 
     def _stop(self) -> None:
         for worker in self._workers:

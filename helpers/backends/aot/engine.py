@@ -27,7 +27,8 @@ from helpers.recipe import BuildRecipe
 PIECE = 256  # logits that one of a GPU's processors looks at
 SHORT = 1024  # so many tokens take a GPU hardly longer to read than few: starting its kernels is what takes the time
 _counting = threading.Lock()
-_at_work = _before = 0  # engines of all threads, and torch's threads without them
+_at_work: set[object] = set()  # one for each engine, of all threads
+_before = 0  # torch's threads without them
 
 
 class AotEngine(Engine):
@@ -90,17 +91,18 @@ class AotEngine(Engine):
     def _own_threads(self) -> Iterator[None]:
         """The library's products use as many threads as the generated code was compiled for. torch has one number for
         the threads to come: it is put back as the first of the engines at work met it."""
-        global _at_work, _before
-        with _counting:
-            _before = _before if _at_work else torch.get_num_threads()
-            _at_work, before = _at_work + 1, _before
+        global _before
+        me = object()
         try:
-            torch.set_num_threads(self.num_threads or before)
+            with _counting:
+                _before = _before if _at_work else torch.get_num_threads()
+                _at_work.add(me)
+            torch.set_num_threads(self.num_threads or _before)
             yield
         finally:
-            torch.set_num_threads(before)
-            with _counting:
-                _at_work -= 1
+            if me in _at_work:  # not where an interrupt came before
+                torch.set_num_threads(_before)
+                _at_work.discard(me)
 
     def _decode(self, tokens: Tensor) -> Tensor:
         self.step.tokens[: len(tokens)].copy_(tokens)
