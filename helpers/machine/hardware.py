@@ -14,6 +14,7 @@ from pathlib import Path
 
 from helpers.errors import BackendUnavailable
 from helpers.machine import commands, limits
+from helpers.paths import check_working_folder
 
 ANSWER_LIMIT = 4.0  # seconds for a compiler to say what it is
 
@@ -63,6 +64,7 @@ def driver() -> str:
 @cache
 def describe(device: str = "auto") -> Hardware:
     """The device that a recipe would use here."""
+    check_working_folder()
     import psutil
     import torch
 

@@ -22,7 +22,7 @@ from helpers.model.config import (
     unsupported,
     why_damaged,
 )
-from helpers.paths import check_is_file, models_folder
+from helpers.paths import check_is_file, check_working_folder, models_folder
 
 if TYPE_CHECKING:
     import torch
@@ -227,6 +227,7 @@ def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
     """A file of tensors, open for reading onto the device. Raises ModelError."""
     from safetensors import SafetensorError, safe_open
 
+    check_working_folder()  # safetensors imports PyTorch
     try:
         check_is_file(path)
         path.open("rb").close()  # for safetensors, what cannot be opened is not there

@@ -226,7 +226,13 @@ def test_interrupting_says_that_nothing_is_left(monkeypatch, capsys):
 
 def test_in_a_folder_that_is_gone_nothing_is_begun(engine, tmp_path):
     """A library of PyTorch ends a process that loads it there."""
-    for command in (["generate", engine, "Hello"], ["build", "--model", "stories", *SMALL]):
+    benchmark = ["bench", "--backends", "pytorch"]
+    for command in (
+        ["generate", engine, "Hello"],
+        ["build", "--model", "stories", *SMALL],
+        benchmark,
+        ["model", "list"],
+    ):
         (tmp_path / "gone").mkdir()
         code = f"import os, sys; from helpers.cli import main; os.rmdir(os.getcwd()); sys.exit(main({command}))"
         path = {**os.environ, "PYTHONPATH": str(ROOT)}
