@@ -154,8 +154,9 @@ def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     left under that prefix goes first: one that is at work holds the lock in its folder, or is about to take it."""
     import filelock
 
-    place = place or Path(tempfile.gettempdir())
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)  # a system may clear it away while a kernel lives
+    if place is None:
+        place = Path(tempfile.gettempdir())
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)  # a system may clear it away while a kernel lives
     for left in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
             if is_left_behind(left):

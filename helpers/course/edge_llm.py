@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -21,6 +20,7 @@ from helpers.display import Table
 from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, ModelError
 from helpers.machine import commands, environments, hardware
 from helpers.model.checkpoint import find_checkpoint
+from helpers.paths import owned_folder
 from helpers.progress import Progress, hushed, say
 
 NAME = "edgellm"
@@ -45,10 +45,10 @@ def export(model: Path | str, folder: Path | str, *, limit: float = 1800.0, quie
     try:
         with (
             hushed(quiet),
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".exporting-", ignore_cleanup_errors=True) as work,
+            owned_folder(".exporting-", folder.parent) as work,
             Progress(title) as progress,
         ):
-            unfinished, before = Path(work) / folder.name, os.times()
+            unfinished, before = work / folder.name, os.times()
             with progress.phase("export"):
                 command = [python, "-m", environment.module, str(checkpoint.folder), str(unfinished)]
                 done = commands.run(command, limit)

@@ -1,6 +1,7 @@
 """The exporter of TensorRT Edge-LLM as a command: a stand-in ends in each way that the real one can, in the words that
 0.11.0 uses. tests/build/test_edge_llm_export.py runs the real one."""
 
+import os
 import shutil
 import stat
 
@@ -49,8 +50,10 @@ def place(tmp_path):
     return tmp_path / "exports"
 
 
-def test_an_export_is_whole_and_says_what_made_it(exporter, place):
+def test_an_export_is_whole_and_says_what_made_it_and_clears_away_what_a_killed_one_left(exporter, place):
     exporter()
+    (left := place / ".exporting-killed").mkdir()
+    os.utime(left, (0, 0))
     folder = edge_llm.export("stories", place / "edge", quiet=True)
     assert [path.name for path in place.iterdir()] == ["edge"]
     store.verify(folder, store.read_manifest(folder))
