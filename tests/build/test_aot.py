@@ -200,6 +200,7 @@ def test_an_interrupt_while_the_compilers_are_ended_leaves_none_at_work(monkeypa
     from helpers.backends.aot import backend
 
     ended = []
+    both_at_work = threading.Barrier(2, action=lambda: os.kill(os.getpid(), signal.SIGINT))
 
     class Endless:
         def __init__(self, *_, **__):
@@ -207,6 +208,7 @@ def test_an_interrupt_while_the_compilers_are_ended_leaves_none_at_work(monkeypa
 
         def stream(self, *_, **__):
             yield "compile"
+            both_at_work.wait()
             self.killed.wait()
 
         def kill(self):
@@ -216,12 +218,11 @@ def test_an_interrupt_while_the_compilers_are_ended_leaves_none_at_work(monkeypa
             ended.append(self)
 
     monkeypatch.setattr(backend, "Worker", Endless)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt), backend._Compilers(2) as compilers:
         compilers.run("compile", [{}, {}], lambda step: contextlib.nullcontext())
-    for _ in range(50):  # the next interrupts come while this test waits
+    for _ in range(500):  # the next interrupts come while this test waits
         with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(0.02)
+            time.sleep(0.02 if len(ended) < 2 else 0)
     assert len(ended) == 2
 
 

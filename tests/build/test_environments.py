@@ -268,8 +268,14 @@ def test_where_the_installation_breaks_off_nothing_stays(wheels, project):
 def test_an_interrupt_that_reaches_only_this_process_ends_the_step_that_it_waits_for(tmp_path):
     """As VS Code sends it to a kernel: pip would go on in a folder that is being removed."""
     file = tmp_path / "pid"
-    code = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    code = f"import os, time; open({str(file)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
+
+    def interrupt_once_it_runs():
+        while not (file.exists() and file.read_text().endswith(" ")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_it_runs, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         environments._step([sys.executable, "-c", code], environments.ENVIRONMENTS["vllm"])
     assert not psutil.pid_exists(int(file.read_text()))
