@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -38,9 +39,12 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
     CSV beside it. A combination that an engine refuses has a row that says why, and is tried again the next time. A row
     is known by its settings alone: after a change of `measure`, or on another machine, name another file.
     """
-    if not grid or not all(isinstance(values, (list, tuple, range)) and len(values) for values in grid.values()):
+    if Path(file).suffix == ".csv":
+        raise InputError(f"{Path(file).name!r} is written beside the rows.", fix="Name a file that ends in .json.")
+    every = list(grid.values()) if isinstance(grid, Mapping) else []
+    if not every or not all(isinstance(values, (list, tuple, range)) and len(values) for values in every):
         raise InputError(f"This is no grid: {shown(grid)}.", fix="Give each setting a list of values.")
-    if not all(value is None or isinstance(value, (str, int, float)) for values in grid.values() for value in values):
+    if not all(value is None or isinstance(value, (str, int, float)) for values in every for value in values):
         raise InputError(f"A grid's values are texts and numbers, not {shown(grid)}.", fix="Give what a file can hold.")
     rows = read_rows(file)
     if rows and not all(set(grid) <= set(row) for row in rows):
@@ -55,9 +59,15 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
             result = measure(**settings)
         except CourseError as error:
             result = {"error": str(error).replace("\n", " ")}
-        if not isinstance(result, dict):
-            raise InputError(f"The measurement returns {shown(result)}.", fix="Return figures by name: {'ms': 3.2}.")
+        if not isinstance(result, dict) or settings.keys() & result.keys():  # a row is known by its settings
+            fix = "Return figures by names that no setting has: {'ms': 3.2}."
+            raise InputError(f"The measurement returns {shown(result)}.", fix=fix)
         result = {name: plain(value) for name, value in result.items()}  # a file holds no arrays and tensors
+        try:
+            json.dumps(result)
+        except (TypeError, ValueError):
+            words = f"The measurement returns {shown(result)}, which no file can hold."
+            raise InputError(words, fix="Return numbers and texts by name: {'ms': 3.2}.") from None
         rows = [*rows, {**settings, **result}]
         write_rows(rows, file)
         yield rows
@@ -81,11 +91,18 @@ def rows_table(rows: list[Row], caption: str) -> Table:
 
 def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
     """Bars of one figure; None where nothing is measured yet."""
-    names = sorted({name for row in rows if "error" not in row for name in row} - set(grid))
-    if names and metric not in names:
-        raise InputError(f"No row has a figure {metric!r}.", fix=f"Name one that is measured: {', '.join(names)}.")
-    named = {", ".join(f"{n}={row[n]}" for n in grid): row[metric] for row in rows if row.get(metric) is not None}
+    good = [row for row in rows if "error" not in row]
+    names = sorted({name for row in good for name, value in row.items() if _is_figure(value)} - set(grid))
+    if good and metric not in names:
+        raise InputError(
+            f"No row has a figure {metric!r}.", fix=f"Name one that is measured: {', '.join(names) or 'none is'}."
+        )
+    named = {", ".join(f"{n}={row[n]}" for n in grid): row[metric] for row in good if _is_figure(row.get(metric))}
     if not named:
         return None
     words = "; ".join(f"{name} {value:.3g}" for name, value in named.items())
     return Picture(grouped_bars(list(named), {metric: list(named.values())}, metric), f"Bars: {metric}. {words}.")
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -5,6 +5,7 @@ import csv
 import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +64,11 @@ def test_what_an_engine_refuses_is_a_row_and_a_fault_of_the_measurement_is_an_er
     assert again == [{"a": 2, "figure": 1.0}, {"a": 1, "figure": 5.0}]
 
 
-@pytest.mark.parametrize(("result", "words"), [(3.5, "returns 3.5"), ({"other": 1.0}, "measured: other")])
+NO_FIGURES = [(3.5, "returns 3.5"), ({"other": 1.0}, "measured: other"), ({"figure": "fast"}, "measured: none is")]
+NO_FIGURES += [({"figure": 1.0, "place": Path()}, "no file can hold"), ({"figure": 1.0, "a": 3}, "returns {")]
+
+
+@pytest.mark.parametrize(("result", "words"), NO_FIGURES)
 def test_a_measurement_without_the_figure_is_told_at_once(result, words, tmp_path):
     runner = experiment_runner(lambda a, b: result, GRID, tmp_path / "r.json", "figure")
     runner.button.click()
@@ -78,7 +83,8 @@ def test_figures_may_come_from_numpy_and_torch(tmp_path):
 
 
 def test_the_picture_tells_small_figures_apart():
-    picture = rows_picture([{"a": 1, "ms": 0.39}, {"a": 2, "ms": 0.12}, {"a": 3}], {"a": [1, 2, 3]}, "ms")
+    rows = [{"a": 1, "ms": 0.39}, {"a": 2, "ms": 0.12}, {"a": 3}, {"a": 4, "ms": float("nan")}, {"a": 5, "ms": "none"}]
+    picture = rows_picture(rows, {"a": [1, 2, 3, 4, 5]}, "ms")
     assert {text.get_text() for text in picture.figure.axes[0].texts} == {"0.39", "0.12"}
 
 
@@ -90,13 +96,15 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     assert (tmp_path / "r.json").read_text(encoding="utf-8") == content
 
 
-@pytest.mark.parametrize("grid", [{}, {"a": []}, {"a": 3}, {"a": "xy"}, {"a": [{1}]}], ids=str)
+@pytest.mark.parametrize("grid", [{}, "xy", {"a": []}, {"a": 3}, {"a": "xy"}, {"a": [{1}]}], ids=str)
 def test_what_is_no_grid_is_refused(grid, tmp_path):
     with pytest.raises(InputError, match="grid"):
         next(run_grid(measured([]), grid, tmp_path / "r.json"))
 
 
 def test_where_nothing_can_be_written_it_says_so(tmp_path):
+    with pytest.raises(InputError, match="ends in .json"):  # r.csv is the name of the other file
+        list(run_grid(measured([]), GRID, tmp_path / "r.csv"))
     with pytest.raises(InputError, match="cannot be written"):
         list(run_grid(measured([]), GRID, tmp_path / "missing" / "r.json"))
 
