@@ -138,6 +138,8 @@ def why_refused(error: Exception) -> str:
             "ENOENT ENOTDIR EEXIST EISDIR ELOOP ENAMETOOLONG EINVAL"
         ),
     }
+    if "No usable temporary directory" in str(error):  # Python's words; its number is that of a missing file
+        return "The disk is full, or no place for temporary files can be written: see TMPDIR."
     number = getattr(error, "errno", None)
     for cause, names in reasons.items():
         numbers = [getattr(errno, name) for name in names.split() if hasattr(errno, name)]

@@ -252,8 +252,9 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
             instead = f"has shape {tensor.shape}" if tensor else "is missing"
             raise ModelError(
                 f"Tensor {name!r} of {folder.name!r} {instead}; config.json asks for {shape}.",
-                cause="A shard is missing, or config.json belongs to another model.",
-                fix="Fetch the checkpoint again.",
+                cause="A shard is missing, config.json belongs to another model, or this one was saved for embeddings "
+                "or scores: its tensors' names differ, or it has no head that writes text.",
+                fix="Fetch the checkpoint again, or use a model that writes text.",
             )
         if tensor.dtype not in ("F32", "BF16", "F16", "F64"):
             raise unsupported(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import EngineCorrupt, ModelError, why_refused
+from helpers.errors import BackendUnavailable, EngineCorrupt, ModelError, out_of_memory, why_refused
 from helpers.paths import read_text
 
 # transformers loads its parts when first asked, and its logger has one level for all threads.
@@ -162,9 +162,18 @@ def transformers_config(folder: Path) -> Any:
     """transformers' configuration of a checkpoint's folder. No code of the checkpoint is run, nothing is fetched."""
     given = read_fields(folder)
     with ONE_AT_A_TIME:
-        from transformers import CONFIG_MAPPING, __version__
-        from transformers.utils import logging
+        try:
+            from transformers import CONFIG_MAPPING, __version__
+            from transformers.utils import logging
 
+            reader = CONFIG_MAPPING[given["model_type"]]
+            reader()  # what fails here is no fault of the file: torch's parts are imported, and want a temporary folder
+        except Exception as error:
+            raise out_of_memory(error) or BackendUnavailable(
+                f"transformers, which reads config.json, cannot be imported: {' '.join(str(error).split()):.300}.",
+                cause=why_refused(error),
+                fix="Mend that (python -m helpers doctor may tell more), and start Python again.",
+            ) from error
         rope = given.get("rope_scaling") or given.get("rope_parameters")
         if __version__ < "5" and isinstance(rope, dict):
             # 4 knows the first name alone, and no rope_theta under it. 5 writes the second alone, and rope_theta there.
@@ -172,7 +181,7 @@ def transformers_config(folder: Path) -> Any:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # its warnings would repeat in a terminal whatever the file says
         try:
-            return CONFIG_MAPPING[given["model_type"]].from_dict(given)
+            return reader.from_dict(given)
         except Exception as error:  # what its classes and validators raise for wrong values differs between versions
             raise _not_understood(folder, " ".join(str(error).split())) from error
         finally:

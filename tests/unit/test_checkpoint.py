@@ -399,6 +399,18 @@ def test_a_size_that_is_none_is_refused_at_once(tmp_path, field, value, kind):
     assert refused.value.fix and len(str(refused.value)) < 1000
 
 
+def test_a_full_disk_is_not_told_as_a_damaged_configuration(monkeypatch):
+    """Whatever transformers imports for a family then finds no temporary folder."""
+
+    class Full(dict):
+        def __missing__(self, kind):
+            raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", Full())
+    with pytest.raises(BackendUnavailable, match="disk is full"):
+        read_config(BUNDLED)
+
+
 def test_mutated_configurations_are_read_or_refused(tmp_path):
     """Any field, any value: a ModelConfig whose sizes are bounded, or a ModelError."""
     draw = random.Random(7)

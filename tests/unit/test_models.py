@@ -369,6 +369,13 @@ def store_as_int8(folder):
     save_file({k: v.to(torch.int8) for k, v in load_file(path).items()}, path)
 
 
+def as_for_embeddings(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -385,6 +392,7 @@ def store_as_int8(folder):
             "git lfs pull",
         ),
         (truncate, "cannot be read"),
+        (as_for_embeddings, "saved for embeddings"),
         (drop_tensor, r"layers\.1\.mlp\.up_proj\.weight' of 'spoilt' is missing"),
         (store_as_int8, "type I8"),
     ],
