@@ -338,7 +338,8 @@ def _bench(settings: argparse.Namespace) -> dict[str, Any]:
                 f"--compare measures nothing; {others[0]} was given too.", fix="Leave out all other options."
             )
         first, second = settings.compare
-        table = comparison.compare(records.read(first), records.read(second), (first.stem, second.stem))
+        names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
+        table = comparison.compare(records.read(first), records.read(second), names)
         return _rows(table, "rows")
     batches = benchmark.batch_sizes(settings.batch)
     work = {

@@ -61,6 +61,8 @@ class Workload:
                     f"Workload.{name} is {getattr(self, name)}.",
                     fix="Give 1 or more; output_len 2 or more, for a single token has no time per output token.",
                 )
+        if self.threads > 1024:  # which the threads' library ends a process for, where the system grants fewer
+            raise InputError(f"Workload.threads is {self.threads}.", fix="Give at most 1024, as in a recipe.")
         if self.input_len > self.max_input_len or self.input_len + self.output_len > self.max_seq_len:
             raise InputError(
                 f"{self.input_len} tokens in and {self.output_len} out do not fit the limits "

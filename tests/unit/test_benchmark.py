@@ -108,6 +108,7 @@ def test_prompts_are_different_equally_long_and_the_same_every_time():
 
 IMPOSSIBLE = [{"output_len": 1}, {"repeats": 0}, {"input_len": 65}, {"output_len": 250}, {"decode_batch_sizes": (5,)}]
 IMPOSSIBLE += [{"repeats": "5"}, {"repeats": 1.5}, {"model": None}, {"threads": -1}, {"decode_batch_sizes": ("a",)}]
+IMPOSSIBLE += [{"threads": 20_000}]
 
 
 @pytest.mark.parametrize("fields", IMPOSSIBLE)
@@ -681,4 +682,9 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "TPOT, ms" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", *paths]) == 0
     assert "Same work, same machine, same versions" in capsys.readouterr().out
+    (tmp_path / "b").mkdir()
+    paths[1] = str(Path(paths[1]).rename(tmp_path / "b/a.json"))  # of one name in two folders
+    assert cli.main(["bench", "--compare", *paths, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    assert all(f"{path}: TPOT (least), ms" in row for path in paths)
     assert cli.main(["bench", "--compare", paths[0], "nothing.json"]) == 1
