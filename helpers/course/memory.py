@@ -17,6 +17,7 @@ from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
 from helpers.model.config import ModelConfig
 from helpers.recipe import BuildRecipe
+from helpers.recipe.fields import not_allowed
 
 SPARE = 0.1  # of a GPU's memory, left for intermediate results and the driver
 
@@ -45,6 +46,9 @@ class Memory:
 
 def memory(recipe: BuildRecipe, device: str) -> Memory:
     """device: "cpu" or "cuda", which need not be there. An engine's cache has one entry more than max_seq_len."""
+    need(recipe, BuildRecipe, "Give a BuildRecipe(...).")
+    if device not in ("cpu", "cuda"):
+        raise not_allowed("The device whose memory is counted", device, "'cpu' or 'cuda'")
     if recipe.backend != "aot":
         raise RecipeError(f"Memory is counted for backend 'aot', not {recipe.backend!r}.", fix="Set backend='aot'.")
     config = find_checkpoint(recipe.model).config
@@ -75,7 +79,6 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
 
     speed: this machine's bandwidth in bytes per second, where it has been measured already.
     """
-    need(recipe, BuildRecipe, "Give a BuildRecipe(...).")
     here = hardware.describe()
     machines = [("this machine", here.device, float(here.memory_bytes), speed or bandwidth())]
     for gpu in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")):

@@ -106,6 +106,8 @@ def test_the_plan_of_a_recipe_adds_up_and_follows_it():
     assert one["weights"] == four["weights"] and one["KV cache"] < four["KV cache"]
 
 
-def test_another_backends_memory_is_not_guessed():
+def test_another_backends_or_devices_memory_is_not_guessed():
     with pytest.raises(RecipeError, match="aot"):
         memory(BuildRecipe(backend="pytorch"), "cpu")
+    with pytest.raises(RecipeError, match="'gpu'"):
+        memory(BuildRecipe(precision="int8"), "gpu")
