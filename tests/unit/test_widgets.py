@@ -207,6 +207,8 @@ def test_two_settings_stand_side_by_side(engine, explorer):
         assert side.choices[-1].text == engine.generate(widgets.START, explorer.sampling(at))[0].text
     given = widgets.sampling_explorer(engine, beside=SamplingParams(temperature=0.5, seed=7, max_tokens=40))
     assert given.two.value and given.sampling(1).temperature == 0.5
+    without_seed = widgets.sampling_explorer(engine, seed=3, beside=SamplingParams(temperature=0.5))
+    assert without_seed.sampling(1).seed == 3  # each text is drawn with the seed that the widget shows
     with pytest.raises(InputError, match="cannot show"):
         widgets.sampling_explorer(engine, beside=SamplingParams(temperature=0.5, seed=8))
 

@@ -38,7 +38,7 @@ def check_shown(shown_now: SamplingParams, asked: SamplingParams) -> None:
         raise InputError(
             f"This widget cannot show {shown(asked)}.",
             cause="Its controls go up to temperature 2 and seed 2**31 - 1, and from top_p 0.05; and the sampling "
-            "explorer has no others.",
+            "explorer has no others, and one seed for both sides.",
             fix="Leave other settings to engine.stream.",
         )
 
@@ -95,7 +95,7 @@ class SamplingExplorer(Panel):
         need_engine(engine)
         need(prompt, str, "Give the prompt as text.")
         if beside is not None:
-            checked(beside)
+            beside = replace(beside, seed=sampling.seed) if checked(beside).seed is None else beside
         self.engine = engine
         self._logits: tuple[str, Tensor] | None = None
         longest = min(128, engine.recipe.max_seq_len - engine.recipe.max_input_len)
