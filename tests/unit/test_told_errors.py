@@ -15,12 +15,14 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
 from torch._inductor.exc import CppCompileError, InductorError
 
 from helpers import basic, build_engine, cli, errors, progress
 from helpers.backends.aot import compile
+from helpers.course.lab.compiled import compile_module
 from helpers.errors import BuildError, CourseError, OutOfMemory
 from helpers.machine import doctor
 from helpers.maintain import notebooks
@@ -241,6 +243,16 @@ def test_only_a_compiler_that_refuses_is_told_as_one(error, kind, words, monkeyp
     with pytest.raises(kind) as told:
         compile._compile(None, tmp_path / "decode_b1.pt2", {}, "cpu", 1)
     assert words in str(told.value) and ("C++" in told.value.cause) == ("another compiler" in words)
+
+
+def test_the_laboratorys_compiler_tells_its_errors_in_words(monkeypatch):
+    def fail(*_, **__):
+        raise InductorError(OSError(errno.ENOSPC, "x"), None)
+
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    with pytest.raises(BuildError, match="Compiling the module") as told:
+        compile_module(torch.nn.GELU(), (torch.zeros(4),))
+    assert "disk is full" in told.value.cause and "doctor" in told.value.fix
 
 
 @pytest.mark.parametrize(

@@ -203,22 +203,29 @@ def _inductor_options(recipe: BuildRecipe, device: str, threads: int, module: Pr
 
 def _compile(program: Any, path: Path, options: dict[str, Any], device: str, compile_threads: int) -> None:
     import torch._inductor.config as inductor
-    from torch._inductor.exc import CppCompileError, InductorError
 
     inductor.compile_threads = compile_threads
     if device == "cuda":
         # Which vectors the CPU has decides nothing here. Up to PyTorch 2.12, finding out starts one Python after
         # another, each of which imports torch, in every process that compiles.
         inductor.cpp.vec_isa_ok = False
+    with compiling(path.stem), warnings.catch_warnings():
+        # torch copies its own tree specs in a way that its own newer code calls outdated
+        warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)
+        # it advises rounding fp32 products to TensorFloat32; here fp32 means fp32
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+@contextlib.contextmanager
+def compiling(graph: str) -> Iterator[None]:
+    """What torch's compiler raises, in our words."""
+    from torch._inductor.exc import CppCompileError, InductorError
+
     try:
-        with warnings.catch_warnings():
-            # torch copies its own tree specs in a way that its own newer code calls outdated
-            warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)
-            # it advises rounding fp32 products to TensorFloat32; here fp32 means fp32
-            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        yield
     except (CppCompileError, InductorError) as error:
-        raise _explained(path.stem, getattr(error, "inner_exception", error)) from error
+        raise _explained(graph, getattr(error, "inner_exception", error)) from error
 
 
 def _explained(graph: str, error: Exception) -> CourseError:
@@ -232,8 +239,10 @@ def _explained(graph: str, error: Exception) -> CourseError:
             cause="A compiler takes up to 2 GiB beside what else is in memory.",
             fix="Close other programs and engines, or build something smaller.",
         )
-    cause = why_refused(error) or "PyTorch's compiler fails."
+    refused = why_refused(error)
+    cause = refused or "PyTorch's compiler fails."
     fix = "Build it with another version of PyTorch, 2.9 to 2.13."
+    fix = "`helpers doctor` looks at memory, disk and limits." if refused else fix
     if isinstance(error, CppCompileError):
         cause = "The C++ compiler refuses what PyTorch has written for it."
         fix = "Try another compiler: export CXX=clang++, or g++."

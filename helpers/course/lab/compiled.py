@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from helpers.backends.aot.compile import compiling
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
 from helpers.machine import hardware
 from helpers.machine.inductor import prepare_inductor
 from helpers.paths import owned_folder
+from helpers.progress import shown_if_slow
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def compile_module(
         fresh_cache(dir=str(folder)),
         warnings.catch_warnings(),
         kernels_apart(),
+        compiling("the module"),
+        shown_if_slow("Compiling the module", "compile"),
     ):
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # here fp32 means fp32
