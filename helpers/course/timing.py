@@ -13,6 +13,7 @@ from typing import Any
 
 from helpers.bench.claims import ratio, times
 from helpers.bench.records import STEADY
+from helpers.errors import InputError
 from helpers.machine import hardware
 from helpers.machine.load import BUSY, OtherWork
 
@@ -52,6 +53,13 @@ def compare(samples: Samples, name: str, other: str, *, faster: str = "", equal:
     The ratio is an interval, round by round. It is "faster" or "slower" only where the whole of it is on that side, and
     "equal" only where it is narrow: where it is not, nothing is explained.
     """
+    for each in (name, other):
+        if not samples.get(each) or min(samples[each]) <= 0:
+            raise InputError(
+                f"There are no times of {each!r} to compare.",
+                cause="It was not measured; or its answers have one token, and so a time per token of 0.",
+                fix="Let take_turns measure both, with answers of two tokens or more.",
+            )
     speed = ratio(samples[other], samples[name])
     if speed[0] > ALIKE:
         return f"{name} is {times(speed)} as fast as {other}. {faster}".rstrip()

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from helpers.course import timing
+from helpers.errors import InputError
 
 WORDS = {"faster": "It is quick.", "equal": "It is alike.", "slower": "It is slow."}
 
@@ -58,6 +59,13 @@ def test_figures_are_those_of_the_rounds():
     samples = {"engine": [1.0, 1.0, 1.0], "pytorch": [2.0, 2.5, 3.0]}
     assert timing.compare(samples, "engine", "pytorch") == "engine is 2.0 to 3.0 times as fast as pytorch."
     assert timing.compare(samples, "pytorch", "engine") == "pytorch takes 2.0 to 3.0 times as long as engine."
+
+
+def test_what_has_no_time_is_not_compared():
+    """An answer of one token has a time per token of 0."""
+    for samples in ({"a": [1.0] * 3, "b": [0.0] * 3}, {"a": [1.0] * 3}, {"a": [1.0], "b": []}):
+        with pytest.raises(InputError, match="no times of 'b'"):
+            timing.compare(samples, "a", "b")
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count():
