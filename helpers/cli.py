@@ -394,7 +394,10 @@ def _explain(settings: argparse.Namespace) -> dict[str, Any]:
             raise InputError("There is no message and no standard input.", fix="helpers explain 'the message'")
         if sys.stdin.isatty():
             print("Paste the message, then press Enter and Ctrl-D.", file=sys.stderr)
-        explanation = cards.explain(cards.decode(sys.stdin.buffer.read(cards.LONGEST)))
+        content = b""
+        while more := sys.stdin.buffer.read(cards.LONGEST):
+            content = (content + more)[-cards.LONGEST :]
+        explanation = cards.explain(cards.decode(content))
     else:
         explanation = cards.explain(Path(message) if os.path.isfile(message) else message)  # noqa: PTH113 (any text)
     print(explanation)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BuildRecipe, SamplingParams, errors, load
+from helpers import BuildRecipe, SamplingParams, cli, errors, load
 from helpers.backends.tensorrt.builder import missing
 from helpers.course import cards, troubles
 from helpers.course.cards import CARDS, explain
@@ -220,11 +220,15 @@ def test_a_long_log_is_searched_to_its_end(tmp_path):
     assert [match.line for match in explain(path).troubles] == ["Killed"]
 
 
-def test_of_an_endless_log_the_end_is_read(tmp_path, monkeypatch):
+def test_of_an_endless_log_the_end_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cards, "LONGEST", 100)
     path = tmp_path / "build.log"
     path.write_text("CUDA out of memory\n" + "x\n" * 500 + "Killed\n")
     assert [match.line for match in explain(path).troubles] == ["Killed"]
+    with path.open() as log:
+        monkeypatch.setattr("sys.stdin", log)
+        cli.main(["explain", "--json"])
+    assert [trouble["line"] for trouble in json.loads(capsys.readouterr().out)["troubles"]] == ["Killed"]
 
 
 def test_text_in_any_encoding_is_read(tmp_path):

@@ -69,7 +69,9 @@ def compile_module(
         inductor = torch._inductor.compile(graph, list(inputs), options={**settings, **(options or {})})
         inductor(*inputs)  # the last of the compilers is done
         files = [path for path in folder.rglob("*") if path.is_file()]
-        (wrapper,) = [text for text in (p.read_text() for p in files if p.suffix == ".py") if " def call(" in text]
+        (wrapper,) = [
+            text for text in (p.read_text(encoding="utf-8") for p in files if p.suffix == ".py") if " def call(" in text
+        ]
         # Beside a GPU's kernels, the libraries are what starts them.
         kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
         targets = sum(map(compiled_for, kinds[0] or kinds[1]), Counter())
