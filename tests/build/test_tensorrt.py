@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import runpy
 import shutil
 import threading
 
@@ -14,6 +15,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: it comes with th
 from torch import nn
 
 from helpers import inspect, store
+from helpers.backends import tensorrt
 from helpers.backends.tensorrt import api, modules, onnx_export
 from helpers.backends.tensorrt import builder as tensorrt_builder
 from helpers.course.recorded import recorded
@@ -479,7 +481,10 @@ def test_without_the_package_one_line_says_so(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", nothing)
     assert "not installed" in tensorrt_builder.missing()
-    monkeypatch.setattr(tensorrt_builder.sys, "platform", "darwin")
+    with monkeypatch.context() as on_macos:
+        on_macos.setattr("sys.platform", "darwin")
+        words = runpy.run_path(tensorrt.__file__)
+    monkeypatch.setattr(tensorrt_builder, "WHY_MISSING", words["WHY_MISSING"])
     assert "macOS" in tensorrt_builder.missing() and "\n" not in tensorrt_builder.missing()
 
 
