@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -193,9 +194,22 @@ def _first_line(*command: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What an engine depends on beside its recipe; a change in any of these means a new build."""
+    """What an engine depends on beside its recipe; a change in any of these means a new build. BackendUnavailable where
+    another version was installed since this process imported its own: a build's workers would import the other."""
     import torch
 
+    for name, file in (("torch", "version.py"), ("transformers", "__init__.py")):
+        if name not in sys.modules:
+            continue
+        with contextlib.suppress(OSError, AttributeError):  # it was taken away, or is a stand-in
+            module = sys.modules[name]
+            installed = Path(str(module.__file__)).with_name(file).read_text(encoding="utf-8")
+            if not re.search(rf"""['"]{re.escape(module.__version__)}['"]""", installed):
+                raise BackendUnavailable(
+                    f"Another {name} than {module.__version__}, which this process has imported, is installed by now.",
+                    cause="It was installed after the notebook's kernel or the program had started.",
+                    fix="Restart the kernel, or the program.",
+                )
     cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {"torch": str(torch.__version__), **cuda}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from helpers.errors import RecipeError, shown
-from helpers.paths import read_toml
+from helpers.paths import named, read_toml, write_text
 from helpers.recipe import options, tensorrt, tensorrt_llm
 from helpers.recipe.fields import (
     BACKENDS,
@@ -134,7 +134,7 @@ def read(path: str | Path) -> BuildRecipe:
 
 
 def write(recipe: BuildRecipe, path: str | Path) -> Path:
-    """Write a recipe as TOML; `read` gives back an equal one."""
+    """Write a recipe as TOML, whole or not at all; `read` gives back an equal one."""
     import tomli_w
 
     if not isinstance(recipe, BuildRecipe) or not isinstance(path, (str, Path)):
@@ -142,11 +142,13 @@ def write(recipe: BuildRecipe, path: str | Path) -> Path:
     fields = recipe.to_dict()
     fields[recipe.backend] = fields.pop("options")
     fields = {name: value for name, value in fields.items() if value != {}}
+    path, text = named(path), tomli_w.dumps(fields)
     try:
-        Path(path).write_bytes(tomli_w.dumps(fields).encode())
-    except (OSError, ValueError) as error:  # no such folder, no room, or a name that no text file can hold
-        raise RecipeError(f"The recipe cannot be written: {error}.", fix="Name another file.") from error
-    return Path(path)
+        text.encode()
+    except ValueError as error:  # a name that no text file can hold
+        raise RecipeError(f"The recipe cannot be written: {error}.", fix="Name its model otherwise.") from error
+    write_text(path, text)
+    return path
 
 
 def _check_options(recipe: BuildRecipe) -> None:

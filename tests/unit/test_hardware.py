@@ -7,9 +7,12 @@ import sys
 import psutil
 import pytest
 import torch
+import transformers
 
+from helpers import BuildRecipe, engine
 from helpers.errors import BackendUnavailable
 from helpers.machine import hardware
+from helpers.model.checkpoint import find_checkpoint
 
 
 def test_the_processor_is_described_as_the_system_describes_it():
@@ -27,6 +30,18 @@ def test_vector_instructions_are_those_that_torch_found_too():
     known = {"AVX512": "avx512f", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability())
     assert known is None or known in names
     assert list(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("library", [torch, transformers], ids=["torch", "transformers"])
+def test_no_engine_is_named_for_a_library_that_was_replaced_in_a_running_kernel(tmp_path, monkeypatch, library):
+    """As by `pip install -U torch`: a build's workers import the new one."""
+    engine.identity(BuildRecipe(), find_checkpoint("stories"))
+    for file in ("version.py", "__init__.py"):
+        (tmp_path / file).write_text(f"__version__ = '{library.__version__}.1'")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(BackendUnavailable, match=library.__name__) as refused:
+        engine.identity(BuildRecipe(), find_checkpoint("stories"))
+    assert "Restart" in refused.value.fix
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,6 +1,7 @@
 """Recipes: what is refused, and that writing and reading give the same recipe back."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from helpers import BuildRecipe, build, load
 from helpers import recipe as recipes
 from helpers.engine import disk_needed, locate
-from helpers.errors import RecipeError, shown
+from helpers.errors import InputError, RecipeError, shown
 from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe import tensorrt_llm
 
@@ -163,6 +164,20 @@ def test_an_unknown_fusion_switch_is_refused_with_its_full_name():
 def test_reading_what_was_written_gives_the_same_recipe(recipe, tmp_path):
     assert recipes.read(recipes.write(recipe, tmp_path / "recipe.toml")) == recipe
     assert recipes.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_recipe_that_no_longer_fits_on_the_disk_leaves_the_earlier_one_whole(tmp_path):
+    file = recipes.write(BuildRecipe(), tmp_path / "recipe.toml")
+    resource = pytest.importorskip("resource")  # a limit on a file's size stands for the full disk
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            recipes.write(BuildRecipe(precision="bf16"), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert recipes.read(file) == BuildRecipe() and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
