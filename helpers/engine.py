@@ -51,7 +51,7 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
     """
     if not isinstance(recipe, BuildRecipe):
         raise RecipeError(f"An engine is built from a recipe, not from {shown(recipe)}.", fix="Give a BuildRecipe.")
-    _need_compiled(recipe)
+    need_compiled(recipe)
     with hushed(quiet):
         return _run(_job(recipe), force)
 
@@ -187,7 +187,7 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
     """The folder of an engine given as a folder, a name (or the start of just one), or a recipe."""
     if not isinstance(engine, BuildRecipe):
         return store.find(engine)
-    _need_compiled(engine)
+    need_compiled(engine)
     depends_on = identity(engine, find_checkpoint(engine.model))
     folder = store.serving(engine.short_name, depends_on)
     if folder is None:
@@ -268,7 +268,8 @@ def _understood(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _need_compiled(recipe: BuildRecipe) -> None:
+def need_compiled(recipe: BuildRecipe) -> None:
+    """BuildError for a recipe of a backend that builds nothing."""
     if recipe.backend not in COMPILED:
         raise BuildError(
             f"Backend {recipe.backend!r} compiles nothing ahead of time, so there is nothing to build.",

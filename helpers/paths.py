@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import InputError, StoreError, shown, why_refused
+from helpers.errors import BackendUnavailable, InputError, StoreError, is_full, shown, why_refused
 
 PROJECT = Path(__file__).resolve().parent.parent
 LARGEST_TEXT = 1 << 27  # bytes
@@ -148,15 +148,45 @@ def _writing(path: Path) -> Iterator[Path]:
         ) from error
 
 
+def temporary_folder() -> Path:
+    """Where Python makes temporary files: tried, and made anew where a system has cleared it away while a kernel lives.
+    BackendUnavailable where nothing can be made in it."""
+    try:
+        place = Path(tempfile.gettempdir())
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise _no_temporary_file(error) from error
+    return place
+
+
+@contextlib.contextmanager
+def full_is_told() -> Iterator[None]:
+    """BackendUnavailable where what the block writes into the temporary folder finds no room."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise _no_temporary_file(error) from error
+        raise
+
+
+def _no_temporary_file(error: OSError) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"No temporary file can be written: {' '.join(str(error).split()):.300}.",
+        cause=why_refused(error),
+        fix="Mend that, or set TMPDIR to a folder that can be written and that has room; then start Python again.",
+    )
+
+
 @contextlib.contextmanager
 def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     """A folder of this process in that place or the temporary folder, gone after the block. What killed processes have
     left under that prefix goes first: one that is at work holds the lock in its folder, or is about to take it."""
     import filelock
 
-    if place is None:
-        place = Path(tempfile.gettempdir())
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)  # a system may clear it away while a kernel lives
+    told = contextlib.nullcontext() if place else full_is_told()  # of a place that is given, its owner tells
+    place = place or temporary_folder()
     for left in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError, filelock.Timeout):  # another user's, gone meanwhile, or in use
             if is_left_behind(left):
@@ -165,6 +195,7 @@ def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     with (
         tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as folder,
         filelock.FileLock(f"{folder}/.lock"),
+        told,
     ):
         yield Path(folder)
 
@@ -182,10 +213,13 @@ def lets_programs_run(folder: Path) -> bool:
 def compilers_folder(first: Path) -> Path | None:
     """The first of some folders that a C++ compiler can work in: torch gives it paths in one line, where a space cuts
     them, and what is compiled there is run there."""
-    for place in (first, Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")):
-        if is_one_word(str(place)) and os.access(place, os.W_OK) and lets_programs_run(place):
-            return place
-    return None
+
+    def suits(place: Path) -> bool:
+        return is_one_word(str(place)) and os.access(place, os.W_OK) and lets_programs_run(place)
+
+    if suits(first):  # where it does, the others need not be there
+        return first
+    return next(filter(suits, (temporary_folder(), Path("/tmp"), Path("/var/tmp"))), None)
 
 
 def is_left_behind(path: Path) -> bool:

@@ -78,7 +78,7 @@ class Progress:
         """Leave an empty output of it, where it is closed and in a notebook."""
         if self._handle is not None:
             with suppress(Exception):  # as in _write
-                self._handle.update({"text/plain": ""}, raw=True)
+                self._handle.update({}, raw=True)  # an empty text would be an empty line
 
     def __enter__(self) -> Progress:
         return self

@@ -15,7 +15,6 @@ import json
 import math
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -35,7 +33,7 @@ from helpers.machine import environments, hardware
 from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
-from helpers.paths import compilers_folder, owned_folder, user_id
+from helpers.paths import compilers_folder, owned_folder, temporary_folder, user_id
 from helpers.progress import Progress, held, hushed, say
 from helpers.recipe import COMPILED, BuildRecipe
 
@@ -120,7 +118,7 @@ def run_all(
 def _turn() -> contextlib.AbstractContextManager[None]:
     """Two benchmarks of one user would time each other: the second starts nothing until the first has ended. The lock
     is in no store, because a benchmark of engines that are built already needs none that can be written to."""
-    lock = FileLock(Path(tempfile.gettempdir()) / f"trtllm-course-benchmark-{user_id()}.lock")
+    lock = FileLock(temporary_folder() / f"trtllm-course-benchmark-{user_id()}.lock")
     return held(lock, "runs a benchmark")
 
 
@@ -340,7 +338,7 @@ class Runner:
         self.worker: Worker | None = None
         self._folders = contextlib.ExitStack()
         # torch.compile's cache: what earlier runs left would hide its cost.
-        place = compilers_folder(Path(tempfile.gettempdir()))
+        place = compilers_folder(temporary_folder())
         self.cache = str(self._folders.enter_context(owned_folder("course-bench-", place)))
 
     def prepare(self, prompts: list[list[int]], sizes: Sequence[int]) -> None:

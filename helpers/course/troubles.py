@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from helpers.model.checkpoint import find_checkpoint
-from helpers.paths import owned_folder
+from helpers.paths import full_is_told, owned_folder
 
 
 @cache
@@ -32,9 +32,21 @@ def _scratch() -> Path:
     return folder.enter_context(owned_folder("course-trouble-"))
 
 
+def _new_folder() -> Path:
+    if not _scratch().is_dir():  # a system may clear it away while a kernel lives
+        _scratch.cache_clear()
+    return Path(tempfile.mkdtemp(dir=_scratch()))
+
+
 def copy_of(folder: Path) -> Path:
     """A copy of an engine or checkpoint in a temporary folder of its own, to be damaged at will."""
-    return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(dir=_scratch())) / folder.name))
+    place = _new_folder()
+    try:
+        with full_is_told():
+            return Path(shutil.copytree(folder, place / folder.name))
+    except BaseException:  # a half copy would keep a full disk full
+        shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 def other_tokenizer(name: str = "stories") -> Path:
@@ -65,7 +77,7 @@ def source_checkout(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
     compiled = shutil.ignore_patterns("*.so", "*.pyd", "*.dylib", "__pycache__")
-    folder = Path(tempfile.mkdtemp(dir=_scratch())) / "clone"
+    folder = _new_folder() / "clone"
     shutil.copytree(Path(spec.origin).parent, folder / package, ignore=compiled)
     return folder
 
@@ -95,14 +107,14 @@ def graph_with_plugin() -> Path:
     x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 64]) for name in "xy")
     node = helper.make_node("GPTAttention", ["x"], ["y"], name="attention", domain="tensorrt_llm")
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("tensorrt_llm", 1)]
-    path = Path(tempfile.mkdtemp(dir=_scratch())) / "attention.onnx"
+    path = _new_folder() / "attention.onnx"
     onnx.save(helper.make_model(helper.make_graph([node], "block", [x], [y]), opset_imports=opsets, ir_version=8), path)
     return path
 
 
 def broken_compiler() -> Path:
     """A C++ compiler whose headers are gone: a shell script that says so."""
-    path = Path(tempfile.mkdtemp(dir=_scratch())) / "g++"
+    path = _new_folder() / "g++"
     path.write_text("#!/bin/sh\necho 'probe.cpp:1: fatal error: string: No such file or directory' >&2\nexit 1\n")
     path.chmod(0o755)
     return path

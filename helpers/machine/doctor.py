@@ -32,7 +32,14 @@ from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import MISSING, TOO_SLOW, complaint, run
 from helpers.machine.environments import shown
-from helpers.paths import compilers_folder, engines_folder, engines_folders, lets_programs_run, owned_folder
+from helpers.paths import (
+    compilers_folder,
+    engines_folder,
+    engines_folders,
+    lets_programs_run,
+    owned_folder,
+    temporary_folder,
+)
 
 TIME_LIMIT = 14.0  # seconds for one command; all begin together, after the driver's 5
 LONGEST = 20.0  # seconds for all
@@ -257,7 +264,10 @@ def check_temporary_folder() -> Check:
     named = os.environ.get("TMPDIR")
     if named and not (Path(named).is_dir() and os.access(named, os.W_OK)):
         return failure(f"TMPDIR names {named}, which is not a folder that can be written", fix)
-    folder = Path(tempfile.gettempdir())
+    try:
+        folder = temporary_folder()
+    except BackendUnavailable as error:
+        return failure(error.what, fix)
     if not lets_programs_run(folder):
         return failure(f"{folder} lets no program run (noexec)", "export TMPDIR=FOLDER, one without noexec.")
     return _check_folder(folder, fix)
@@ -282,7 +292,7 @@ def check_compiler_folder() -> Check:
     if place := compilers_folder(engines_folder()):
         return ok(f"{shown(place)}: no space in its path, can be written, lets programs run")
     return failure(
-        f"{engines_folder()} and {tempfile.gettempdir()} have a space or a quote in their path, cannot be written, "
+        f"{engines_folder()} and {temporary_folder()} have a space or a quote in their path, cannot be written, "
         "or let no program run",
         "export TMPDIR=FOLDER, one without a space in its path and without noexec.",
     )

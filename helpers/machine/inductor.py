@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import compilers_folder, is_one_word
+from helpers.paths import compilers_folder, is_one_word, temporary_folder
 
 
 def prepare_inductor() -> Path:
@@ -24,7 +23,7 @@ def prepare_inductor() -> Path:
         folder = place / folder.name
         folder.mkdir(exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    if not is_one_word(tempfile.gettempdir()):
+    if not is_one_word(str(temporary_folder())):
         config.cpp_cache_precompile_headers = False  # they would be compiled there
     _link_libraries()
     return folder

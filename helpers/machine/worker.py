@@ -38,7 +38,7 @@ from typing import IO, Any
 from helpers import errors
 from helpers.errors import BackendUnavailable, CourseError, WorkerError
 from helpers.machine import commands
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, temporary_folder
 
 START_LIMIT = 120.0  # seconds until a new worker must have answered: another environment's imports can be slow
 END_LIMIT = 2.0  # seconds that a worker without an output, or a killed one, may take to end
@@ -82,7 +82,7 @@ class Worker:
         # PYTHONWARNINGS=error would make errors of what libraries only warn about.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONWARNINGS", *without))}
         try:
-            self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the worker is)
+            self._log = tempfile.TemporaryFile(dir=temporary_folder())  # noqa: SIM115  (open as long as the worker is)
             self._process = subprocess.Popen(
                 [python, "-u", "-m", "helpers.machine.worker", module],
                 stdin=subprocess.PIPE,

@@ -16,11 +16,15 @@ from helpers.paths import PROJECT, engines_folder
 LIMITS = {"device": "cpu", "max_batch_size": 1, "max_input_len": 16, "max_seq_len": 48}
 
 
-def test_a_build_that_is_there_already_opens_in_the_inspector(tiny_engine, tiny_llama):
+def test_a_build_that_is_there_already_opens_in_the_inspector(tiny_engine, tiny_llama, tmp_path, monkeypatch):
+    warns = "import atexit, sys; atexit.register(print, 'a library warns at exit', file=sys.stderr)"
+    (tmp_path / "sitecustomize.py").write_text(warns)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     explorer = build_explorer(model=str(tiny_llama), **LIMITS, optimization_level=3)
     assert f"built already: {tiny_engine.name}" in explorer.output.value
     explorer.button.click()
-    assert "Cache hit" in explorer.log.value and explorer.errors.outputs == ()
+    assert "Cache hit" in explorer.log.value and "warns at exit" in explorer.log.value
+    assert explorer.errors.outputs == ()
     assert "decode_b1" in explorer.report.value and not explorer.button.disabled
 
 

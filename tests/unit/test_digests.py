@@ -54,6 +54,22 @@ def test_what_takes_long_is_shown_unless_all_is_quiet(monkeypatch, capsys, quiet
     assert (("Reading it" in written), ("A line." in written)) == (not quiet, not quiet)
 
 
+def test_in_a_notebook_nothing_is_left_of_what_was_shown(monkeypatch):
+    """Of an output without data JupyterLab draws nothing; an empty text is an empty line."""
+    shown, outputs = threading.Event(), []
+
+    class Output:
+        def update(self, data, raw):
+            outputs.append(data)
+            shown.set()
+
+    monkeypatch.setattr(progress, "_notebook_display", Output)
+    monkeypatch.setattr(progress, "SILENT_S", 0.0)
+    with progress.shown_if_slow("Reading it", "read"):
+        assert shown.wait(60)
+    assert "Reading it" in outputs[0]["text/plain"] and outputs[-1] == {}
+
+
 def test_where_no_thread_can_start_nothing_is_shown_and_all_is_done(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
     with progress.shown_if_slow("Reading it", "read"):

@@ -19,9 +19,11 @@ import psutil
 import pytest
 import torch
 
-from helpers.errors import BuildError, StoreError, WorkerError
+from helpers.bench import run as benchmark
+from helpers.errors import BackendUnavailable, BuildError, StoreError, WorkerError
 from helpers.machine import commands, doctor, environments, hardware, leftovers, limits
 from helpers.machine.inductor import prepare_inductor
+from helpers.machine.worker import Worker
 
 FACTS = {"torch": "2.11.0+cu130", "cuda": "13.0", "threads": 1, "available": True}
 GPU = {"gpu": "Test GPU", "capability": "9.0", "sms": 132, "free": 2**36, "total": 2**37, "gpus": 1}
@@ -355,6 +357,23 @@ def test_a_folder_that_cannot_be_used_is_a_failure(monkeypatch, tmp_path, check)
     monkeypatch.setattr(doctor.os, "access", lambda *_: False)  # Python takes another one, and says nothing
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert "TMPDIR" in doctor.check_temporary_folder().found
+
+
+def test_where_no_temporary_file_can_be_made_the_way_out_is_told(monkeypatch, tmp_path):
+    def fail():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    for check in (doctor.check_compiler, doctor.check_temporary_folder):
+        line = doctor._guarded(check)
+        assert line.status == "failure" and "No usable" in line.found and "TMPDIR" in line.fix
+    assert doctor.check_compiler_folder().status == "OK"  # the folder of engines is one
+    runner = benchmark.make_runner, benchmark.Workload(), 1, "pytorch"
+    for start, *arguments in ((benchmark._turn,), runner, (Worker, "json")):
+        with pytest.raises(BackendUnavailable, match="No usable") as refused:
+            start(*arguments)
+        assert "disk is full" in refused.value.cause and "TMPDIR" in refused.value.fix
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mount options are read on Linux")

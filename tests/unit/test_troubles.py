@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from helpers.backends.tensorrt.builder import missing
 from helpers.course import cards, troubles
 from helpers.course.cards import CARDS, explain
 from helpers.engine import build_onnx
-from helpers.errors import BuildError, CourseError, InputError, RecipeError, WorkerError
+from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, RecipeError, WorkerError
 from helpers.machine.worker import Worker
 from helpers.messages import Card, matches
 from helpers.model.checkpoint import find_checkpoint
@@ -364,6 +365,18 @@ def test_a_build_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         worker.call("build_small", size=700, room=100_000)
     assert "helpers remove" in explain(str(failed.value)).troubles[0].card.fix
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_a_copy_is_made_where_the_temporary_folder_was_cleared_away_and_a_full_one_is_told(tmp_path, monkeypatch):
+    (tmp_path / "engine").mkdir()
+    shutil.rmtree(troubles.copy_of(tmp_path / "engine").parent.parent)
+    copy = troubles.copy_of(tmp_path / "engine")
+    refused = [("weights", "copy", "[Errno 28] No space left on device")]
+    monkeypatch.setattr(shutil, "copytree", lambda *_: (_ for _ in ()).throw(shutil.Error(refused)))
+    with pytest.raises(BackendUnavailable, match="No space left") as full:
+        troubles.copy_of(tmp_path / "engine")
+    assert "disk is full" in full.value.cause and "TMPDIR" in full.value.fix
+    assert [path for path in copy.parent.parent.iterdir() if path.is_dir()] == [copy.parent]  # no half copy
 
 
 def test_what_a_killed_kernel_left_goes_with_the_next(tmp_path):

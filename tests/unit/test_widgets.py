@@ -15,7 +15,7 @@ from helpers import BuildRecipe, SamplingParams, load
 from helpers.course import batching, widgets
 from helpers.course.widgets import choices, panel
 from helpers.course.widgets import sampling as explorers
-from helpers.errors import InputError, LimitError, ModelError, NumericsError
+from helpers.errors import BuildError, InputError, LimitError, ModelError, NumericsError
 from helpers.model.tokenizer import load_tokenizer
 
 
@@ -282,6 +282,11 @@ def test_no_control_changes_the_recipe_that_was_given(explore, fields):
     assert widgets.memory_calculator(max_seq_len=64).recipe().max_seq_len == 64  # shorter than a recipe's usual prompt
     with pytest.raises(ModelError, match="nowhere"):
         explore(model="./nowhere")
+
+
+def test_an_explorer_of_a_backend_that_builds_nothing_is_refused_as_that():
+    with pytest.raises(BuildError, match="compiles nothing ahead of time"):
+        widgets.build_explorer(backend="pytorch")
 
 
 def test_what_the_calculator_cannot_count_is_told_and_goes_away(tmp_path):

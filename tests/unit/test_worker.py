@@ -106,6 +106,12 @@ def test_importing_a_workers_module_changes_no_variable_but_one_of_its_library()
     assert changed.strip() == "{'TLLM_WORKER_USE_SINGLE_PROCESS'}"
 
 
+def test_a_worker_starts_where_the_temporary_folder_was_cleared_away(served, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "cleared away"))
+    with Worker(served) as worker:
+        assert worker.call("echo", a=1) == {"a": 1}
+
+
 def test_events_stream_before_the_result(worker):
     assert list(worker.stream("count", n=3)) == [0, 1, 2]
     assert worker.call("count", n=3) == "done"

@@ -7,8 +7,6 @@ limits, no prefix cache, and the room for keys and values: as much as the other 
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +15,7 @@ from helpers.machine.environments import need_python
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.tokenizer import load_tokenizer
+from helpers.paths import temporary_folder
 from helpers.recipe import BuildRecipe
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
@@ -37,7 +36,7 @@ def load(recipe: BuildRecipe) -> RemoteEngine:
     checkpoint.check(recipe.max_seq_len)
     checkpoint.check_sole_weights("vLLM")
     tokenizer = load_tokenizer(checkpoint.folder)
-    traces = Path(tempfile.gettempdir()) / f"vllm-traces-{uuid4().hex}"  # vLLM makes it with the first trace
+    traces = temporary_folder() / f"vllm-traces-{uuid4().hex}"  # vLLM makes it with the first trace
     arguments = {"profiler_config": PROFILER | {"torch_profiler_dir": str(traces)}, **settings(recipe, checkpoint)}
     worker = Worker("helpers.backends.vllm.worker", python=need_python("vllm"))
     versions = start(worker, "vLLM", "load", START_LIMIT_S, settings=arguments)

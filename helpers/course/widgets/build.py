@@ -16,11 +16,11 @@ from helpers.course.memory import expected_seconds, plan
 from helpers.course.widgets.memory import RecipePanel
 from helpers.course.widgets.panel import as_html, button, control, row, slider
 from helpers.display import Table
-from helpers.engine import inspect
+from helpers.engine import inspect, need_compiled
 from helpers.errors import BuildError
 from helpers.machine import commands
 from helpers.paths import PROJECT, owned_folder
-from helpers.recipe import BuildRecipe
+from helpers.recipe import COMPILED, BuildRecipe
 from helpers.recipe.fields import OPTIMIZATION_LEVELS
 
 # `helpers build`, interrupted once its input closes: by Stop, or since the kernel has ended, however it ended. A kernel
@@ -42,7 +42,10 @@ PATIENCE = 15.0  # seconds that a cancelled build may take to clear away what it
 
 def build_explorer(**fields: Any) -> BuildExplorer:
     """Controls for a recipe; what its engine takes beside them; a build that can be stopped. fields: a recipe's."""
-    return BuildExplorer(BuildRecipe(**{"max_batch_size": 4, "optimization_level": 0, **fields}))
+    level = {"optimization_level": 0} if fields.get("backend", BuildRecipe.backend) in COMPILED else {}
+    recipe = BuildRecipe(**{"max_batch_size": 4, **level, **fields})
+    need_compiled(recipe)
+    return BuildExplorer(recipe)
 
 
 class BuildExplorer(RecipePanel):
@@ -113,7 +116,7 @@ class BuildExplorer(RecipePanel):
         self.draw()
         if process.returncode == 0:  # perhaps before Stop reached it
             self.log.value = f"<pre>{html.escape(words)}</pre>"
-            self.report.value = as_html(inspect(words.splitlines()[-1]))
+            self.report.value = as_html(inspect(recipe))
         elif self._stopping:
             left = "Nothing is left of this build." if ended else "It had to be killed: the next build clears it away."
             self.log.value = f"<p>Cancelled. {left}</p>"
