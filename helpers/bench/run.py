@@ -291,10 +291,11 @@ def _parse(contender: str) -> tuple[str, str]:
 def empty_record(workload: Workload) -> Record:
     """A record of this machine, with its bandwidth measured, and no rows yet."""
     machine = hardware.describe(workload.device)
-    size = find_checkpoint(workload.model).config.parameter_count() * 4
-    threads = workload.threads or hardware.default_threads(size)
+    checkpoint = find_checkpoint(workload.model)
+    threads = workload.threads or hardware.default_threads(checkpoint.config.parameter_count() * 4)
     cpu = hardware.describe("cpu")
     versions = {"python": sys.version.split()[0], **hardware.versions(), "transformers": version("transformers")}
+    versions["checkpoint"] = checkpoint.digest()[:12]  # a folder may hold another one tomorrow
     return Record(
         workload,
         [],

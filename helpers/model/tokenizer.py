@@ -9,7 +9,7 @@ and in transformers 5 for most classes. For LlamaTokenizer and Qwen2Tokenizer, 5
 the file, and makes the rest anew: a Llama tokenizer then puts its space before the first word alone, unless `legacy` is
 true, where many files (Llama 2, TinyLlama) put one behind each special token too. add_prefix_space is followed by both
 versions, against the file; where the two contradict each other, the checkpoint is refused. A decoded text is left as it
-is, as in 5: 4.57 took spaces before punctuation away where clean_up_tokenization_spaces is true.
+is: where clean_up_tokenization_spaces is true, 4.57 takes spaces before punctuation away, and 5 too but for BPE.
 """
 
 from __future__ import annotations

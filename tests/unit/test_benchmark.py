@@ -8,6 +8,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -23,6 +24,7 @@ from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
 from helpers.errors import InputError, RecipeError
 from helpers.machine import gpu_time, hardware, load
 from helpers.maintain import classroom, room
+from helpers.model.checkpoint import find_checkpoint
 from helpers.paths import PROJECT
 
 SMALL = Workload(input_len=8, output_len=8, repeats=3, warmup=1)
@@ -221,6 +223,16 @@ def test_a_file_is_written_under_a_name_that_nobody_else_has(tmp_path, monkeypat
     records.keeper(tmp_path / "a.json")
     assert len(set(names)) == 2 and (tmp_path / "a.json.part").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.json.part"}
+
+
+def test_a_folder_that_was_retrained_between_two_records_is_other_work(tmp_path):
+    folder = shutil.copytree(find_checkpoint("stories").folder, tmp_path / "model")
+    before = benchmark.empty_record(Workload(model=str(folder)))
+    assert not records.differences(before, benchmark.empty_record(before.workload), ("workload", "versions"))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(InputError, match="versions.checkpoint"):
+        records.merge(before, benchmark.empty_record(before.workload))
 
 
 def test_records_merge_only_if_they_did_the_same_work():
