@@ -174,19 +174,19 @@ def test_a_setting_that_an_error_gives_is_one_word_to_a_shell(monkeypatch, tmp_p
 
 
 def test_what_a_notebook_shows_because_it_is_slow_here_is_nothing_in_its_committed_outputs(monkeypatch):
-    shown, texts = threading.Event(), []
+    shown, updates = threading.Event(), []
 
     def update(data, raw):
-        texts.append(data["text/plain"])
-        if len(texts) > 1:
+        updates.append(data)
+        if len(updates) > 1:
             shown.set()
 
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: SimpleNamespace(update=update))
     monkeypatch.setattr(progress, "in_notebook", lambda: True)
     monkeypatch.setattr(progress, "SILENT_S", 0.0)
     with progress.shown_if_slow("Starting PyTorch", "import"):
-        assert shown.wait(60) and "Starting PyTorch" in texts[1]
-    last = nbformat.v4.new_output("display_data", data={"text/plain": texts[-1]})
+        assert shown.wait(60) and "Starting PyTorch" in updates[1]["text/plain"]
+    last = nbformat.v4.new_output("display_data", data=updates[-1])
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("load(name)", outputs=[last])])
     notebooks.tidy(nb)
     assert nb.cells[0].outputs == []
