@@ -136,6 +136,8 @@ def test_a_click_on_a_token_shows_what_else_it_could_have_been(page):
 
 
 def test_stop_ends_a_text_and_clicks_meanwhile_do_not_queue(page):
+    handle(page, "pause, ms").focus()
+    page.keyboard.press("End")  # or the text is whole before Stop is clicked
     run_button(page).click()
     wait_for(named(page, "Stop").is_enabled)
     for _ in range(3):
@@ -145,6 +147,9 @@ def test_stop_ends_a_text_and_clicks_meanwhile_do_not_queue(page):
     count = page.locator(".widget-toggle-buttons button").count()
     time.sleep(1)
     assert run_button(page).is_enabled() and page.locator(".widget-toggle-buttons button").count() == count < 12
+    handle(page, "pause, ms").focus()
+    for key in ("Home", *["ArrowRight"] * 3):
+        page.keyboard.press(key)
 
 
 def test_two_settings_stand_side_by_side(page):
