@@ -125,6 +125,11 @@ def check(recipe: RecipeFields) -> None:
                 f"Recipe option {name!r} is for single modules: a language model settles it itself.",
                 fix="Leave it out, or use build_module.",
             )
+    if "optimization_level" in recipe.options and recipe.optimization_level != RecipeFields.optimization_level:
+        raise RecipeError(
+            "The recipe contradicts itself: it has the field optimization_level, and the option of that name.",
+            fix="Give one of them; the option goes to 5.",
+        )
     from_recipe(recipe)
 
 

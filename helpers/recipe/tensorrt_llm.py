@@ -86,6 +86,8 @@ CALIBRATED = ("fp8", "int4")  # ModelOpt measures activations for FP8 and W4A16_
 CALIBRATION_NAME = "cnn_dailymail"
 CALIBRATION_FILE = "train.jsonl"
 OTHER_LAYOUTS = (CALIBRATION_NAME, "scienceqa", "science_qa", "pileval")
+# The same file's get_hf_config and get_model take a checkpoint for one of another kind by such letters in its path.
+OTHER_MODELS = ("mpt", "vila", "llava-onevision-qwen2")
 
 
 def check(recipe: RecipeFields) -> None:
@@ -149,6 +151,12 @@ def _check_engine(recipe: RecipeFields) -> None:
                 f"Option {name} works on FP8 numbers, and the recipe's precision is {recipe.precision!r}.",
                 fix="Use precision='fp8', or leave the option out.",
             )
+    if not calibrated(recipe) and (idle := next((name for name in options if name.startswith("calib_")), "")):
+        raise RecipeError(
+            f"Option {idle} would do nothing: this recipe is not calibrated.",
+            cause=f"Only precisions {' and '.join(CALIBRATED)} are calibrated, and no dummy weights.",
+            fix="Leave it out.",
+        )
     if options.get("gemm_plugin") == "fp8" and recipe.precision != "fp8":
         raise _wrong("gemm_plugin", "fp8", "another type, or precision='fp8' in the recipe")
     fused = plugins(recipe).get("use_fused_mlp", True)
@@ -194,6 +202,12 @@ def check_calibration(recipe: RecipeFields, checkpoint: Path) -> None:
             f"TensorRT-LLM cannot calibrate with {dataset!r}: {problem}.",
             cause="It takes one layout of a folder only, runs scripts that it finds there, and knows few names.",
             fix=fix,
+        )
+    if letters := next((letters for letters in OTHER_MODELS if letters in str(checkpoint)), ""):
+        raise RecipeError(
+            f"TensorRT-LLM would calibrate another kind of model: the path {checkpoint} contains {letters!r}.",
+            cause="By these letters, wherever they stand, it knows models of a kind that this course does not build.",
+            fix="Move the checkpoint to a folder without them in its path.",
         )
     if code := _own_code(checkpoint):
         raise RecipeError(

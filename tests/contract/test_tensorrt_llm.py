@@ -200,6 +200,15 @@ def test_a_checkpoint_with_code_of_its_own_is_not_calibrated(standin, texts, tmp
         build(recipe(model=str(model), precision="fp8", options={"calib_dataset": str(texts)}), quiet=True)
 
 
+@pytest.mark.parametrize("folder", ["attempt-2", "savila"])
+def test_a_path_by_which_another_kind_of_model_would_be_calibrated_is_refused(standin, texts, tmp_path, folder):
+    """quantization/quantize_by_modelopt.py, get_hf_config and get_model: "mpt" in the path makes an MPT model of it, of
+    random weights where the checkpoint is a Llama's."""
+    model = shutil.copytree(BUNDLED, tmp_path / folder)
+    with pytest.raises(RecipeError, match="another kind of model"):
+        build(recipe(model=str(model), precision="fp8", options={"calib_dataset": str(texts)}), quiet=True)
+
+
 def test_fused_mlp_and_fast_build_follow_from_the_common_fields(standin):
     """llmapi/llm_args.py: fast_build; plugin/plugin.py: use_fused_mlp."""
     _, config = built(fusion={"kernels": True, "qkv": True, "gate_up": False}, optimization_level=0)

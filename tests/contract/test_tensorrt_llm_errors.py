@@ -59,7 +59,8 @@ REPORTED = [
      "implementation for node {ForeignNode[a...b]}.)", BuildError, "smaller limits"),  # 54
     ("build", "ValueError", "AutoConfig cannot load the huggingface config.", ModelError, "aot"),  # 2302
     ("build", "ValueError", "Config name is missing. Please pick one among the available configs: ['1.0.0', '3.0.0']",
-     BuildError, "cnn_dailymail"),  # 5247
+     BuildError, "train.jsonl"),  # 5247
+    ("build", "NotImplementedError", "Unsupported dataset name or local repo directory: x.", BuildError, "train.jsonl"),
     ("load", "RuntimeError", "[json.exception.out_of_range.403] key 'use_context_fmha_for_generation' not found",
      EngineMismatch, "Build"),  # 1803
     ("generate", "RuntimeError", "Cannot process new request: Prompt length (5056) exceeds maximum sequence length "

@@ -81,6 +81,12 @@ def test_a_field_that_a_backend_would_ignore_is_refused(backend, field, value):
     assert recipe.replace(**{field: getattr(BuildRecipe(), field)}) == recipe  # the default is no wish
 
 
+def test_a_level_that_is_given_twice_is_refused():
+    assert BuildRecipe(backend="tensorrt", options={"optimization_level": 5}).options
+    with pytest.raises(RecipeError, match="contradicts"):
+        BuildRecipe(backend="tensorrt", optimization_level=1, options={"optimization_level": 5})
+
+
 def test_threads_of_a_cpu_are_refused_for_a_gpu():
     with pytest.raises(RecipeError, match="num_threads is for CPUs"):
         BuildRecipe(device="cuda", num_threads=2)
