@@ -162,7 +162,8 @@ def check_compiler() -> Check:
             fix = f"See the line of the temporary folder. If that is OK: {fix}"
             return failure(f"{name}: what it compiles does not load: {_complaint(answer)}", fix)
     if (named := os.environ.get("CXX")) and named != compiler:
-        return warning(f"{name}: it works, but CXX names {named!r}, which is no program", "unset CXX")
+        wrong = "has a space in its path" if shutil.which(named) else "is no program"
+        return warning(f"{name}: it works, but CXX names {named!r}, which {wrong}", "unset CXX")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         fix = "Install Python's headers, such as: apt install python3-dev"
         return warning(f"{name}: it works, but there is no Python.h, which torch_compile's kernels include", fix)

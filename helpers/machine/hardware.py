@@ -15,7 +15,7 @@ from pathlib import Path
 
 from helpers.errors import BackendUnavailable
 from helpers.machine import commands, limits
-from helpers.paths import check_working_folder
+from helpers.paths import check_working_folder, is_one_word
 
 ANSWER_LIMIT = 4.0  # seconds for a compiler to say what it is
 
@@ -168,13 +168,15 @@ def least_time(size: int, device: str, threads: int) -> float:
 
 
 def compiler() -> str:
-    """Name or path of the C++ compiler that Inductor will call; raises BackendUnavailable if there is none."""
+    """Name or path of the C++ compiler that Inductor will call; raises BackendUnavailable if there is none. Inductor
+    puts it into one line, where a space in its path would cut it."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
+        if name and is_one_word(name) and shutil.which(name):
             return name
     raise BackendUnavailable(
         "There is no C++ compiler on this machine.",
-        cause="The aot backend compiles its kernels with g++ or clang++, and neither is on the PATH.",
+        cause="The aot backend compiles its kernels with g++ or clang++, and neither is on the PATH. What CXX names "
+        "does not count where it is no program, or has a space in its path.",
         fix="Install one: 'apt-get install g++', 'dnf install gcc-c++' or 'xcode-select --install'.",
     )
 

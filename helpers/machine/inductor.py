@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from helpers.errors import BackendUnavailable
+from helpers.machine import hardware
 from helpers.paths import compilers_folder, is_one_word, temporary_folder
 
 
@@ -23,6 +25,8 @@ def prepare_inductor() -> Path:
         folder = place / folder.name
         folder.mkdir(exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    with contextlib.suppress(BackendUnavailable):  # a GPU's kernels may need none
+        config.cpp.cxx = (None, hardware.compiler())  # torch's own choice is CXX, whatever it names
     if not is_one_word(str(temporary_folder())):
         config.cpp_cache_precompile_headers = False  # they would be compiled there
     _link_libraries()

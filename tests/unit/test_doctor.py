@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -156,6 +157,9 @@ def test_the_compiler_here_compiles_links_and_loads_in_a_folder_with_a_space_too
     monkeypatch.setenv("CXX", "ccache g++")
     check = doctor.check_compiler()
     assert check.status == "warning" and "'ccache g++', which is no program" in check.found and check.fix == "unset CXX"
+    (tmp_path / "my files/g++").symlink_to(shutil.which("g++"))  # as conda's CXX, in an environment with a space
+    monkeypatch.setenv("CXX", str(tmp_path / "my files/g++"))
+    assert "g++', which has a space in its path" in doctor.check_compiler().found
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
     assert "Python.h" in doctor.check_compiler().found
@@ -388,7 +392,9 @@ def test_torchs_compiler_works_where_programs_may_run(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(noexec / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("helpers.paths.lets_programs_run", lambda folder: not folder.is_relative_to(noexec))
+    monkeypatch.setenv("CXX", "ccache g++")  # torch would take it, and then find no compiler
     assert prepare_inductor() == tmp_path / "cache" == Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert torch._inductor.config.cpp.cxx == (None, hardware.compiler())
 
 
 def test_the_compilers_folder_is_the_one_that_a_build_takes(monkeypatch, tmp_path):
