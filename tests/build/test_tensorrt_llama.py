@@ -254,6 +254,31 @@ def test_every_precision_builds_the_model(small, precision):
     assert wanted.get(precision, precision) in constants
 
 
+def written(small, folder):
+    """What TensorRT is given to build the model in fp8, file by file."""
+    checkpoint, recipe = find_checkpoint(small), RECIPE.replace(precision="fp8")
+    limits = {"cache_length": recipe.max_seq_len, "batch_sizes": (1,)}
+    for name in ("calibration", "graphs"):
+        (folder / name).mkdir(parents=True)
+    limits["largest"] = backend._calibrate(checkpoint, recipe, folder / "calibration", limits)
+    weights = llama_onnx.write_weights(checkpoint, "fp8", recipe.max_seq_len, folder / "graphs")
+    for graph in backend.GRAPHS:
+        llama_onnx.write(graph, checkpoint.config, weights, folder / "graphs", precision="fp8", **limits)
+    return {path.name: path.read_bytes() for path in (folder / "graphs").iterdir()}
+
+
+def test_torchs_defaults_change_nothing_of_what_is_built(small, tmp_path):
+    """As a notebook sets them: with device "cuda" no model was written, with bfloat16 other scales."""
+    expected = written(small, tmp_path / "plain")
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")  # as "cuda", where there is one
+        assert written(small, tmp_path / "changed") == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def test_int8_plans_are_smaller_than_fp16s(small):
     sizes = {}
     for precision in ("fp16", "int8"):

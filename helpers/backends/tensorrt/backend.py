@@ -120,8 +120,8 @@ def _calibrate(checkpoint: Checkpoint, recipe: BuildRecipe, work: Path, limits: 
     """fp8's scales of activations, from a fixed random prompt: they depend little on the text."""
     weights = llama_onnx.write_weights(checkpoint, "fp16", recipe.max_seq_len, work)
     file = llama_onnx.write(llama_onnx.PREFILL, checkpoint.config, weights, work, precision="fp16", **limits)
-    generator = torch.Generator().manual_seed(0)
-    length = min(CALIBRATION, recipe.max_input_len)
-    tokens = torch.randint(checkpoint.config.vocab_size, (1, length), generator=generator).numpy()
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = 1, min(CALIBRATION, recipe.max_input_len)
+    tokens = torch.randint(checkpoint.config.vocab_size, size, generator=generator, device="cpu").numpy()
     largest = onnx_export.calibrate(onnx_export.read(file), {"tokens": tokens})
     return {**largest, "head.weight": largest.get("head.weight", largest.get("embedding", 0.0))}  # a tied embedding

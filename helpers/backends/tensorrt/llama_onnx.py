@@ -147,7 +147,7 @@ class _Writer:
         """A number of the graph's type, or of another."""
         dtype = dtype or self.dtype
         name = f"number {value!r} {dtype}".replace("torch.", "")
-        self.constants.setdefault(name, onnx_export.proto(name, torch.tensor(value, dtype=dtype)))
+        self.constants.setdefault(name, onnx_export.proto(name, torch.tensor(value, dtype=dtype, device="cpu")))
         return name
 
     def _constant(self, name: str, values: np.ndarray) -> str:

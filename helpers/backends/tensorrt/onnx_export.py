@@ -260,7 +260,7 @@ def narrowed(name: str, values: Tensor, precision: str, rows: int) -> Iterator[T
     else:
         one = fp8_scale(wide.abs().max().item())
         yield proto(name, (wide / one).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
-        yield proto(f"{name}_scale", torch.tensor(one).to(source))
+        yield proto(f"{name}_scale", torch.tensor(one, dtype=source, device="cpu"))
 
 
 def scale_axes(weight: str, precision: str, rows: int, columns: int) -> dict[str, Any]:
@@ -278,9 +278,9 @@ def _quantize_activation(graph: onnx.GraphProto, node: Any, weight: str, largest
     """QuantizeLinear and DequantizeLinear on the product's input: TensorRT then feeds fp8 to the product."""
     scale, zero = f"{weight}_input_scale", f"{weight}_input_zero"
     if scale not in {t.name for t in graph.initializer}:
-        value = torch.tensor(fp8_scale(largest)).to(TORCH_TYPES[source])
-        graph.initializer.append(proto(scale, value))
-        graph.initializer.append(proto(zero, torch.tensor(0.0).to(torch.float8_e4m3fn)))
+        for name, value, dtype in ((scale, fp8_scale(largest), TORCH_TYPES[source]), (zero, 0.0, torch.float8_e4m3fn)):
+            # Type and device are named, because a notebook may have set others as torch's defaults.
+            graph.initializer.append(proto(name, torch.tensor(value, dtype=dtype, device="cpu")))
     _insert(graph, node, 0, "QuantizeLinear", [node.input[0], scale, zero], f"{node.name}_narrow", {})
     _insert(graph, node, 0, "DequantizeLinear", [node.input[0], scale], f"{node.name}_input", {})
 
