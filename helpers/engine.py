@@ -36,7 +36,7 @@ from helpers.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoin
 from helpers.model.config import save_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.paths import engines_folder
-from helpers.progress import Progress, hushed, say
+from helpers.progress import Progress, hushed, say, shown_if_slow
 from helpers.recipe import COMPILED, BuildRecipe, from_dict
 
 if TYPE_CHECKING:
@@ -328,7 +328,8 @@ def _run(job: BuildJob, force: bool) -> Path:
     if folder := stored():
         return folder
     say(store.explain_miss(job.identity))
-    seconds, size, more = job.estimate()
+    with shown_if_slow(f"Reading what {name} is built from", "read"):  # transformers is imported for it
+        seconds, size, more = job.estimate()
     _check_disk(size + more + WORK)
     with store.building(name) as work:
         if folder := stored():  # another process built it while this one waited

@@ -60,13 +60,13 @@ class PyTorchEngine(Engine):
     """transformers in eager mode. Prompts of a batch are padded on the left, as `generate` does it."""
 
     def __init__(self, recipe: BuildRecipe):
-        checkpoint = find_checkpoint(recipe.model)
-        checkpoint.check(recipe.max_seq_len)
-        config = checkpoint.config
-        super().__init__(recipe, load_tokenizer(checkpoint.folder), config.eos_token_ids, config.vocab_size)
-        self.device = hardware.resolve_device(recipe.device)
-        _check_memory(config.parameter_count() * DTYPES[recipe.precision].itemsize, self.device)
-        with shown_if_slow(f"Loading {recipe.short_name}", "model"):
+        with shown_if_slow(f"Loading {recipe.short_name}", "model"):  # the import of transformers, too
+            checkpoint = find_checkpoint(recipe.model)
+            checkpoint.check(recipe.max_seq_len)
+            config = checkpoint.config
+            super().__init__(recipe, load_tokenizer(checkpoint.folder), config.eos_token_ids, config.vocab_size)
+            self.device = hardware.resolve_device(recipe.device)
+            _check_memory(config.parameter_count() * DTYPES[recipe.precision].itemsize, self.device)
             self.model = load_model(checkpoint, DTYPES[recipe.precision], self.device)
         self.cache: Any = None
         self.mask = self.positions = torch.empty(0)

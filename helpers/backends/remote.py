@@ -28,7 +28,7 @@ from helpers.machine.gpu_time import GpuTime, read_from
 from helpers.machine.worker import Worker
 from helpers.model.sampling import SamplingParams
 from helpers.model.tokenizer import Tokenizer
-from helpers.progress import Progress
+from helpers.progress import Progress, shown_if_slow
 from helpers.recipe import BuildRecipe
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class RemoteEngine(Engine):
     def _finish_request(self) -> None:
         """Wait until the worker has answered the request that it is busy with: a stream that nobody reads on still runs
         there, and its errors are nobody's."""
-        with suppress(CourseError):
+        with suppress(CourseError), shown_if_slow("The request before is still answered, to its last token", "wait"):
             for _ in self._events:
                 pass
 

@@ -34,7 +34,7 @@ from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.paths import compilers_folder, owned_folder, temporary_folder, user_id
-from helpers.progress import Progress, held, hushed, say
+from helpers.progress import Progress, held, hushed, say, shown_if_slow
 from helpers.recipe import COMPILED, BuildRecipe
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4: see model/weights.py
@@ -68,9 +68,10 @@ def run(
                 f"Batch {size} is not from 1 to max_batch_size={workload.max_batch_size}.",
                 fix="Give sizes in that range, or raise the limit.",
             )
-    record = empty_record(workload)
-    runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]
     with hushed(quiet):
+        with shown_if_slow("Looking at this machine and the model", "look"):  # PyTorch and transformers are imported
+            record = empty_record(workload)
+        runners = [make_runner(workload, record.threads, contender) for contender in dict.fromkeys(contenders)]
         return run_all(record, runners, batch_sizes, keep=keep)
 
 

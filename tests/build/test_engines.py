@@ -25,6 +25,7 @@ from helpers.errors import (
     EngineMismatch,
     InputError,
     LimitError,
+    ModelError,
     NumericsError,
     OutOfMemory,
 )
@@ -119,6 +120,20 @@ def test_loading_is_shown_where_it_takes_long(backend, tiny_engine, tiny_llama, 
     recipe = BuildRecipe(model=str(tiny_llama), backend="pytorch", max_input_len=16, max_seq_len=48)
     with load(recipe if backend == "pytorch" else tiny_engine):
         assert len(titles) == 1 and titles[0].startswith("Loading tiny-llama")
+
+
+def test_a_checkpoint_that_takes_long_to_read_is_shown_as_loading(monkeypatch, capsys):
+    """The first time in a process, transformers is imported for it."""
+
+    def slow(name):
+        time.sleep(0.3)
+        raise ModelError("It is none.")
+
+    monkeypatch.setattr("helpers.backends.pytorch.find_checkpoint", slow)
+    monkeypatch.setattr("helpers.progress.SILENT_S", 0.1)
+    with pytest.raises(ModelError):
+        load(BuildRecipe(backend="pytorch"))
+    assert "Loading stories-pytorch-fp32-b1" in capsys.readouterr().err
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------

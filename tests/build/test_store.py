@@ -119,6 +119,15 @@ def test_a_build_does_not_depend_on_what_it_prints(fake, monkeypatch, stream):
     assert build(RECIPE) == build(RECIPE, quiet=True) == folder and backend.builds == 1
 
 
+def test_what_a_build_reads_before_it_begins_is_shown_where_it_takes_long(fake, monkeypatch, capsys):
+    """The first time in a process, transformers is imported for it."""
+    backend = fake()
+    backend.estimate = lambda *_: time.sleep(0.3) or (1.0, 1000, 0.0)
+    monkeypatch.setattr("helpers.progress.SILENT_S", 0.1)
+    name = build(RECIPE).name
+    assert f"Reading what {name} is built from" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name on this system")
 @pytest.mark.timeout(60)
 def test_a_pipe_in_a_manifests_place_is_not_waited_for(fake):

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -467,6 +468,20 @@ def test_where_it_is_there_notebooks_prefer_it(standin):
 
     assert backends.prefer("tensorrt_llm", otherwise="aot") == "tensorrt_llm"
     assert backends.installed()["tensorrt_llm"]
+
+
+def test_asking_the_library_what_it_is_is_shown_where_it_takes_long(monkeypatch, capsys):
+    from helpers.backends.tensorrt_llm import backend
+
+    def slow():
+        time.sleep(0.3)
+        raise WorkerError("It does not start.")
+
+    monkeypatch.setattr(backend, "start_worker", slow)
+    monkeypatch.setattr("helpers.progress.SILENT_S", 0.1)
+    with pytest.raises(WorkerError):
+        backend.machine()
+    assert "Asking TensorRT-LLM, once in a process" in capsys.readouterr().err
 
 
 def test_the_notebooks_side_imports_nothing_of_tensorrt_llm():

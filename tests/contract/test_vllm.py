@@ -1,6 +1,7 @@
 """The vLLM backend against a stand-in with vLLM 0.25.1's signatures (tests/contract). vLLM itself runs on a GPU only:
 its figures are in the reference records."""
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -62,12 +63,16 @@ def test_a_stop_string_ends_an_answer_and_the_next_request_waits_for_the_rest(st
         assert engine.generate("Once", plain)[0].token_ids == [3, 4, 5]
 
 
-def test_a_stream_left_early_does_not_disturb_the_next_request(stand_in):
+def test_a_stream_left_early_does_not_disturb_the_next_request_which_says_what_it_waits_for(stand_in, monkeypatch):
+    titles = []
     with load(BuildRecipe(**LIMITS)) as engine:
         stream = engine.stream("Once", SamplingParams(max_tokens=20))
         next(stream)
         stream.close()
+        shown = "helpers.backends.remote.shown_if_slow"
+        monkeypatch.setattr(shown, lambda title, phase: titles.append(title) or contextlib.nullcontext())
         assert engine.generate("Once", SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids == [3, 4, 5]
+    assert titles == ["The request before is still answered, to its last token"]
 
 
 def test_settings_are_fair_and_follow_the_recipe(stand_in):

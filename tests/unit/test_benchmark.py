@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -665,6 +666,21 @@ def test_what_only_looks_like_a_benchmark_is_refused_before_it_begins(monkeypatc
     with pytest.raises((InputError, RecipeError)) as refused:
         benchmark.run(*arguments, quiet=True)
     assert refused.value.fix
+
+
+def test_what_a_benchmark_looks_at_before_it_begins_is_shown_where_it_takes_long(monkeypatch, capsys):
+    """PyTorch and transformers are imported for it."""
+
+    def slow(_):
+        time.sleep(0.3)
+        raise InputError("That is all.")
+
+    monkeypatch.setattr(benchmark, "empty_record", slow)
+    monkeypatch.setattr("helpers.progress.SILENT_S", 0.1)
+    for quiet in (True, False):
+        with pytest.raises(InputError):
+            benchmark.run(SMALL, ["pytorch"], quiet=quiet)
+        assert ("Looking at this machine" in capsys.readouterr().err) != quiet
 
 
 @pytest.mark.parametrize("path", [b"x", None, 5, [], "\0"], ids=repr)

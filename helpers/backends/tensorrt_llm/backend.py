@@ -26,7 +26,7 @@ from helpers.model.checkpoint import Checkpoint, find_checkpoint
 from helpers.model.config import ModelConfig, load_config, read_config, read_fields
 from helpers.model.sampling import SamplingParams, checked
 from helpers.model.tokenizer import load_tokenizer
-from helpers.progress import Progress, say
+from helpers.progress import Progress, say, shown_if_slow
 from helpers.recipe import BuildRecipe
 from helpers.recipe.tensorrt_llm import (
     CALIBRATED,
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
 
 @cache
 def _machine(python: str) -> dict[str, Any]:
-    with start_worker() as worker:
+    with shown_if_slow("Asking TensorRT-LLM, once in a process", "import"), start_worker() as worker:
         return worker.call("describe", time_limit=START_LIMIT_S)
 
 
