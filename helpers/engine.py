@@ -59,6 +59,7 @@ def build(recipe: BuildRecipe, *, force: bool = False, quiet: bool = False) -> P
 def _job(recipe: BuildRecipe) -> BuildJob:
     """What `build` builds."""
     checkpoint = find_checkpoint(recipe.model)
+    recipe = recipe.replace(model=checkpoint.name)  # it may have been a link, or "."
     backend = backends.module(recipe.backend)
 
     def compile_into(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -82,8 +83,7 @@ def _job(recipe: BuildRecipe) -> BuildJob:
         load_tokenizer(checkpoint.folder)  # refused here if it cannot be read
         return backend.estimate(recipe, checkpoint.config, depends_on["recipe"]["device"])
 
-    given = {**recipe.to_dict(), "model": checkpoint.name}
-    return BuildJob(recipe.short_name, depends_on, given, compile_into, estimate)
+    return BuildJob(recipe.short_name, depends_on, recipe.to_dict(), compile_into, estimate)
 
 
 def build_module(
@@ -188,7 +188,8 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
     if not isinstance(engine, BuildRecipe):
         return store.find(engine)
     need_compiled(engine)
-    depends_on = identity(engine, find_checkpoint(engine.model))
+    checkpoint = find_checkpoint(engine.model)
+    engine, depends_on = engine.replace(model=checkpoint.name), identity(engine, checkpoint)
     folder = store.serving(engine.short_name, depends_on)
     if folder is None:
         raise EngineNotFound(

@@ -119,6 +119,16 @@ def test_a_build_does_not_depend_on_what_it_prints(fake, monkeypatch, stream):
     assert build(RECIPE) == build(RECIPE, quiet=True) == folder and backend.builds == 1
 
 
+def test_an_engine_of_a_model_behind_a_link_is_found_by_the_recipe_that_built_it(fake, tmp_path, monkeypatch):
+    from helpers.model.checkpoint import BUNDLED
+
+    fake()
+    (tmp_path / "link").symlink_to(BUNDLED)
+    monkeypatch.chdir(BUNDLED)
+    folders = [build(RECIPE.replace(model=m), quiet=True) for m in (str(tmp_path / "link"), ".", str(BUNDLED))]
+    assert len(set(folders)) == 1 and locate(recipe_of(folders[0])) == locate(RECIPE.replace(model=".")) == folders[0]
+
+
 def test_what_a_build_reads_before_it_begins_is_shown_where_it_takes_long(fake, monkeypatch, capsys):
     """The first time in a process, transformers is imported for it."""
     backend = fake()
