@@ -77,7 +77,7 @@ class RemoteEngine(Engine):
         ids = self.tokenize(prompt)
         self._check_limits([ids], 1)
         with self._lock:
-            self._finish_request()
+            self._claim()
             scores = self.worker.call("logits", time_limit=TIME_LIMIT_S, prompt=ids)
         with self._checked(scores):
             return self._guarded(lambda: torch.tensor(scores, dtype=torch.float32).reshape(self.vocab_size))
@@ -86,7 +86,7 @@ class RemoteEngine(Engine):
         """The most bytes that the worker has held so far, on the host and on the GPU."""
         self._check_usable()
         with self._lock:
-            self._finish_request()
+            self._claim()
             return self.worker.call("memory")
 
     def traced(self, call: Callable[[], Any]) -> GpuTime:
@@ -94,7 +94,7 @@ class RemoteEngine(Engine):
         if self.traces is None:
             raise InputError(f"Backend {self.recipe.backend!r} takes no trace of its GPU's work.")
         with self._lock:
-            self._finish_request()
+            self._claim()
             self.worker.call("profile", on=True)
             try:
                 call()
@@ -119,7 +119,6 @@ class RemoteEngine(Engine):
         """As in base.py, but the loop runs in the worker: each step's tokens arrive as one event."""
         if observe:
             raise self._no_steps()
-        self._finish_request()
         request = self._claim()
         settings = asdict(sampling)
         settings.pop("stop")  # the worker knows no text: it goes on, and what follows a stop string is left out here
@@ -151,12 +150,13 @@ class RemoteEngine(Engine):
                 if not sequence.finish_reason:
                     sequence.end(float(seconds))
 
-    def _finish_request(self) -> None:
-        """Wait until the worker has answered the request that it is busy with: a stream that nobody reads on still runs
-        there, and its errors are nobody's."""
+    def _claim(self) -> int:
+        """As in base.py, for whatever the worker is asked; first wait until it has answered the request that it is busy
+        with: a stream that nobody reads on still runs there, and its errors are nobody's."""
         with suppress(CourseError), shown_if_slow("The request before is still answered, to its last token", "wait"):
             for _ in self._events:
                 pass
+        return super()._claim()
 
     @contextmanager
     def _checked(self, answer: Any) -> Iterator[None]:

@@ -12,7 +12,7 @@ import pytest
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.bench import run as benchmark
 from helpers.bench.records import Workload
-from helpers.errors import BackendUnavailable, LimitError, ModelError, WorkerError
+from helpers.errors import BackendUnavailable, InputError, LimitError, ModelError, WorkerError
 
 LIMITS = {"backend": "vllm", "precision": "bf16", "max_batch_size": 4, "max_input_len": 32, "max_seq_len": 64}
 
@@ -73,6 +73,19 @@ def test_a_stream_left_early_does_not_disturb_the_next_request_which_says_what_i
         monkeypatch.setattr(shown, lambda title, phase: titles.append(title) or contextlib.nullcontext())
         assert engine.generate("Once", SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids == [3, 4, 5]
     assert titles == ["The request before is still answered, to its last token"]
+
+
+@pytest.mark.parametrize("ask", [lambda engine: engine.logits("Once"), lambda engine: engine.memory()])
+def test_a_stream_that_another_call_has_overtaken_is_refused_and_the_engine_goes_on(stand_in, ask):
+    """The worker was ended, and the library's version blamed."""
+    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with load(BuildRecipe(**LIMITS)) as engine:
+        stream = engine.stream("Once", sampling)
+        next(stream)
+        ask(engine)
+        with pytest.raises(InputError, match="stream cannot go on"):
+            next(stream)
+        assert engine.generate("Once", sampling)[0].token_ids == [3, 4, 5, 6, 7, 8]
 
 
 def test_settings_are_fair_and_follow_the_recipe(stand_in):
