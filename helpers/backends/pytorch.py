@@ -7,6 +7,7 @@ cache, or `torch.compile` over a static cache. Nothing of the course's own decod
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -26,6 +27,7 @@ from helpers.recipe import BuildRecipe
 
 # torch gives up on a function that it has compiled eight times, for all batch sizes and all models together.
 NO_LIMITS = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+_loads = threading.Lock()  # transformers changes itself and torch while it loads, for all threads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,7 +47,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
     config.tie_word_embeddings = checkpoint.config.tie_word_embeddings
     # What config.json asks for is not passed on: an attention by name can mean code from the Hub.
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
-    with _quiet(), torch.random.fork_rng():  # the user's random numbers go on as if no model had been loaded
+    with _loads, _quiet(), torch.random.fork_rng():  # the user's random numbers go on as if no model had been loaded
         if checkpoint.dummy:
             torch.manual_seed(0)
             with torch.device(device):

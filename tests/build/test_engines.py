@@ -529,6 +529,19 @@ def test_a_model_without_tokenizer_takes_ids_only(checkpoint):
             engine.generate("text")
 
 
+def test_engines_of_transformers_are_loaded_side_by_side_in_threads():
+    """transformers changes itself while it loads: another thread's load failed, and then all later ones."""
+    recipes = [BuildRecipe(backend="pytorch", device="cpu", precision=precision) for precision in ("fp32", "bf16")]
+
+    def answer(recipe):
+        with load(recipe) as engine:
+            return engine.generate([3, 14], replace(GREEDY, max_tokens=3))[0].token_ids
+
+    alone = [answer(recipe) for recipe in recipes]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(answer, recipes * 8)) == alone * 8
+
+
 def test_transformers_makes_its_tensors_on_the_default_device_that_torch_starts_with():
     """As compiled code needs it too: on another one, torch_compile fails, after half a minute."""
     with load(BuildRecipe(backend="pytorch", device="cpu")) as engine:
