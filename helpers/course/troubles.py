@@ -38,17 +38,18 @@ def _new_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=_scratch()))
 
 
+@full_is_told()
 def copy_of(folder: Path) -> Path:
     """A copy of an engine or checkpoint in a temporary folder of its own, to be damaged at will."""
     place = _new_folder()
     try:
-        with full_is_told():
-            return Path(shutil.copytree(folder, place / folder.name))
+        return Path(shutil.copytree(folder, place / folder.name))
     except BaseException:  # a half copy would keep a full disk full
         shutil.rmtree(place, ignore_errors=True)
         raise
 
 
+@full_is_told()
 def other_tokenizer(name: str = "stories") -> Path:
     """A copy of a checkpoint whose tokenizer numbers the same pieces in another order: each id moved up by one."""
     folder = copy_of(find_checkpoint(name).folder)
@@ -63,6 +64,7 @@ def other_tokenizer(name: str = "stories") -> Path:
     return folder
 
 
+@full_is_told()
 def without_end_token(name: str = "stories") -> Path:
     """A copy of a checkpoint that says of no token that it ends a text."""
     folder = copy_of(find_checkpoint(name).folder)
@@ -72,6 +74,7 @@ def without_end_token(name: str = "stories") -> Path:
     return folder
 
 
+@full_is_told()
 def source_checkout(package: str) -> Path:
     """A folder that holds a package's Python files without its compiled ones, as a clone of its repository does."""
     spec = importlib.util.find_spec(package)
@@ -99,6 +102,7 @@ def wrong_scale(engine: Path, name: str, factor: float) -> Path:
     return folder
 
 
+@full_is_told()
 def graph_with_plugin() -> Path:
     """An ONNX file of one node, which is one of TensorRT-LLM's plugins."""
     import onnx
@@ -112,6 +116,7 @@ def graph_with_plugin() -> Path:
     return path
 
 
+@full_is_told()
 def broken_compiler() -> Path:
     """A C++ compiler whose headers are gone: a shell script that says so."""
     path = _new_folder() / "g++"

@@ -347,3 +347,8 @@ def test_where_nothing_can_be_written_the_answer_is_still_checked_and_helped(wor
     assert "00.3" in solution("00.3")
     words = capsys.readouterr().out
     assert "Hint 1 of 2" in words and words.count("Fix: Set COURSE_WORK") == 2
+
+
+def test_a_temporary_folder_that_was_cleared_away_makes_no_answer_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert check("05.6", ANSWERS["05"].RIGHT["05.6"][0])

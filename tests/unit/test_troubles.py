@@ -1,5 +1,6 @@
 """helpers explain: the card for a message, from a whole log too, and none where the course does not know."""
 
+import errno
 import json
 import os
 import random
@@ -365,6 +366,17 @@ def test_a_build_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         worker.call("build_small", size=700, room=100_000)
     assert "helpers remove" in explain(str(failed.value)).troubles[0].card.fix
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_whatever_is_made_in_a_full_temporary_folder_is_told(monkeypatch):
+    def refuse(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(shutil, "copytree", refuse)
+    for make in (troubles.broken_compiler, troubles.other_tokenizer, lambda: troubles.source_checkout("tokenizers")):
+        with pytest.raises(BackendUnavailable, match="No space left"):
+            make()
 
 
 def test_a_copy_is_made_where_the_temporary_folder_was_cleared_away_and_a_full_one_is_told(tmp_path, monkeypatch):

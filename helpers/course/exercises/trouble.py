@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from helpers.course.exercises.frame import call, expect, judge, same_as
 from helpers.course.values import alone, choice, choices, numbers, whole
+from helpers.paths import full_is_told, temporary_folder
 
 if TYPE_CHECKING:
     from helpers.recipe import BuildRecipe
@@ -70,8 +71,9 @@ def is_fault(answer: Any) -> None:
 
 
 @judge("05.6")
+@full_is_told()
 def damaged(answer: Any) -> None:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as name:
         folder, content = Path(name), {"a.pt2": b"one", "b.pt2": b"two", "c.json": b"{}", "d.bin": b""}
         manifest = {file: hashlib.sha256(data).hexdigest() for file, data in content.items()}
         for changes in ({}, {"b.pt2": b"twO"}, {"a.pt2": None}, {"c.json": b"", "d.bin": b"x"}, {"d.bin": None}):
