@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from helpers.bench.records import HOST_BOUND, TOLERANCE, Record, Row
+from helpers.bench.records import HOST_BOUND, TOLERANCE, Record, Row, need_records
 from helpers.bench.tables import METRICS, memory_metric
 from helpers.display import Table
 
@@ -71,6 +71,7 @@ def _divide(over: Interval, under: Interval) -> Interval:
 
 def claims(mine: Record, theirs: Record | None) -> Table:
     """Each claim with this machine's figure and verdict, and the reference machine's."""
+    need_records(mine, theirs or mine)
     here, there = judge(mine), judge(theirs) if theirs else {}
     rows = [(claim, *here[claim], *there.get(claim, ("no record", "open"))) for claim in here]
     columns = ("claim", "measured here", "verdict here", "measured there", "verdict there")
@@ -80,6 +81,7 @@ def claims(mine: Record, theirs: Record | None) -> Table:
 def guide(mine: Record, theirs: Record | None) -> Table:
     """For each situation the contender whose figure is best among those that compute the right thing, or those that
     these runs do not tell apart, on this machine and on the reference machine."""
+    need_records(mine, theirs or mine)
     best = [_best(record) if record else None for record in (mine, theirs)]
     rows = [(situation, *(b[situation][1] if b else "no record" for b in best)) for situation in SITUATIONS]
     return Table(_places(mine, theirs), ("what counts", "least or most here", "there"), rows)
@@ -91,6 +93,7 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
     lines: lines of code of the shortest program for each backend. Another model costs the time to the first token
     again: what was built is for one model only.
     """
+    need_records(record)
     best, largest = _best(record), _largest(record)
     metrics = ("first token ever, s", "first token, s", "TPOT (least), ms", memory_metric(record))
     table: list[tuple[Any, ...]] = []

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.backends.base import need_engine
-from helpers.bench.records import REFERENCES, Record
+from helpers.bench.records import REFERENCES, Record, need_records
 from helpers.display import COLOURS, Picture, Table, new_panels, plain
 from helpers.errors import InputError, LimitError, NumericsError, shown
 from helpers.model.prompts import as_list
@@ -162,7 +162,8 @@ class Precision:
 
 def compare(record: Record, scores: Mapping[str, Scores], reference: str = "aot fp32") -> list[Precision]:
     """Size and TPOT from a benchmark's record, quality from the scores of the same contenders, by their names in it."""
-    if reference not in scores:
+    need_records(record)
+    if not isinstance(scores, Mapping) or reference not in scores:
         raise InputError(f"There are no scores of the reference, {reference!r}.", fix="Score that engine too.")
     exact = scores[reference]
     results = []

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from helpers.errors import InputError, shown
+from helpers.errors import InputError, need, shown
 from helpers.machine.commands import run
 from helpers.machine.load import BUSY
 from helpers.paths import PROJECT, check_writable, named, read_text, write_text
@@ -289,6 +289,7 @@ def keeper(path: str | Path) -> Callable[[Record], Path]:
 
 def save(record: Record, path: str | Path) -> Path:
     """Write a record as JSON, whole or not at all."""
+    need_records(record)
     path = named(path)
     write_text(path, json.dumps(asdict(record), indent=1) + "\n")
     return path
@@ -389,11 +390,18 @@ def commit() -> str:
 # Records together
 
 
+def need_records(*given: Any) -> None:
+    """InputError for another thing than a record, such as its file."""
+    for record in given:
+        need(record, Record, "Give a record: records.read('record.json').")
+
+
 def merge(*records: Record) -> Record:
     """Several records in one, of the same work on the same machine with the same versions. The rows of a batch size are
     those of the last record that has all its contenders: only these took turns."""
     if not records:
         raise InputError("There are no records to merge.", fix="Give one or more.")
+    need_records(*records)
     first = records[0]
     for other in records[1:]:
         if different := differences(first, other, ("workload", "hardware", "threads", "versions")):

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from helpers.bench.records import REFERENCES, Record, Row, differences, same_work
+from helpers.bench.records import REFERENCES, Record, Row, differences, need_records, same_work
 from helpers.display import COLOURS, Picture, Table, grouped_bars, new_figure, sample_bars, stacked_bars
 from helpers.errors import InputError
 from helpers.paths import read_toml
@@ -98,6 +98,7 @@ def _work(record: Record) -> str:
 def table(record: Record, batch_size: int | None = None) -> Table:
     """One table of a record: a column for each contender, a line for each metric. `formulas` says what they mean.
     batch_size: without one, the smallest of the record."""
+    need_records(record)
     rows = [row for row in record.at(batch_size) if row.status != "absent"]
     absent = [row.name for row in record.at(batch_size) if row.status == "absent"]
     shown = {name: show for name, show in METRICS.items() if name != "TPOT (least), ms"}  # it is in the next two
@@ -118,6 +119,7 @@ def formulas() -> Table:
 
 def overview(record: Record) -> Table:
     """All of a record in one table: a line for each contender at each batch size."""
+    need_records(record)
     idle = ("GPU idle",) if any(row.gpu_idle is not None for row in record.rows if row.status == "ok") else ()
     speed = ("TTFT, ms", "TPOT, ms", "least to most, ms", *idle, "limit / TPOT", "output tokens/s")
     metrics = (*speed, memory_metric(record), "agrees")
@@ -132,6 +134,7 @@ def overview(record: Record) -> Table:
 
 def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -> Table:
     """Two records side by side, contender by contender: TPOT of each, and the ratios of medians and of least times."""
+    need_records(mine, theirs)
     rows = []
     for row in mine.rows:
         other = theirs.find(row.name, row.batch_size)
@@ -154,6 +157,7 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
 
     Raises InputError if the two did different work; how often, and on what, may differ.
     """
+    need_records(mine, theirs or mine)
     if theirs and (different := differences(same_work(mine), same_work(theirs), ("workload",))):
         raise InputError(
             f"These records do not belong in one table: they differ in {'; '.join(different)}.",
@@ -175,6 +179,7 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
 
 def tpot(record: Record, batch_size: int | None = None) -> Picture:
     """TPOT as bars, every run as a dot, and each contender's limit as a line across its bar."""
+    need_records(record)
     rows = record.measured(batch_size)
     samples = {row.name: [value * 1e3 for value in row.tpot_s] for row in rows}
     figure = sample_bars(samples, "TPOT, milliseconds", {row.name: row.limit_s * 1e3 for row in rows})
@@ -194,6 +199,7 @@ def _picture(figure: Figure, words: str, record: Record, *sizes: int) -> Picture
 
 def batching(record: Record) -> Picture:
     """Output throughput against time per token: one line for each contender, one point for each batch size."""
+    need_records(record)
     figure, axes = new_figure(height=3.4)
     words = []
     throughputs: list[float] = []
@@ -225,6 +231,7 @@ def batching(record: Record) -> Picture:
 
 def first_token(record: Record, batch_size: int | None = None) -> Picture:
     """Seconds from nothing to the very first token: build, then start, then the first request up to its token."""
+    need_records(record)
     rows = record.measured(batch_size)
     parts = {
         "build or compile": [row.build_s for row in rows],
@@ -238,6 +245,7 @@ def first_token(record: Record, batch_size: int | None = None) -> Picture:
 
 def memory(record: Record, batch_size: int | None = None) -> Picture:
     """Megabytes that each contender's process holds: on the host, and on the GPU if there is one."""
+    need_records(record)
     rows = record.measured(batch_size)
     kinds = {"host": [row.peak_host_bytes / 1e6 for row in rows]}
     if any(row.device_bytes for row in rows):

@@ -14,7 +14,7 @@ from typing import Any
 from helpers.course.values import plain
 from helpers.display import Picture, Table, grouped_bars
 from helpers.errors import CourseError, InputError, shown
-from helpers.paths import write_text
+from helpers.paths import named, write_text
 
 Grid = Mapping[str, Sequence[Any]]
 Row = dict[str, Any]
@@ -23,14 +23,15 @@ Measure = Callable[..., Row]  # takes the settings by name, and returns what it 
 
 def read_rows(file: Path | str) -> list[Row]:
     """What has been measured so far; nothing where there is no file."""
+    file = named(file)
     try:
-        rows = json.loads(Path(file).read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise InputError(f"{Path(file).name!r} cannot be read: {error}.", fix="Name another file.") from None
+        raise InputError(f"{file.name!r} cannot be read: {error}.", fix="Name another file.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{Path(file).name!r} holds no rows of an experiment.", fix="Name another file.")
+        raise InputError(f"{file.name!r} holds no rows of an experiment.", fix="Name another file.")
     return rows
 
 
@@ -39,8 +40,9 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
     CSV beside it. A combination that an engine refuses has a row that says why, and is tried again the next time. A row
     is known by its settings alone: after a change of `measure`, or on another machine, name another file.
     """
-    if Path(file).suffix == ".csv":
-        raise InputError(f"{Path(file).name!r} is written beside the rows.", fix="Name a file that ends in .json.")
+    file = named(file)
+    if file.suffix == ".csv":
+        raise InputError(f"{file.name!r} is written beside the rows.", fix="Name a file that ends in .json.")
     every = list(grid.values()) if isinstance(grid, Mapping) else []
     if not every or not all(isinstance(values, (list, tuple, range)) and len(values) for values in every):
         raise InputError(f"This is no grid: {shown(grid)}.", fix="Give each setting a list of values.")
@@ -48,7 +50,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
         raise InputError(f"A grid's values are texts and numbers, not {shown(grid)}.", fix="Give what a file can hold.")
     rows = read_rows(file)
     if rows and not all(set(grid) <= set(row) for row in rows):
-        raise InputError(f"{Path(file).name!r} holds another experiment's rows.", fix="Name another file.")
+        raise InputError(f"{file.name!r} holds another experiment's rows.", fix="Name another file.")
     rows = [row for row in rows if "error" not in row]
     yield rows
     for values in product(*grid.values()):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from helpers import cli
-from helpers.bench import claims, records
+from helpers.bench import claims, quality, records
 from helpers.bench import run as benchmark
 from helpers.bench import tables as comparison
 from helpers.bench.records import SCHEMA, Host, Record, Row, Workload
@@ -690,6 +690,21 @@ def test_what_names_no_file_is_refused(path):
             call(path)
     with pytest.raises(InputError, match="no records"):
         records.merge()
+
+
+def test_a_records_file_in_its_place_is_refused(tmp_path):
+    record, file = new_record(new_row()), str(tmp_path / "record.json")
+    records.save(record, file)
+    shown = (comparison.table, comparison.overview, comparison.tpot, comparison.batching, comparison.first_token)
+    shown += (comparison.memory, records.merge, lambda given: records.save(given, file))
+    shown += (lambda given: claims.aspects(given, {}), lambda given: quality.compare(given, {}))
+    for two in (claims.claims, claims.guide, comparison.compare, comparison.beside):
+        shown += (partial(two, theirs=record), partial(two, record))
+    for show in shown:
+        with pytest.raises(InputError, match="Record is asked for") as refused:
+            show(file)
+        assert "records.read" in refused.value.fix
+    assert records.read(file) == record
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):
