@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def read_chat_template(folder: Path, config: dict[str, Any], tokens: dict[str, s
     """The chat template of a checkpoint or engine folder, None where it has none: a file of its own, else an entry of
     tokenizer_config.json, which may hold several by name. Of these, "default" is the one for plain conversations."""
     source = config.get("chat_template")
-    if (folder / TEMPLATE_FILE).exists():
+    if lexists(folder / TEMPLATE_FILE):
         source = read_text(folder / TEMPLATE_FILE)
     if isinstance(source, list):
         source = {template["name"]: template["template"] for template in source}

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os.path import lexists
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -102,17 +103,17 @@ class Checkpoint:
         files = [self.folder / "config.json"]
         # Which tokens end a text, and what makes transformers compute with an adapter.
         others = [self.folder / name for name in ("generation_config.json", "adapter_config.json")]
-        files += [path for path in others if path.exists()]
+        files += [path for path in others if lexists(path)]
         return _digest(files + ([] if self.dummy else weight_files(self.folder)), "dummy" if self.dummy else "")
 
     def tokenizer_digest(self) -> str:
         """sha256 over all files that decide how text becomes ids; "" for a checkpoint without a tokenizer."""
         paths = [self.folder / name for name in TOKENIZER_FILES]
-        return _digest([path for path in paths if path.exists()]) if self.has_tokenizer else ""
+        return _digest([path for path in paths if lexists(path)]) if self.has_tokenizer else ""
 
     @property
     def has_tokenizer(self) -> bool:
-        return (self.folder / "tokenizer.json").exists()
+        return lexists(self.folder / "tokenizer.json")
 
 
 def find_checkpoint(name: str) -> Checkpoint:

@@ -11,6 +11,7 @@ import json
 import math
 import threading
 from dataclasses import asdict, dataclass, field, fields
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,7 @@ def _window(folder: Path, config: Any) -> int | None:
 def _end_ids(folder: Path, from_config: Any) -> tuple[int, ...]:
     """The ids that end a text: what generation_config.json says, else config.json."""
     path = folder / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = read_json(path).get("eos_token_id") if lexists(path) else None  # a link to nothing is refused
     ids = from_config if ids is None else ids
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     import tokenizers
 
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if not lexists(path):  # a link to nothing is refused, here and below
         return None
     try:
         check_is_file(path)
@@ -213,7 +214,7 @@ def _config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; where it does not name all tokens itself, with special_tokens_map.json."""
     config: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).exists() and "added_tokens_decoder" not in config:
+        if lexists(folder / name) and "added_tokens_decoder" not in config:
             config |= read_json(folder / name)
     return config
 
@@ -235,7 +236,7 @@ def _declared_tokens(
     names = {token.content for token in named}
     in_file = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     if older:
-        ids = read_json(added_file) if added_file.exists() else {}
+        ids = read_json(added_file) if lexists(added_file) else {}
         declared = [
             AddedToken(content, special=content in names, normalized=content not in names)
             for content in sorted(ids, key=ids.__getitem__)

@@ -330,6 +330,21 @@ def test_a_broken_generation_config_is_refused_before_a_build(tmp_path, content)
     assert refused.value.fix
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"],
+)
+def test_a_link_to_nothing_is_no_missing_file(tmp_path, name):
+    """As a pruned cache of the Hub leaves it: without the file, texts ended elsewhere or were other tokens."""
+    folder = shutil.copytree(BUNDLED, tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelError, match="No such file"):
+        read_config(folder)
+        load_tokenizer(folder)
+
+
 # ---- what an engine keeps ---------------------------------------------------------------------------------
 
 
