@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import gc
+import weakref
 
 import pytest
 import torch
@@ -30,6 +32,25 @@ def explorer(engine):
     explorer = widgets.sampling_explorer(engine, max_tokens=8)
     explorer.pause.value = 0
     return explorer
+
+
+@pytest.mark.parametrize("cell", ["the cell", ""], ids=["a cell with a name", "another front end"])
+def test_a_cell_that_runs_again_gives_back_the_engine_that_it_showed(monkeypatch, cell):
+    """ipywidgets keeps every widget: each run kept one more engine in memory. Where cells have no names, none may be
+    taken for another."""
+    run = [cell, ""]
+    monkeypatch.setattr(panel, "_cell_and_run", lambda: tuple(run))
+    kept, before = [], None
+    for run[1] in ("first run", "second run"):
+        engines = [Scripted([5, 6]), Scripted([5, 6])]
+        explorers = [widgets.sampling_explorer(one, max_tokens=4) for one in engines]
+        for explorer in explorers:
+            explorer._repr_mimebundle_()
+        kept.append([weakref.ref(one) for one in engines])
+        before, engines = before or explorers, []  # as Out keeps them
+    gc.collect()
+    assert [[one() is None for one in run] for run in kept] == [[bool(cell)] * 2, [False, False]]
+    assert all((part.comm is None) == bool(cell) for one in before for part in (one.view, *one.controls))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from helpers.errors import CourseError
 
 T = TypeVar("T")
 REDRAW = 0.03  # seconds that a redraw waits for more moves of the same drag
+_shown: dict[str, tuple[str, list[Panel]]] = {}  # a cell's last run, and the panels that it showed
 
 
 def control(kind: str, label: str, **settings: Any) -> Any:
@@ -84,6 +85,7 @@ class Panel(ABC):
     """
 
     view: Any  # the whole widget
+    engine: Any = None  # where it answers with one
 
     def __init__(self) -> None:
         import ipywidgets as w
@@ -179,7 +181,34 @@ class Panel(ABC):
             part.value = ""
         self.errors.append_stderr(words)
 
+    def close(self) -> None:
+        """End what runs, and let go of the engine. ipywidgets itself keeps every widget, and IPython what a cell
+        returned."""
+        self.stop()
+        self.engine, parts = None, [self.view]
+        for part in parts:  # it grows meanwhile
+            parts += getattr(part, "children", ())
+            part.close()
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        cell, run = _cell_and_run()
+        if cell:
+            earlier, panels = _shown.get(cell, (run, []))
+            if earlier != run:  # the cell runs again: what it showed before is gone from the page
+                for panel in panels:
+                    if panel is not self:
+                        panel.close()
+                panels = []
+            _shown[cell] = run, [*panels, self]
         data, about = mime_bundle(self.twin())
         view = self.view._repr_mimebundle_()["application/vnd.jupyter.widget-view+json"]
         return {**data, "application/vnd.jupyter.widget-view+json": view}, about
+
+
+def _cell_and_run() -> tuple[str, str]:
+    """What JupyterLab and Notebook call the cell that runs, and this run of it; of another front end, no name."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    asked = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    return asked.get("metadata", {}).get("cellId", ""), asked.get("header", {}).get("msg_id", "")
