@@ -68,10 +68,10 @@ REFUSED = {name: reason for reason, names in REASONS.items() for name in names.s
 SETTINGS: dict[str, Any] = {
     "max_num_tokens": 0,  # tokens that a step takes from all sequences together; 0: prompts of a whole batch, to 8192
     "free_gpu_memory_fraction": 0.5,  # of the memory that is free once the weights are loaded; TensorRT-LLM says 0.9
-    "kv_cache_quant_algo": "",  # "FP8" or "INT8"; with precision fp8 it is FP8 anyway
+    "kv_cache_quant_algo": "",  # "FP8" or "INT8", where the precision is calibrated; with fp8 it is FP8 anyway
     "gather_generation_logits": False,  # lets engine.logits answer; costs memory and time
     "calib_dataset": "",  # what fp8 and int4 are calibrated with: a folder with train.jsonl, or CALIBRATION_NAME
-    "calib_batches": 256,
+    "calib_batches": 256,  # with int4 TensorRT-LLM takes MOST_FOR_INT4 at most
     "calib_max_seq_length": 256,
 }
 PYTORCH_SETTINGS: dict[str, Any] = {
@@ -80,6 +80,7 @@ PYTORCH_SETTINGS: dict[str, Any] = {
     "cuda_graphs": True,
 }
 CALIBRATED = ("fp8", "int4")  # ModelOpt measures activations for FP8 and W4A16_AWQ
+MOST_FOR_INT4 = 32  # texts: quantize_by_modelopt.py cuts what is more for AWQ, and only logs it
 # TensorRT-LLM 1.2.1 goes by the data set's name (quantization/quantize_by_modelopt.py, get_calib_dataloader). These
 # names stand for data of their own, wherever they occur in it: cnn_dailymail for configuration 3.0.0 and its column
 # "article". Any other folder is read as split "train" and column "text", and any other name is a NotImplementedError.
@@ -151,12 +152,23 @@ def _check_engine(recipe: RecipeFields) -> None:
                 f"Option {name} works on FP8 numbers, and the recipe's precision is {recipe.precision!r}.",
                 fix="Use precision='fp8', or leave the option out.",
             )
+    if (algo := options.get("kv_cache_quant_algo", "")) not in ("", "FP8", "INT8"):
+        raise _wrong("kv_cache_quant_algo", algo, "FP8 or INT8")
+    if algo and recipe.precision not in CALIBRATED and not recipe.model.startswith("dummy:"):
+        raise RecipeError(  # models/modeling_utils.py, QuantConfig: _requires_calibration
+            f"Option kv_cache_quant_algo does not go with precision {recipe.precision!r}.",
+            cause="The cache's scales are measured with texts: TensorRT-LLM would calibrate this precision too, and "
+            "fetch a data set from the Hub.",
+            fix=f"Use precision {' or '.join(map(repr, CALIBRATED))}, or leave the option out.",
+        )
     if not calibrated(recipe) and (idle := next((name for name in options if name.startswith("calib_")), "")):
         raise RecipeError(
             f"Option {idle} would do nothing: this recipe is not calibrated.",
             cause=f"Only precisions {' and '.join(CALIBRATED)} are calibrated, and no dummy weights.",
             fix="Leave it out.",
         )
+    if recipe.precision == "int4" and (texts := options.get("calib_batches", 0)) > MOST_FOR_INT4:
+        raise _wrong("calib_batches", texts, f"{MOST_FOR_INT4} at most with precision 'int4': it would take no more")
     if options.get("gemm_plugin") == "fp8" and recipe.precision != "fp8":
         raise _wrong("gemm_plugin", "fp8", "another type, or precision='fp8' in the recipe")
     fused = plugins(recipe).get("use_fused_mlp", True)
@@ -172,8 +184,6 @@ def _check_engine(recipe: RecipeFields) -> None:
             cause="It computes both input projections of the MLP and their product in one kernel.",
             fix="Leave use_fused_mlp and fusion.gate_up on, or leave gemm_swiglu_plugin out.",
         )
-    if (algo := options.get("kv_cache_quant_algo", "")) not in ("", "FP8", "INT8"):
-        raise _wrong("kv_cache_quant_algo", algo, "FP8 or INT8")
 
 
 def calibrated(recipe: RecipeFields) -> bool:
