@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from helpers.backends.base import need_engine
 from helpers.bench.records import REFERENCES, Record, need_records
 from helpers.display import COLOURS, Picture, Table, new_panels, plain
-from helpers.errors import InputError, LimitError, NumericsError, shown
+from helpers.errors import InputError, LimitError, NumericsError, need, shown
 from helpers.model.prompts import as_list
 from helpers.progress import Progress, hushed
 
@@ -165,6 +165,8 @@ def compare(record: Record, scores: Mapping[str, Scores], reference: str = "aot 
     need_records(record)
     if not isinstance(scores, Mapping) or reference not in scores:
         raise InputError(f"There are no scores of the reference, {reference!r}.", fix="Score that engine too.")
+    for own in scores.values():
+        need(own, Scores, "Give what score(engine, passages) returned.")
     exact = scores[reference]
     results = []
     for name, own in scores.items():
@@ -174,8 +176,15 @@ def compare(record: Record, scores: Mapping[str, Scores], reference: str = "aot 
     return results
 
 
+def _need_compared(results: Sequence[Precision]) -> None:
+    """InputError for another thing than `compare` returns, such as the scores."""
+    for result in results:
+        need(result, Precision, "Give what compare(record, scores) returned.")
+
+
 def table(results: Sequence[Precision], tokens: int) -> Table:
     """tokens: how many the losses are means of."""
+    _need_compared(results)
     rows = [
         (
             p.name,
@@ -202,6 +211,7 @@ def front(results: Sequence[Precision], cost: str = "TPOT") -> list[Precision]:
     """The Pareto front, cheapest first: those that no other beats in cost without a higher loss, or the other way."""
     if cost not in COSTS:
         raise InputError(f"There is no cost {shown(cost)}.", fix=f"Use {' or '.join(COSTS)}.")
+    _need_compared(results)
     attribute = COSTS[cost][0]
 
     def beats(one: Precision, other: Precision) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.bench.claims import ratio, times
 from helpers.bench.records import STEADY
-from helpers.errors import InputError
+from helpers.errors import InputError, shown
 from helpers.machine import hardware
 from helpers.machine.load import BUSY, OtherWork
 
@@ -26,8 +26,12 @@ def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int = 7) -
 
     Where other work disturbed the rounds, it says so.
     """
-    for call in contenders.values():
-        call()
+    for name, call in contenders.items():
+        if not isinstance(took := call(), (int, float)):
+            raise InputError(
+                f"What is timed as {name!r} returns {shown(took)}, and no seconds.",
+                fix="Let it return how long it took: lambda: seconds(call).",
+            )
     other_work = OtherWork()
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):

@@ -190,6 +190,16 @@ def test_nothing_to_draw_and_a_cost_that_is_none_are_refused():
     assert "TPOT" in refused.value.fix
 
 
+def test_scores_in_the_place_of_results_and_an_engines_folder_in_that_of_scores_are_refused(exact, tmp_path):
+    for scores in ({"aot fp32": exact}, [exact]):
+        for call in (quality.front, quality.pareto, lambda given: quality.table(given, 1)):
+            with pytest.raises(InputError, match="Precision is asked for, not"):
+                call(scores)
+    record = records.read(records.REFERENCES / "cpu-stories.json")
+    with pytest.raises(InputError, match="Scores is asked for, not"):
+        quality.compare(record, {"aot int8": exact, "aot fp32": tmp_path})
+
+
 def test_the_picture_says_in_words_what_is_on_the_front():
     picture = quality.pareto(points((3, 4e6, 1.0), (2, 5e6, 1.1), (1, 2e6, 1.2)))
     assert picture.png().startswith(b"\x89PNG")

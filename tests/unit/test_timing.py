@@ -68,6 +68,11 @@ def test_what_has_no_time_is_not_compared():
             timing.compare(samples, "a", "b")
 
 
+def test_what_returns_its_answer_in_place_of_its_seconds_is_refused_before_the_rounds():
+    with pytest.raises(InputError, match="'engine' returns 'a text', and no seconds"):
+        timing.take_turns({"engine": lambda: "a text"})
+
+
 def test_contenders_take_turns_and_the_first_round_does_not_count():
     order = []
 
