@@ -50,7 +50,8 @@ KINDS: dict[str, Any] = {
     "precision_flags": list,
 }
 PRECISION_FLAGS = ("FP16", "BF16", "INT8", "FP8", "INT4")  # of TensorRT 10's BuilderFlag; 11 has none of them
-FOR_MODULES = ("profiles", "mark_outputs", "precision_flags")  # a language model settles these by itself
+# A language model settles these by itself, and nothing would give its engine stripped weights back.
+FOR_MODULES = ("profiles", "mark_outputs", "precision_flags", "strip_weights")
 RTX_LACKS = {  # what, likely cause, fix
     "timing_cache": (
         "keeps no timing cache: it measures no kernels while it builds.",

@@ -152,6 +152,17 @@ def _check_engine(recipe: RecipeFields) -> None:
                 f"Option {name} works on FP8 numbers, and the recipe's precision is {recipe.precision!r}.",
                 fix="Use precision='fp8', or leave the option out.",
             )
+    if options.get("use_paged_context_fmha") and options.get("streamingllm"):
+        raise RecipeError(  # builder.py, build
+            "Option use_paged_context_fmha would do nothing: TensorRT-LLM switches it off beside streamingllm.",
+            fix="Give one of them.",
+        )
+    if options.get("manage_weights") is False and (recipe.precision, recipe.optimization_level) == ("fp8", 0):
+        raise RecipeError(  # llmapi/llm_args.py, validate_build_config_remaining
+            "Option manage_weights = false would do nothing: with precision 'fp8' at optimization_level 0 TensorRT-LLM "
+            "switches it on.",
+            fix="Leave it out, or build at level 3.",
+        )
     if (algo := options.get("kv_cache_quant_algo", "")) not in ("", "FP8", "INT8"):
         raise _wrong("kv_cache_quant_algo", algo, "FP8 or INT8")
     if algo and recipe.precision not in CALIBRATED and not recipe.model.startswith("dummy:"):

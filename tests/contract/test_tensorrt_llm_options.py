@@ -39,6 +39,8 @@ def test_every_field_of_plugin_config_is_taken_or_refused_with_a_reason():
         ({"options": {"kv_cache_quant_algo": "INT8"}}, "calibrate this precision too"),
         ({"precision": "int8", "options": {"kv_cache_quant_algo": "FP8", "calib_batches": 8}}, "this precision too"),
         ({"precision": "int4", "options": {"calib_batches": 33}}, "32 at most"),
+        ({"options": {"streamingllm": True, "use_paged_context_fmha": True}}, "would do nothing"),
+        ({"precision": "fp8", "optimization_level": 0, "options": {"manage_weights": False}}, "would do nothing"),
         ({"options": {"max_num_tokens": 8}}, "64 or more"),
         ({"options": {"free_gpu_memory_fraction": 1.5}}, "between 0 and 1"),
         ({"fusion": {"kernels": False}}, "no switch"),
