@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from helpers.display import Table
-from helpers.errors import EngineCorrupt
+from helpers.errors import EngineCorrupt, need
 
 REPORT_FILE = "report.json"
 
@@ -124,3 +125,15 @@ def read_report(folder: Path, sizes: dict[str, int] | None = None) -> EngineRepo
 
 def write_report(report: EngineReport, folder: Path) -> None:
     (folder / REPORT_FILE).write_text(json.dumps(report.to_dict()), encoding="utf-8")
+
+
+def need_report(*given: Any) -> None:
+    """InputError for another thing than a report, such as the engine or its folder."""
+    for report in given:
+        need(report, EngineReport, "Give a report: inspect(engine).")
+
+
+def need_reports(given: Any) -> None:
+    """The same of several, each by its name."""
+    need(given, Mapping, "Give each report with a name: {'fp32': inspect(engine)}.")
+    need_report(*given.values())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from statistics import mean
 
-from helpers.bench.records import Record, references
+from helpers.bench.records import Record, need_records, references
 from helpers.display import COLOURS, Picture, Table, new_panels
 from helpers.errors import InputError, shown
 
@@ -43,6 +43,7 @@ class StepTimes:
 def measured_steps(record: Record, name: str) -> StepTimes:
     """The step times of one contender of a benchmark, such as "aot fp32": its TPOT, and its TTFT at the smallest batch
     for each token of the prompt."""
+    need_records(record)
     decode = {size: row.median("tpot_s") for size in record.batch_sizes if (row := record.find(name, size))}
     first = record.row(name, min(decode, default=1))
     prompt_token = first.median("ttft_s") / record.workload.input_len / first.batch_size

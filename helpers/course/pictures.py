@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from helpers.backends.report import EngineReport
+from helpers.backends.report import EngineReport, need_report, need_reports
 from helpers.display import (
     COLOURS,
     Picture,
@@ -44,6 +44,7 @@ def versions(*packages: str) -> None:
 
 def files(folder: Path) -> Table:
     """The files of an engine: how large, and what for."""
+    need(folder, Path, "Give the engine's folder: build(recipe).")
     paths = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     rows = [(name, f"{size:,}", _purpose(name)) for name, size in paths.items()]
     total = sum(paths.values())
@@ -81,6 +82,7 @@ def part_sizes(report: EngineReport) -> dict[str, int]:
 
 def sizes(reports: Mapping[str, EngineReport]) -> Picture:
     """Bytes of several engines, part by part."""
+    need_reports(reports)
     each = [part_sizes(report) for report in reports.values()]
     parts = {part: [sizes[part] / 1e6 for sizes in each] for part in each[0]}
     words = "; ".join(f"{name} {sum(s.values()) / 1e6:.1f} MB" for name, s in zip(reports, each, strict=True))
@@ -106,6 +108,7 @@ def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of 
 
 def fusion(reports: Mapping[str, EngineReport]) -> Picture:
     """Operations before fusion beside kernels after it, one pair of bars for each report."""
+    need_reports(reports)
     each = reports.values()
     counts = {"operations before": [len(r.operations) for r in each], "kernels after": [len(r.kernels) for r in each]}
     words = [f"{name}: {len(r.operations)} operations, {len(r.kernels)} kernels" for name, r in reports.items()]
@@ -115,7 +118,7 @@ def fusion(reports: Mapping[str, EngineReport]) -> Picture:
 
 def operations(report: EngineReport, first: int = 0, count: int = 20) -> Table:
     """Some operations as they were before fusion."""
-    need(report, EngineReport, "Give a report: inspect(engine).")
+    need_report(report)
     part = report.operations[first : first + count]
     rows = [(number, o.op, o.name, _shape(o.shape), o.dtype) for number, o in enumerate(part, start=first + 1)]
     caption = f"Operations {first + 1} to {first + len(part)} of {len(report.operations)}, before fusion"
@@ -128,7 +131,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 def kernels(report: EngineReport, first: int = 0, count: int = 10) -> Table:
     """Some kernels in the order they run, each with the operations that it does in one go."""
-    need(report, EngineReport, "Give a report: inspect(engine).")
+    need_report(report)
     kinds = {operation.name: operation.op for operation in report.operations}
     rows = [
         (number, kernel.kind, len(kernel.fused), _listed(kinds.get(name, name) for name in kernel.fused))

@@ -24,9 +24,16 @@ from helpers import recipe as recipes
 from helpers.bench import quality, records
 from helpers.bench import run as benchmark
 from helpers.course import memory, pictures, widgets
+from helpers.course.batching import measured_steps
 from helpers.course.cards import explain
 from helpers.course.exercises import check, freeze, hint, solution
+from helpers.course.lab import pictures as drawn
+from helpers.course.lab import profile
+from helpers.course.lab.binary import compiled_for
+from helpers.course.lab.code import beside, generated_loops
+from helpers.course.lab.compiled import compile_module
 from helpers.course.predict import predict, reveal
+from helpers.course.recorded import recorded
 from helpers.errors import CourseError, InputError
 from helpers.model import fetch
 from helpers.model.checkpoint import find_checkpoint
@@ -150,6 +157,17 @@ OF_A_NOTEBOOK = {  # the folder in place of the engine, the engine in place of i
     "kernels": pictures.kernels,
     "operations": pictures.operations,
     "fusion_replay": widgets.fusion_replay,
+    "one of several reports": lambda value: pictures.fusion({"fp32": value}),
+    "sizes": lambda value: pictures.sizes({"fp32": value}),
+    "profile": profile.profile,
+    "costs": profile.costs,
+    "moved": profile.moved,
+    "clusters": drawn.clusters,
+    "replay": drawn.replay,
+    "roofline": lambda value: drawn.roofline(value, 1e9),
+    "time_by_work": lambda value: drawn.time_by_work({"fp32": value}),
+    "beside": lambda value: beside(value, value),
+    "measured_steps": lambda value: measured_steps(value, "aot fp32"),
 }
 TENSORS = [
     torch.empty(2, dtype=torch.long, device="meta"), torch.eye(2, dtype=torch.long).to_sparse(), torch.long,
@@ -169,6 +187,25 @@ def test_what_another_cell_holds_is_refused_by_name(call):
     for value in (*ODD, SamplingParams()):
         with pytest.raises(InputError, match="is asked for, not"):
             call(value)
+
+
+def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
+    folder = recorded("block", "fp32")
+    (tmp_path / "decode_b1.pt2").touch()
+    report = helpers.inspect(folder)
+    again = [dataclasses.replace(operation, graph="again") for operation in report.operations]
+    two = dataclasses.replace(report, operations=[*report.operations, *again])
+    for call, words in {
+        lambda: generated_loops(tmp_path, "decode"): "There are: decode_b1",
+        lambda: generated_loops(folder, "decode_b1"): "none that PyTorch compiled",
+        lambda: compiled_for(folder): "no file",
+        lambda: compiled_for(tmp_path / "none"): "no file",
+        lambda: compile_module(torch.nn.GELU(), torch.zeros(2)): r"\(x,\)",
+        lambda: compile_module(torch.nn.functional.gelu, (torch.zeros(2),)): "Module is asked for",
+        lambda: profile.profile(Scripted([1]), two): "the report is of module, again",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            call()
 
 
 @pytest.mark.parametrize("value", [{}, {"temperature": 0}, 0, False, [], "", "greedy", SamplingParams], ids=repr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import commands
-from helpers.paths import owned_folder
+from helpers.paths import named, owned_folder
 
 # The names of registers, widest first, with how many bits they have.
 REGISTERS = {
@@ -35,8 +35,9 @@ def compiled_for(file: Path) -> Counter[str]:
 
     file: a library, a .pt2 package (a ZIP archive that is not compressed), a cubin, or a plan.
     """
-    if not file.stat().st_size:
-        raise InputError(f"{file.name} is empty.")
+    file = named(file)
+    if not file.is_file() or not file.stat().st_size:
+        raise InputError(f"{file.name!r} is empty, or no file.", fix="Give one file, such as folder / 'decode_b1.pt2'.")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         numbers = [_capability(match[1], match[2]) for match in CUBIN.finditer(content)]
         for match in PLAN.finditer(content):

@@ -7,8 +7,9 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-from helpers.backends.report import EngineReport, Kernel
+from helpers.backends.report import EngineReport, Kernel, need_report
 from helpers.display import Table
+from helpers.errors import InputError, need
 
 # How the generated C++ and Triton write an operation; all others are written as calls of their name.
 SIGNS = {
@@ -43,6 +44,8 @@ def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
     Both lists are in the order of the graph, so a line goes with the next operation that is written like it; what an
     earlier kernel has computed is passed over. Lines that only load, store or convert have none.
     """
+    need(kernel, Kernel, "Give one of them: report.kernels[0].")
+    need_report(report)
     known = {operation.name: operation for operation in report.operations}
     waiting = [known[name] for name in kernel.fused if name in known]
     rows, last = [], 0
@@ -59,7 +62,11 @@ def generated_loops(folder: Path, graph: str) -> list[str]:
     """The C++ loops that the compiler wrote for one graph, one kernel each, in order; for a GPU, Triton. Empty where
     there are none. Of a deep model, those of the layers that were compiled once for all.
     """
-    with zipfile.ZipFile(folder / f"{graph}.pt2") as archive:
+    need(folder, Path, "Give the engine's folder: build(recipe).")
+    if not (file := folder / f"{graph}.pt2").is_file():
+        have = ", ".join(sorted(path.stem for path in folder.glob("*.pt2"))) or "none that PyTorch compiled"
+        raise InputError(f"Engine {folder.name!r} has no graph {graph!r}.", fix=f"There are: {have}.")
+    with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith(".cpp")]
         programs = {name.split(".")[-2]: archive.read(name).decode() for name in names}
     # Kernels that several threads share stand one level deeper, in a parallel region.

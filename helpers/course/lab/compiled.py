@@ -24,6 +24,7 @@ from helpers.backends.aot.compile import compiling
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
 from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
+from helpers.errors import InputError, need, shown
 from helpers.machine import hardware
 from helpers.machine.inductor import prepare_inductor
 from helpers.paths import owned_folder
@@ -47,6 +48,9 @@ def compile_module(
     """fusion=False: each operation writes its result to memory. options: Inductor's, such as {"cpp.simdlen": 256}."""
     from torch._inductor.utils import fresh_cache
 
+    need(module, nn.Module, "Give a module, such as nn.GELU().")
+    if not isinstance(inputs, (list, tuple)):
+        raise InputError(f"A module's inputs are a tuple, not {shown(inputs)}.", fix="Give one alone as (x,).")
     with whole_stack_traces():
         program = torch.export.export(module, tuple(inputs), strict=False)
     recorder = InductorRecorder("module", program.graph)

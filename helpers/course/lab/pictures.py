@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from helpers.backends.report import EngineReport
+from helpers.backends.report import EngineReport, need_report, need_reports
 from helpers.course.lab.profile import by_work, seconds, work_of
 from helpers.display import COLOURS, HATCHES, Picture, new_figure, plain, stacked_bars
 
@@ -17,6 +17,7 @@ MARKS = "os^Dvx"
 def clusters(report: EngineReport, steps: int | None = None) -> Picture:
     """The graph of a small report, top to bottom; operations of one kernel have its number and its colour. steps: how
     many of the merges are done; all, if it is left out."""
+    need_report(report)
     homes = _homes(report, steps)
     figure, axes = new_figure(width=4.6, height=0.6 + 0.34 * (1 + max(_levels(report).values(), default=0)))
     _draw(axes, report, homes, labels=True)
@@ -34,6 +35,7 @@ def replay(report: EngineReport, frames: int = 4) -> Picture:
 
     The order is the report's: the kernel that runs first is merged first.
     """
+    need_report(report)
     steps = len(merges(report))
     frames = max(2, min(frames, steps + 1))
     figure, first = new_figure(width=5.2, height=0.5 + 0.2 * (2 + max(_levels(report).values(), default=0)))
@@ -104,6 +106,7 @@ def _draw(axes: Any, report: EngineReport, homes: Mapping[str, int], labels: boo
 
 def time_by_work(reports: Mapping[str, EngineReport]) -> Picture:
     """Bars of a step's time, before and after, stacked by what the kernels are for. Every kernel has its seconds."""
+    need_reports(reports)
     each = [by_work(report) for report in reports.values()]
     parts = {work: [times[work] * 1e3 for times in each] for work in each[0]}
     words = [
@@ -117,6 +120,7 @@ def time_by_work(reports: Mapping[str, EngineReport]) -> Picture:
 
 def roofline(report: EngineReport, bandwidth: float) -> Picture:
     """Each kernel by the bytes that it moves and its time; the line is the time that moving them takes at least."""
+    need_report(report)
     ops = {operation.name: operation.op for operation in report.operations}
     points: dict[str, list[tuple[float, float]]] = {}
     for kernel in report.kernels:

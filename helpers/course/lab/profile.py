@@ -23,7 +23,7 @@ from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import prefill_width, sequences
 from helpers.backends.aot.stages import FREE as NO_WORK
 from helpers.backends.base import Engine, need_engine
-from helpers.backends.report import EngineReport, Kernel, Operation
+from helpers.backends.report import EngineReport, Kernel, Operation, need_report
 from helpers.display import Table
 from helpers.errors import BackendUnavailable, InputError
 
@@ -107,6 +107,13 @@ def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "O
     """The report of one graph with the measured seconds of each kernel; without a report, what eager PyTorch launches
     in a decode step."""
     need_engine(engine)
+    if report is not None:
+        need_report(report)
+        if len(report.graphs()) != 1:
+            have = ", ".join(report.graphs()) or "none"
+            raise InputError(
+                f"A step runs one graph; the report is of {have}.", fix="Give one: report.of('decode_b1')."
+            )
     ids, graph = engine.tokenize(prompt), report.graphs()[0] if report else ""
     step = (lambda: engine.prefill([ids])) if graph.startswith("prefill") else (lambda: engine.decode([14]))
     with engine.alone():
@@ -197,6 +204,7 @@ def work_of(kernel: Kernel, ops: dict[str, str]) -> str:
 
 def by_work(report: EngineReport) -> dict[str, float]:
     """Seconds of a step by what they are for."""
+    need_report(report)
     ops = {operation.name: operation.op for operation in report.operations}
     totals = dict.fromkeys(("products", "attention", "norms", "the rest"), 0.0)
     for kernel in report.kernels:
@@ -212,6 +220,7 @@ def seconds(kernel: Kernel) -> float:
 def costs(report: EngineReport) -> Table:
     """What the kernels of a step cost, the dearest first; those that do the same share a row. A cell is empty where
     nothing was measured, or where the bytes depend on a length that is known only at run time."""
+    need_report(report)
     ops = {operation.name: operation.op.strip("_") for operation in report.operations}
     alike: dict[tuple[str, str], list[Kernel]] = {}
     for kernel in report.kernels:
@@ -229,6 +238,7 @@ def costs(report: EngineReport) -> Table:
 
 def moved(report: EngineReport) -> tuple[int, int]:
     """Bytes that the kernels read and write; and how many they must: each weight, input and output once."""
+    need_report(report)
     if not all("bytes" in kernel.details for kernel in report.kernels):
         raise InputError(
             "The bytes that these kernels move are not known.",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from helpers.backends.report import EngineReport
+from helpers.backends.report import EngineReport, need_report
 from helpers.course.lab.pictures import clusters, merges, replay
 from helpers.course.widgets.panel import Panel, as_html, slider
 from helpers.display import Picture
-from helpers.errors import need
 
 
 def fusion_replay(report: EngineReport) -> FusionReplay:
@@ -19,7 +18,7 @@ class FusionReplay(Panel):
         import ipywidgets as w
 
         super().__init__()
-        need(report, EngineReport, "Give a report: inspect(engine).")
+        need_report(report)
         self._report = report
         self.step = slider("kernels merged", 0, 0, len(merges(report)))
         self.controls = [self.step]
