@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from helpers.errors import BackendUnavailable
+from helpers.errors import BackendUnavailable, InputError, shown
 from helpers.machine import commands, limits
 from helpers.paths import check_working_folder, is_one_word
 
@@ -41,6 +41,8 @@ def resolve_device(device: str = "auto") -> str:
     """'cpu' or 'cuda' for a recipe's device; asking for cuda where there is none raises BackendUnavailable."""
     import torch
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"There is no device {shown(device)}.", fix="Give 'auto', 'cpu' or 'cuda'.")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

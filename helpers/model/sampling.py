@@ -175,6 +175,8 @@ def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[i
     Raises NumericsError for logits that are not finite: there is no likeliest token among them."""
     import torch
 
+    if logits.dim() != 1:
+        raise InputError(f"Scores of one sequence are asked for, not {[*logits.shape]}.", fix="Give one: logits[0].")
     if not bool(logits.isfinite().all()):
         raise not_finite(len(seen))
     filtered = filter_logits(logits[None], checked(params), tokens_seen([seen], logits[None]))[0]

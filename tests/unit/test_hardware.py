@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import BuildRecipe, engine
-from helpers.errors import BackendUnavailable
+from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
 
@@ -43,6 +43,13 @@ def test_no_engine_is_named_for_a_library_that_was_replaced_in_a_running_kernel(
     with pytest.raises(BackendUnavailable, match=name) as refused:
         engine.identity(BuildRecipe(), find_checkpoint("stories"))
     assert "Restart" in refused.value.fix
+
+
+@pytest.mark.parametrize("call", [hardware.describe, hardware.measure_bandwidth])
+@pytest.mark.parametrize("device", ["gpu", "cuda:0", None])
+def test_a_device_of_another_name_is_refused_and_no_cpu(call, device):
+    with pytest.raises(InputError, match="There is no device"):
+        call(device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

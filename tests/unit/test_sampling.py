@@ -174,6 +174,11 @@ def test_the_shown_distribution_sums_to_one(params):
     assert p.sum().item() == pytest.approx(1, abs=1e-5) and (p >= 0).all()
 
 
+def test_the_scores_of_a_batch_are_no_distribution():
+    with pytest.raises(InputError, match=r"one sequence are asked for, not \[1, 8\]"):
+        next_token_distribution(torch.randn(1, 8), SamplingParams(), [1])
+
+
 @pytest.mark.parametrize("largest", [1e30, 3e38])
 @pytest.mark.parametrize("params", [{"temperature": 1e-9}, {"repetition_penalty": 1e-6}, {"temperature": 0.01}])
 def test_the_largest_scores_still_have_a_distribution(largest, params):
