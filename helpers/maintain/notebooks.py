@@ -289,12 +289,14 @@ def run_notebook(
 
 
 def _interruptible(**_: Any) -> None:
-    """Let Ctrl-C end the run: nbclient's own handler stops the kernel but goes on waiting for it."""
+    """Let Ctrl-C and SIGTERM (a time limit, docker stop) end the run: nbclient's own handler for both stops the kernel
+    alone, and the next notebook would follow."""
     import asyncio
     import signal
 
     if sys.platform != "win32":
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
 
 
 class _Progress:

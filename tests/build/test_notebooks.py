@@ -1,6 +1,8 @@
 """The notebook runner: a cell either runs or is listed as skipped; nothing passes by silence."""
 
+import asyncio
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -254,3 +256,14 @@ def test_notebooks_are_named_by_their_beginning(tmp_path):
 def test_the_table_groups_reasons():
     result = notebooks.NotebookResult("04", 60.0, 5, [(2, "no GPU"), (7, "no GPU"), (8, "slow")])
     assert "no GPU (cells 2, 7); slow (cell 8)" in str(notebooks.table([result]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_not_a_kernel_alone(number):
+    async def handled() -> object:
+        for each in (signal.SIGINT, signal.SIGTERM):  # as nbclient's own
+            asyncio.get_running_loop().add_signal_handler(each, lambda: None)
+        notebooks._interruptible()
+        return signal.getsignal(number)
+
+    assert asyncio.run(handled()) in (signal.SIG_DFL, signal.default_int_handler)
