@@ -291,7 +291,7 @@ def _rope(folder: Path, config: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise _not_understood(folder, f"its position encoding is {given!r:.80}")
     given = {"rope_theta": getattr(config, "rope_theta", None), **given}
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = given.get("rope_type", given.get("type", "default"))  # what is there and null, transformers refuses too
     if kind not in ROPE_TYPES:
         raise unsupported(f"its position encoding is {kind!r:.80}", f"Supported are {', '.join(ROPE_TYPES)}.")
     if given.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1.0):

@@ -144,6 +144,7 @@ REFUSED = {
     "Mixtral-8x7B": (config_of("mixtral", 4096, 14336, 32, 32, 8, 32768, 32000, num_local_experts=8), "'mixtral'"),
     "Qwen2-57B-A14B": (config_of("qwen2_moe", 3584, 18944, 28, 28, 4, 32768, 151936), "'qwen2_moe'"),
     "Qwen2.5 with yarn": (QWEN25 | {"rope_scaling": YARN}, "'yarn'"),
+    "a type of rope that is null": (QWEN25 | {"rope_scaling": {"rope_type": None, "factor": 2.0}}, "encoding is None"),
     "Qwen2.5 with yarn beside rope_parameters": (
         QWEN25 | {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         "'yarn'",
