@@ -18,7 +18,7 @@ from helpers.progress import shown_if_slow
 # in a shared store, one user could not replace another's, and should not believe it.
 MEMORY = f".digests-{user_id()}.json"
 LARGE = 1 << 24  # bytes; a smaller file is read faster than remembered
-SETTLED_S = 2.0  # a file that was written later than this may change again within one tick of the clock
+SETTLED_S = 2.0  # a file that was changed later than this may change again within one tick of the clock
 
 
 def file_digest(path: Path, *, reread: bool = False) -> str:
@@ -36,7 +36,8 @@ def file_digest(path: Path, *, reread: bool = False) -> str:
     if not reread and (entry := _memory().get(str(path))) and entry[0] == before:
         return entry[1]
     digest = _sha256(path)
-    if _stamp(path) == before and time.time() - path.stat().st_mtime > SETTLED_S:
+    # An archive may bring a time that is still to come, so not by that; and a disk's own clock may be ahead.
+    if _stamp(path) == before and abs(time.time() - before[3] / 1e9) > SETTLED_S:
         _remember(str(path), [before, digest])
     return digest
 

@@ -15,12 +15,12 @@ from helpers.digests import file_digest
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A file that is worth remembering, an hour old; and how often a file was read."""
+    """A file that is worth remembering, and counts as old; and how often a file was read."""
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "engines"))
     monkeypatch.setattr(digests, "LARGE", 1000)
     path = tmp_path / "weights"
     path.write_bytes(b"a" * 2000)
-    os.utime(path, (time.time() - 3600,) * 2)
+    monkeypatch.setattr(digests, "SETTLED_S", -1.0)
     reads, read = [], digests._sha256
     monkeypatch.setattr(digests, "_sha256", lambda path: reads.append(path) or read(path))
     return path, reads
@@ -84,11 +84,20 @@ def test_a_file_of_the_same_size_and_modification_time_is_read_again(large):
     assert file_digest(path) != digest and len(reads) == 2
 
 
-def test_a_file_that_was_just_written_is_not_remembered(large):
+@pytest.mark.parametrize("hours", [-1, 0, 6])
+def test_a_file_that_was_just_written_is_not_remembered(large, monkeypatch, hours):
     """It could change again without its times changing, within one tick of the clock."""
     path, reads = large
-    os.utime(path)
+    monkeypatch.setattr(digests, "SETTLED_S", 60.0)
+    os.utime(path, (time.time() + hours * 3600,) * 2)  # as copies and archives set it
     assert file_digest(path) == file_digest(path) and len(reads) == 2
+
+
+def test_a_file_whose_time_is_still_to_come_is_read_once(large):
+    """As archives from another time zone bring it: it would be read at each load until that time."""
+    path, reads = large
+    os.utime(path, (time.time() + 6 * 3600,) * 2)
+    assert file_digest(path) == file_digest(path) and len(reads) == 1
 
 
 @pytest.mark.parametrize("memory", ["{", "[]", '{"PATH": 3}', '{"PATH": [[1], 5]}', '{"PATH": [[1]]}', "\xff"])
