@@ -121,7 +121,8 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
 def is_full(error: Exception) -> bool:
     """Whether a disk is full, or a limit on space reached. safetensors and torch, which write too, say it in words."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in numbers or "no space left on device" in str(error).lower()
+    words = str(error).lower()
+    return getattr(error, "errno", None) in numbers or any(os.strerror(each).lower() in words for each in numbers)
 
 
 def why_refused(error: Exception) -> str:

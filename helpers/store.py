@@ -33,6 +33,7 @@ from helpers.errors import (
     EngineNotFound,
     OutOfMemory,
     StoreError,
+    WorkerError,
     is_full,
     shown,
     why_refused,
@@ -357,9 +358,9 @@ def _refusals_explained() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise OutOfMemory("The host's memory ran out; nothing was published.", fix="Close what else runs.") from error
-    except CourseError:
-        raise
     except Exception as error:
+        if isinstance(error, CourseError) and not (isinstance(error, WorkerError) and is_full(error)):
+            raise
         root = place = engines_folder()
         if is_full(error):
             fix = "Remove engines you no longer need: python -m helpers list, then remove NAME."

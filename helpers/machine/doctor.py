@@ -310,7 +310,7 @@ def check_threads() -> Check:
 
 
 def check_processes() -> Check:
-    """How many processes, threads and files this process may still have."""
+    """How many processes, threads and files this process may still have, and how large a file."""
     room, files = limits.processes(), limits.open_files()
     more = "no limit on" if room is None else f"room for {room}"
     line = f"{more} processes and threads, {files or 'no limit on'} files"
@@ -319,6 +319,9 @@ def check_processes() -> Check:
         return (failure if room < PROCESSES / 4 else warning)(line, fix)
     if files and files < FILES:
         return (failure if files < FILES / 4 else warning)(line, "ulimit -n 4096 in the terminal that starts Python.")
+    if (size := limits.file_size()) is not None and size < SPACE:  # weights are one file
+        line += f", and none may have more than {size / 1e6:.0f} MB"
+        return (failure if size < 2e8 else warning)(line, "ulimit -f unlimited in the terminal that starts Python.")
     return ok(line)
 
 

@@ -63,6 +63,11 @@ def open_files() -> int | None:
     return _soft_limit("RLIMIT_NOFILE")
 
 
+def file_size() -> int | None:
+    """Bytes that one file may have; None without a limit."""
+    return _soft_limit("RLIMIT_FSIZE")
+
+
 def _soft_limit(name: str) -> int | None:
     try:
         import resource

@@ -30,6 +30,7 @@ from helpers.errors import (
     ModelError,
     OutOfMemory,
     StoreError,
+    WorkerError,
 )
 from helpers.machine import hardware
 from helpers.maintain import notebooks
@@ -530,8 +531,10 @@ def test_too_little_disk_is_refused_before_the_build(fake, engines, monkeypatch)
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         OSError(errno.EFBIG, "File too large"),
         RuntimeError("I/O error: No space left on device (os error 28)"),
+        WorkerError("SafetensorError in the worker: I/O error: Disk quota exceeded (os error 122)"),
+        WorkerError("SafetensorError in the worker: I/O error: File too large (os error 27)"),
     ],
-    ids=["from Python", "quota", "file size limit", "from safetensors"],
+    ids=["from Python", "quota", "file size limit", "from safetensors", "quota in a worker", "size limit in a worker"],
 )
 def test_a_disk_that_fills_up_during_the_build_is_said_plainly(fake, engines, error):
     def fill(folder):

@@ -428,16 +428,19 @@ def test_the_compilers_folder_is_the_one_that_a_build_takes(monkeypatch, tmp_pat
 
 
 def test_few_processes_or_files_are_a_line(monkeypatch):
-    for room, files, status, words in (
+    for room, files, status, words, *size in (
         (None, None, "OK", "no limit on processes"),
         (5000, 20000, "OK", "room for 5000"),
         (100, 20000, "warning", "ulimit -u"),
         (10, 20000, "failure", "pids-limit"),
         (5000, 256, "warning", "ulimit -n"),
         (5000, 64, "failure", "ulimit -n"),
+        (5000, 20000, "warning", "ulimit -f", 10**9),
+        (5000, 20000, "failure", "ulimit -f", 8 * 2**20),
     ):
         monkeypatch.setattr(limits, "processes", lambda room=room: room)
         monkeypatch.setattr(limits, "open_files", lambda files=files: files)
+        monkeypatch.setattr(limits, "file_size", lambda size=size: next(iter(size), None))
         check = doctor.check_processes()
         assert check.status == status and words in check.found + check.fix
 
