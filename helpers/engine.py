@@ -32,10 +32,10 @@ from helpers.errors import (
 )
 from helpers.machine import hardware
 from helpers.machine.plain_torch import plain_torch
-from helpers.model.checkpoint import TOKENIZER_FILES, Checkpoint, find_checkpoint
+from helpers.model.checkpoint import NAMED, TOKENIZER_FILES, Checkpoint, find_checkpoint, is_folder
 from helpers.model.config import save_config
 from helpers.model.tokenizer import load_tokenizer
-from helpers.paths import engines_folder
+from helpers.paths import engines_folder, name_of_folder
 from helpers.progress import Progress, hushed, say, shown_if_slow
 from helpers.recipe import COMPILED, BuildRecipe, from_dict
 
@@ -365,10 +365,14 @@ def _check_disk(needed: float) -> None:
 def _check_tokenizer(folder: Path, tokenizer: Path | str) -> None:
     if not isinstance(tokenizer, (str, Path)):
         raise EngineMismatch(f"A tokenizer is given as its folder, not as {shown(tokenizer)}.", fix="Give the folder.")
-    given = find_checkpoint(str(tokenizer))
-    if load_tokenizer(given.folder) != load_tokenizer(folder):
+    name = name_of_folder(tokenizer)
+    if is_folder(name) and name not in ("stories", *NAMED):  # a tokenizer that was saved alone has no config.json
+        given = Path(name).expanduser()
+    else:
+        given = find_checkpoint(name).folder
+    if load_tokenizer(given) != load_tokenizer(folder):
         raise EngineMismatch(
-            f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",
+            f"The tokenizer of {name!r} is not the one that engine {folder.name!r} was built with.",
             cause="The same text becomes other token ids, and the model would answer nonsense without any error.",
             fix="Leave `tokenizer` out: the engine's folder holds the right one.",
         )

@@ -118,6 +118,11 @@ def named(path: str | Path) -> Path:
     return Path(path)
 
 
+def name_of_folder(given: str | Path) -> str:
+    """The text of a model's name or folder. A Path names a folder, also one that is called as a model is: "stories"."""
+    return f"./{given}" if isinstance(given, Path) and given.name == str(given) else str(given)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that a person named, whole or not at all. InputError where that fails."""
     with _writing(path) as part:

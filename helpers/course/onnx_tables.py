@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from helpers.backends.tensorrt import llama_onnx, onnx_export
 from helpers.display import Table
 from helpers.model.checkpoint import find_checkpoint
-from helpers.paths import owned_folder
+from helpers.paths import name_of_folder, owned_folder
 
 PLAIN = ("", "ai.onnx")  # the domain of ONNX's own operators; a node of any other is a plugin
 PRODUCTS = ("MatMul", "Gemm")
@@ -27,7 +27,7 @@ def read(path: Path | str) -> ModelProto:
 
 def course_graphs(model: Path | str, *, cache_length: int = 1024) -> list[ModelProto]:
     """The graphs that this course's `tensorrt` backend builds engines from: prefill and decode, in fp16."""
-    checkpoint = find_checkpoint(str(model))
+    checkpoint = find_checkpoint(name_of_folder(model))
     with owned_folder("course-onnx-") as folder:
         config = checkpoint.config
         weights = llama_onnx.write_weights(checkpoint, "fp16", cache_length, folder)

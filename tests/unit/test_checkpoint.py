@@ -26,6 +26,7 @@ from helpers.model.config import COMPUTED_OTHERWISE, FIELDS, MODEL_FILE, SIZES, 
 from helpers.model.sampling import Sampler
 from helpers.model.tokenizer import load_tokenizer
 from helpers.model.weights import rope_tables
+from helpers.paths import name_of_folder
 
 # ---- configurations of public models ----------------------------------------------------------------------
 
@@ -806,3 +807,11 @@ def test_threads_that_read_configurations_leave_transformers_as_talkative_as_it_
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda _: read_config(tmp_path / "model").hidden_size, range(200)))) == 1
     assert logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [("stories", "stories"), (Path("stories"), "./stories"), (Path("/a/stories"), "/a/stories"), (Path(), ".")],
+)
+def test_a_path_names_a_folder_and_no_model(given, text):
+    assert name_of_folder(given) == text

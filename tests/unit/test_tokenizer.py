@@ -647,3 +647,23 @@ def test_another_tokenizer_is_refused_for_backends_that_compile_nothing_too(tiny
     with pytest.raises(EngineMismatch):
         load(recipe, tokenizer=other_tokenizer())
     load(recipe, tokenizer=tiny_llama).close()
+
+
+def test_a_tokenizer_is_known_by_its_folder_and_not_by_its_name(tiny_llama, tmp_path, monkeypatch):
+    """A Path names a folder, though it be called as the bundled model is; what is saved alone has no config.json."""
+    import shutil
+
+    from helpers import load
+    from helpers.course.troubles import other_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(other_tokenizer(), "stories")
+    recipe = BuildRecipe(model=str(tiny_llama), backend="pytorch", **limits(max_input_len=16, max_seq_len=48))
+    with pytest.raises(EngineMismatch):
+        load(recipe, tokenizer=Path("stories"))
+    load(recipe, tokenizer="stories").close()  # the bundled one
+    Path("alone").mkdir()
+    with pytest.raises(EngineMismatch):
+        load(recipe, tokenizer="alone")
+    shutil.copy(tiny_llama / "tokenizer.json", "alone")
+    load(recipe, tokenizer="alone").close()
