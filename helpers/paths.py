@@ -147,10 +147,17 @@ def _writing(path: Path) -> Iterator[Path]:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{path.name!r:.80} cannot be written: {error.strerror}.",
-            fix="Give a file in a folder that exists and that you may write to.",
-        ) from error
+        raise refused(path, "written", error) from error
+
+
+def refused(path: Path, verb: str, error: OSError) -> InputError:
+    """The error for a file that a person named, and that the operating system refuses to be "read" or "written": by
+    itself it may be right."""
+    return InputError(
+        f"{path.name!r:.80} cannot be {verb}: {error.strerror or error}.",
+        cause=why_refused(error),
+        fix="Mend that, or give another file.",
+    )
 
 
 def temporary_folder() -> Path:

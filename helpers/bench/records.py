@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from helpers.errors import InputError, need, shown
 from helpers.machine.commands import run
 from helpers.machine.load import BUSY
-from helpers.paths import PROJECT, check_writable, named, read_text, write_text
+from helpers.paths import PROJECT, check_writable, named, read_text, refused, write_text
 from helpers.recipe import BuildRecipe
 
 SCHEMA = 2
@@ -307,8 +307,7 @@ def read(path: str | Path) -> Record:
         record: Record = _from_json(Record, raw, "record")
         _check(record)
     except OSError as error:
-        words = f"The record {path.name!r} cannot be read: {error.strerror}."
-        raise InputError(words, fix="Give a file that helpers bench --out FILE wrote.") from error
+        raise refused(path, "read", error) from error
     except (ValueError, RecursionError, InputError) as error:
         raise InputError(
             f"{path.name} is not read: {error}.",

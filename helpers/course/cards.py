@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers.backends.tensorrt.api import KNOWN as TENSORRT
 from helpers.backends.tensorrt_llm.errors import KNOWN as TENSORRT_LLM
-from helpers.errors import InputError, printable, shown
+from helpers.errors import InputError, printable, shown, why_refused
 from helpers.messages import Match, matches, read_cards
 
 LONGEST = 2**26  # bytes of a log that are read: its end, where errors stand
@@ -70,7 +70,8 @@ def read_log(path: Path) -> str:
             file.seek(max(0, path.stat().st_size - LONGEST))
             return decode(file.read(LONGEST), path.name)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise InputError(f"The log cannot be read: {error}.", fix="Give the path of a text file.") from error
+        words = f"The log cannot be read: {error}."
+        raise InputError(words, cause=why_refused(error), fix="Mend that, or give another file.") from error
 
 
 def decode(content: bytes, name: str = "The input") -> str:

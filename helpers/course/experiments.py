@@ -14,7 +14,7 @@ from typing import Any
 from helpers.course.values import plain
 from helpers.display import Picture, Table, grouped_bars
 from helpers.errors import CourseError, InputError, shown
-from helpers.paths import named, write_text
+from helpers.paths import named, refused, write_text
 
 Grid = Mapping[str, Sequence[Any]]
 Row = dict[str, Any]
@@ -28,7 +28,9 @@ def read_rows(file: Path | str) -> list[Row]:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise refused(file, "read", error) from None
+    except ValueError as error:
         raise InputError(f"{file.name!r} cannot be read: {error}.", fix="Name another file.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{file.name!r} holds no rows of an experiment.", fix="Name another file.")

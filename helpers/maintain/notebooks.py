@@ -26,7 +26,7 @@ from helpers.display import Table
 from helpers.errors import InputError
 from helpers.maintain import site
 from helpers.messages import ESCAPES
-from helpers.paths import PROJECT, read_text
+from helpers.paths import PROJECT, read_text, refused
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -64,7 +64,9 @@ def read(path: Path) -> NotebookNode:
         nbformat.validate(content)  # nbformat.reads only logs what is wrong, and fails later in all kinds of ways
         nb = nbformat.reads(text, as_version=4)
         nbformat.writes(nb).encode()  # half of a surrogate pair can be read, but not written
-    except (OSError, ValueError, TypeError, LookupError, RecursionError, nbformat.ValidationError) as error:
+    except OSError as error:
+        raise refused(path, "read", error) from error
+    except (ValueError, TypeError, LookupError, RecursionError, nbformat.ValidationError) as error:
         raise InputError(
             f"{path.name} is not a notebook ({type(error).__name__}: {str(error).partition(chr(10))[0]:.200}).",
             cause="It was cut, or edited as text.",

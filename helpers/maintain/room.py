@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.display import Table
 from helpers.errors import InputError
 from helpers.maintain import notebooks
+from helpers.paths import refused
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -177,7 +178,9 @@ def read_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
         try:
             machine = json.loads(file.read_text(encoding="utf-8"))
             summary([machine])  # whatever is missing is missed here, and the file is named
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise refused(file, "read", error) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{file} is no report of a machine ({type(error).__name__}: {error}).",
                 fix="On each machine: helpers doctor --room --json > NAME.json",

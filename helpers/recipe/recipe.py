@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from helpers.errors import RecipeError, shown
+from helpers.errors import RecipeError, shown, why_refused
 from helpers.paths import named, read_toml, write_text
 from helpers.recipe import options, tensorrt, tensorrt_llm
 from helpers.recipe.fields import (
@@ -125,7 +125,8 @@ def read(path: str | Path) -> BuildRecipe:
             fix=f"Recipes here: {', '.join(sorted(p.name for p in path.parent.glob('*.toml'))) or 'none'}.",
         ) from None
     except OSError as error:
-        raise RecipeError(f"{path.name} cannot be read: {error.strerror}.", fix="Give a TOML file.") from error
+        words = f"{path.name} cannot be read: {error.strerror}."
+        raise RecipeError(words, cause=why_refused(error), fix="Mend that, or give another file.") from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(
             f"{path.name} is not valid TOML: {error}.", fix="Compare it with a file in engines/recipes/."

@@ -20,12 +20,14 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
 from torch._inductor.exc import CppCompileError, InductorError
 
-from helpers import basic, build_engine, cli, errors, progress
+from helpers import basic, build_engine, cli, errors, progress, recipe
 from helpers.backends.aot import compile
+from helpers.bench import records
+from helpers.course import experiments
 from helpers.course.lab.compiled import compile_module
 from helpers.errors import BuildError, CourseError, OutOfMemory
 from helpers.machine import doctor
-from helpers.maintain import notebooks
+from helpers.maintain import notebooks, room
 from helpers.model.checkpoint import BUNDLED
 from helpers.paths import PROJECT, own_store_first
 
@@ -269,6 +271,17 @@ def test_the_laboratorys_compiler_tells_its_errors_in_words(monkeypatch):
 )
 def test_the_cause_of_a_refusal_is_told_only_where_it_is_known(error, cause):
     assert cause in errors.why_refused(error) and bool(cause) == bool(errors.why_refused(error))
+
+
+@pytest.mark.parametrize(
+    "read", [recipe.read, records.read, notebooks.read, experiments.read_rows, lambda path: room.read_reports([path])]
+)
+def test_a_file_that_the_system_refuses_is_not_told_as_one_of_another_kind(read, tmp_path):
+    path = tmp_path / "named.json"
+    path.symlink_to(path)  # refused to any user
+    with pytest.raises(CourseError, match="'?named.json'? cannot be read") as told:
+        read(path)
+    assert "link" in told.value.cause and "another file" in told.value.fix
 
 
 def test_whatever_runs_from_a_terminal_tells_its_errors_in_words():
