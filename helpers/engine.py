@@ -31,6 +31,7 @@ from helpers.errors import (
     shown,
 )
 from helpers.machine import hardware
+from helpers.machine.inductor import one_thread
 from helpers.machine.plain_torch import plain_torch
 from helpers.model.checkpoint import NAMED, TOKENIZER_FILES, Checkpoint, find_checkpoint, is_folder
 from helpers.model.config import save_config
@@ -104,7 +105,7 @@ def build_module(
     """
     from helpers.backends.tensorrt import modules
 
-    with hushed(quiet):
+    with hushed(quiet), one_thread:
         job = modules.from_module(module, example_inputs, precision, name=name, time_limit=time_limit, options=options)
         return _run(job, force)
 

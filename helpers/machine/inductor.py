@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 from helpers.errors import BackendUnavailable
 from helpers.machine import hardware
 from helpers.paths import compilers_folder, is_one_word, temporary_folder
+
+# Held while a module is exported or compiled in this process: torch.export keeps what it traces, and the course what it
+# changes in torch meanwhile, for all threads at once.
+one_thread = threading.RLock()
 
 
 def prepare_inductor() -> Path:

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import textwrap
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +21,9 @@ from helpers.backends.tensorrt import layers
 from helpers.course.lab import pictures, profile
 from helpers.course.lab.binary import compiled_for, vector_registers
 from helpers.course.lab.code import beside, generated_loops
+from helpers.course.lab.compiled import compile_module
 from helpers.course.recorded import recorded
+from helpers.engine import build_module
 from helpers.errors import BackendUnavailable, CourseError, InputError
 from helpers.paths import PROJECT
 
@@ -439,3 +443,29 @@ def test_recorded_engines_have_what_the_laboratory_asks_for(kind):
     total, must = profile.moved(recording)
     weights = 2 * 256 + 256 * 1024 + 1024
     assert total > must > weights * {"fp32": 4, "int8": 1}.get(kind, 2)
+
+
+def test_modules_are_exported_one_after_the_other(monkeypatch):
+    """Side by side, torch's exports fail."""
+    from helpers.backends.tensorrt import builder, onnx_export
+
+    now, most = [], []
+
+    def export(*_, **__):
+        now.append(0)
+        most.append(len(now))
+        time.sleep(0.1)  # for the other to come
+        now.pop()
+        raise InputError("exported")
+
+    class Own(torch.nn.Linear):
+        """Only its export tells what it computes."""
+
+    monkeypatch.setattr(torch.export, "export", export)
+    monkeypatch.setattr(onnx_export, "export", export)
+    monkeypatch.setattr(builder, "provider_version", lambda _: "1")
+    module, inputs = Own(2, 2), (torch.ones(1, 2),)
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(call, module, inputs) for call in (compile_module, build_module) * 2]
+    assert all("exported" in str(call.exception()) for call in calls)
+    assert most == [1] * 4

@@ -26,7 +26,7 @@ from helpers.backends.report import EngineReport
 from helpers.course.lab.binary import compiled_for
 from helpers.errors import InputError, need, shown
 from helpers.machine import hardware
-from helpers.machine.inductor import prepare_inductor
+from helpers.machine.inductor import one_thread, prepare_inductor
 from helpers.paths import owned_folder
 from helpers.progress import shown_if_slow
 
@@ -51,7 +51,7 @@ def compile_module(
     need(module, nn.Module, "Give a module, such as nn.GELU().")
     if not isinstance(inputs, (list, tuple)):
         raise InputError(f"A module's inputs are a tuple, not {shown(inputs)}.", fix="Give one alone as (x,).")
-    with whole_stack_traces():
+    with shown_if_slow("Compiling the module", "export"), one_thread, whole_stack_traces():
         program = torch.export.export(module, tuple(inputs), strict=False)
     recorder = InductorRecorder("module", program.graph)
     settings: dict[str, Any] = {**recorder.options(), "cpp.threads": 1, **TIMED}
@@ -59,13 +59,14 @@ def compile_module(
     if not fusion:
         settings |= {"max_fusion_size": 1, "post_grad_custom_pre_pass": _keep_every_result}
     with (
+        shown_if_slow("Compiling the module", "compile"),
+        one_thread,
         torch.no_grad(),
         owned_folder("course-lab-", prepare_inductor()) as folder,
         fresh_cache(dir=str(folder)),
         warnings.catch_warnings(),
         kernels_apart(),
         compiling("the module"),
-        shown_if_slow("Compiling the module", "compile"),
     ):
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # here fp32 means fp32
