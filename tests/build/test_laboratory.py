@@ -3,6 +3,8 @@ results, and the sign of each effect that notebook 07 explains."""
 
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -391,3 +393,12 @@ def test_what_is_planted_is_taken_out_by_what_must_take_it_out(frozen):
     for damaged in ({}, dict(zip(compiled.report.removed, causes[1:] + causes[:1], strict=True))):
         with pytest.raises(AssertionError):
             check_removed(replace(compiled.report, removed=damaged), frozen)
+
+
+def test_what_the_first_module_of_a_process_is_compiled_for_is_its_own():
+    """torch tries the processor's instructions once in a process, by libraries that are not the module's."""
+    code = "import torch; from helpers.course.lab.compiled import compile_module\n"
+    code += "print(*(compile_module(torch.nn.GELU(), (torch.ones(64),)).targets for _ in range(2)), sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = run.stdout.splitlines()[-2:]
+    assert first == second

@@ -46,6 +46,7 @@ def compile_module(
     module: nn.Module, inputs: Sequence[Any], *, fusion: bool = True, options: dict[str, Any] | None = None
 ) -> Compiled:
     """fusion=False: each operation writes its result to memory. options: Inductor's, such as {"cpp.simdlen": 256}."""
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
     from torch._inductor.utils import fresh_cache
 
     need(module, nn.Module, "Give a module, such as nn.GELU().")
@@ -58,11 +59,14 @@ def compile_module(
     settings["cpp.cxx"] = (None, hardware.compiler())
     if not fusion:
         settings |= {"max_fusion_size": 1, "post_grad_custom_pre_pass": _keep_every_result}
+    place = prepare_inductor()
+    with shown_if_slow("Trying the processor's vector instructions", "compile"), one_thread:
+        valid_vec_isa_list()  # once in a process, by libraries that would lie and count among the module's
     with (
         shown_if_slow("Compiling the module", "compile"),
         one_thread,
         torch.no_grad(),
-        owned_folder("course-lab-", prepare_inductor()) as folder,
+        owned_folder("course-lab-", place) as folder,
         fresh_cache(dir=str(folder)),
         warnings.catch_warnings(),
         kernels_apart(),
