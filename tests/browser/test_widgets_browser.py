@@ -18,6 +18,17 @@ from helpers.course.widgets import sampling_explorer
 engine = load(BuildRecipe(backend="pytorch", max_input_len=64, max_seq_len=256))
 sampling_explorer(engine, max_tokens=12)
 """
+AGAIN = """
+import gc
+from helpers import BuildRecipe, load
+from helpers.backends.base import Engine
+from helpers.course.widgets import sampling_explorer
+
+engine = load(BuildRecipe(backend="pytorch", max_input_len=64, max_seq_len=256))
+gc.collect()
+print("engines:", sum(isinstance(thing, Engine) for thing in gc.get_objects()))
+sampling_explorer(engine, max_tokens=4)
+"""
 CHAT = """
 import shutil, tempfile, time
 from pathlib import Path
@@ -176,6 +187,17 @@ def message(page):
 
 def answer(page) -> str:
     return page.locator(".jp-OutputArea section p").last.inner_text()
+
+
+def test_a_cell_that_runs_again_keeps_one_engine_more_and_not_one_a_run(visit):
+    """Beside the new one the last run's, which its widget shows until the new one is there."""
+    page = opened(visit, [AGAIN], "lab", "again", "Run")
+    for count in (1, 2, 2, 2):
+        wait_for(lambda: f"engines: {count}" in output(page) and run_button(page).is_enabled())  # noqa: B023
+        before = page.locator(".jp-InputPrompt").first.inner_text()
+        run_all(page)
+        wait_for(lambda: page.locator(".jp-InputPrompt").first.inner_text() not in (before, "[*]:"))  # noqa: B023
+    assert page.problems == []
 
 
 def test_enter_sends_and_the_answer_comes_word_by_word_until_stop(talk):
