@@ -367,13 +367,12 @@ def _check_tokenizer(folder: Path, tokenizer: Path | str) -> None:
     if not isinstance(tokenizer, (str, Path)):
         raise EngineMismatch(f"A tokenizer is given as its folder, not as {shown(tokenizer)}.", fix="Give the folder.")
     name = name_of_folder(tokenizer)
-    if is_folder(name) and name not in ("stories", *NAMED):  # a tokenizer that was saved alone has no config.json
-        given = Path(name).expanduser()
-    else:
-        given = find_checkpoint(name).folder
+    # A tokenizer that was saved alone has no config.json.
+    alone = is_folder(name) and name not in ("stories", *NAMED)
+    given = Path(name).expanduser().resolve() if alone else find_checkpoint(name).folder
     if load_tokenizer(given) != load_tokenizer(folder):
         raise EngineMismatch(
-            f"The tokenizer of {name!r} is not the one that engine {folder.name!r} was built with.",
+            f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",
             cause="The same text becomes other token ids, and the model would answer nonsense without any error.",
             fix="Leave `tokenizer` out: the engine's folder holds the right one.",
         )

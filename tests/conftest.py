@@ -80,6 +80,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ["COURSE_ENGINES"], ignore_errors=True))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A notebook takes minutes. pytest-xdist gives each process one run of the list: so each run begins with some."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    notebooks = [item for item in items if item.path.suffix == ".ipynb"]
+    others = [item for item in items if item.path.suffix != ".ipynb"]
+    size = -(-len(others) // processes)
+    runs = [notebooks[i::processes] + others[i * size : (i + 1) * size] for i in range(processes)]
+    items[:] = [item for run in runs for item in run]
+
+
 @pytest.fixture(scope="session")
 def built():
     """built(recipe): the engine's folder, compiled once for the whole session."""
