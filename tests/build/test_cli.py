@@ -128,7 +128,7 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(engine):
     code = f"import sys; from helpers.cli import main; sys.exit(main(['inspect', {engine!r}, '--kernels', '100000']))"
     command = f'"{sys.executable}" -c "{code}" | true'  # which ends at once, and has read nothing
     done = run_in_shell("bash", "-o", "pipefail", "-c", command)
-    assert done.returncode == 141 and done.stderr == ""
+    assert done.returncode == 141 and "Error" not in done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -154,7 +154,7 @@ def test_a_terminal_that_lacks_characters_gets_them_spelled_out(engine, encoding
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     done = run_module("helpers", "generate", engine, "Once \N{PARTY POPPER}", "--max-tokens", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once \\U0001f389") and done.stderr == ""
+    assert done.stdout.startswith("Once \\U0001f389") and "Error" not in done.stderr  # a slow start is told there
     done = run_module("helpers.basic", "--engine", engine, "--max-tokens", "2", "Once \N{PARTY POPPER}")
     assert done.returncode == 0 and "\\U0001f389" in done.stdout, done.stderr
 
