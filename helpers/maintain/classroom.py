@@ -94,8 +94,8 @@ def _text(nb: NotebookNode) -> str:
 
 def _one(name: str, folder: Path) -> Path:
     sources = notebooks.select(folder, [name])
-    if len(sources) > 1:
-        raise InputError(f"{name!r} names {len(sources)} notebooks.", fix="Give a number, such as 03.")
+    if len(stems := [source.stem for source in sources]) > 1:
+        raise InputError(f"{name!r} names {len(sources)} notebooks.", fix=f"Name one, whole: {', '.join(stems)}.")
     return sources[0]
 
 

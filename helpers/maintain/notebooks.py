@@ -325,11 +325,15 @@ def select(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     every = sorted(folder.glob("*.ipynb"))
     if not only:
         return every
+    named: set[Path] = set()
     for name in only:
-        if not any(path.stem.startswith(name) for path in every):
+        # A whole name names one, though a copy of it lies beside.
+        found = {path for path in every if path.stem == name} or {p for p in every if p.stem.startswith(name)}
+        named |= found
+        if not found:
             known = ", ".join(path.stem for path in every) or f"none: {folder.name}/ is empty"
             raise InputError(f"There is no notebook named {name!r}.", fix=f"Name one of these: {known}.")
-    return [path for path in every if any(path.stem.startswith(name) for name in only)]
+    return sorted(named)
 
 
 def run_all(

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 
 import pytest
 
@@ -86,6 +87,14 @@ def test_a_damaged_copy_and_one_of_unknown_origin_lose_nothing(course, work):
     damaged, unknown = classroom.update(course)
     assert "cannot be read" in damaged and "made from" in unknown and "you have worked" not in damaged + unknown
     assert (work / "00_start.ipynb").read_text() == "{" and sources(work / "03_generate.ipynb") == ["mine()"]
+
+
+def test_a_notebook_is_named_whole_where_a_copy_lies_beside_it(course, work):
+    shutil.copy(course / "03_generate.ipynb", course / "03_generate-Copy1.ipynb")
+    with pytest.raises(InputError, match="03_generate-Copy1, 03_generate"):
+        classroom.reset("03", course)
+    classroom.reset("03_generate", course)
+    assert [path.name for path in work.glob("*.ipynb")] == ["03_generate.ipynb"]
 
 
 def test_reset_brings_one_back_and_keeps_theirs_under_a_dated_name(course, work):
