@@ -35,9 +35,9 @@ class BuildJob:
 
 
 def source_digest(*names: str) -> str:
-    """A hash of the code that decides what a backend compiles: the Python files of these folders of helpers/, these
-    files, and the version of transformers, which reads a checkpoint's configuration."""
+    """A hash of the code that decides what a backend compiles: the Python files of these folders of helpers/ (not an
+    editor's hidden ones), these files, and the version of transformers, which reads a checkpoint's configuration."""
     paths = [PROJECT / "helpers" / name for name in names]
-    files = [file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (sorted(path.glob("[!.]*.py")) if path.is_dir() else [path])]
     reader = importlib.metadata.version("transformers").encode()
     return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), reader])).hexdigest()

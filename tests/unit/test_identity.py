@@ -41,3 +41,13 @@ def test_a_change_in_whatever_code_a_build_runs_makes_another_engine(backend, mo
     assert before == job.source_digest(*sources)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1")  # it reads the configuration
     assert job.source_digest(*sources) != before
+
+
+def test_an_editors_hidden_files_are_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "PROJECT", tmp_path)
+    (folder := tmp_path / "helpers/part").mkdir(parents=True)
+    (folder / "code.py").write_text("x = 1\n", encoding="utf-8")
+    before = job.source_digest("part")
+    (folder / "._code.py").write_bytes(b"\0")  # macOS, on a disk of another system
+    (folder / ".#code.py").symlink_to("me@here.7")  # Emacs: a link to nothing
+    assert job.source_digest("part") == before
