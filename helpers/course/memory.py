@@ -83,9 +83,9 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
     machines = [("this machine", here.device, float(here.memory_bytes), speed or bandwidth())]
     for gpu in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")):
         machines.append((gpu["name"], "cuda", gpu["memory_gb"] * 1e9, gpu["gb_per_s"] * 1e9))
-    rows = []
+    rows, each = [], {device: memory(recipe, device) for device in {"cuda", here.device}}  # it may read both embeddings
     for name, device, size, reads in machines:
-        takes, room = memory(recipe, device), size * (1 - SPARE)
+        takes, room = each[device], size * (1 - SPARE)
         least = takes.least_seconds(reads, recipe.max_batch_size) * 1e3
         sizes = map(in_words, (size, takes.weights, takes.kv_cache, takes.all))
         fits = "yes" if takes.all <= room else "no"

@@ -90,6 +90,13 @@ def test_the_table_says_where_it_fits():
     assert set(small.values()) == {"yes"}
 
 
+def test_a_table_of_many_machines_reads_the_checkpoint_once_for_each_kind(monkeypatch):
+    asked = []
+    monkeypatch.setattr(calculator, "find_checkpoint", lambda name: asked.append(name) or find_checkpoint(name))
+    table = memory_table(BuildRecipe(), speed=20e9)
+    assert len(asked) <= 2 < len(table.rows)
+
+
 def test_a_gpu_of_the_table_names_its_source():
     gpus = json.loads(Path(calculator.__file__).with_name("gpus.json").read_text(encoding="utf-8"))
     assert len(gpus) > 4
