@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.display import Table
-from helpers.errors import EngineCorrupt, need
+from helpers.errors import EngineCorrupt, InputError, need
 
 REPORT_FILE = "report.json"
 
@@ -66,6 +66,9 @@ class EngineReport:
 
     def of(self, graph: str) -> EngineReport:
         """The part of the report that is about one graph, such as "decode_b1"."""
+        if graph not in self.graphs():
+            have = ", ".join(self.graphs()) or "none"
+            raise InputError(f"The report has no graph {graph!r:.80}.", fix=f"There are: {have}.")
         return replace(
             self,
             operations=[o for o in self.operations if o.graph == graph],

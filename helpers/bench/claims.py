@@ -25,6 +25,7 @@ from typing import Any
 from helpers.bench.records import HOST_BOUND, TOLERANCE, Record, Row, need_records
 from helpers.bench.tables import METRICS, memory_metric
 from helpers.display import Table
+from helpers.errors import need
 
 Interval = tuple[float, float]  # least and most
 CANNOT_TELL = "cannot be told from these runs"
@@ -94,6 +95,7 @@ def aspects(record: Record, lines: Mapping[str, int]) -> Table:
     again: what was built is for one model only.
     """
     need_records(record)
+    need(lines, Mapping, "Give the lines alone: programs.lines.")
     best, largest = _best(record), _largest(record)
     metrics = ("first token ever, s", "first token, s", "TPOT (least), ms", memory_metric(record))
     table: list[tuple[Any, ...]] = []

@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from helpers import backends
 from helpers.bench.records import Host, Record, Row, Workload, commit
-from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError, shown
+from helpers.errors import BackendUnavailable, CourseError, InputError, WorkerError, need, shown
 from helpers.machine import environments, hardware
 from helpers.machine.load import OtherWork
 from helpers.machine.worker import Worker
@@ -36,6 +36,7 @@ from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.paths import compilers_folder, owned_folder, temporary_folder, user_id
 from helpers.progress import Progress, held, hushed, say, shown_if_slow
 from helpers.recipe import COMPILED, BuildRecipe
+from helpers.recipe.fields import not_allowed
 
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.625}  # int4: see model/weights.py
 TIME_LIMIT_S = 900.0  # for one request; torch.compile compiles in its first
@@ -216,6 +217,9 @@ def bytes_per_step(workload: Workload, precision: str, batch_size: int) -> int:
              prompt and half of the answer
     Norms and int8 scales count as weights; they are below 1 %. With int4, the head is int8, as `aot` keeps it.
     """
+    need(workload, Workload, "Give Workload(model='stories'), or a record's: record.workload.")
+    if precision not in BYTES:
+        raise not_allowed("The precision whose bytes are counted", precision, f"one of {', '.join(BYTES)}")
     config = find_checkpoint(workload.model).config
     weights = config.parameter_count()
     if not config.tie_word_embeddings:

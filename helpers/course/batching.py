@@ -13,7 +13,9 @@ from statistics import mean
 
 from helpers.bench.records import Record, need_records, references
 from helpers.display import COLOURS, Picture, Table, new_panels
-from helpers.errors import InputError, shown
+from helpers.errors import InputError, need, shown
+
+STEPS = "Give step times: measured_steps(record, 'aot fp32')."  # whoever has a record in their place
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def simulate(
     cache_tokens: what the KV cache holds. A step either reads the prompts of all that join, or decodes one token of
     each. In a static batch the slots of finished sequences go on computing.
     """
+    need(times, StepTimes, STEPS)
     if not 1 <= max_batch <= max(times.decode):
         raise InputError(
             f"A batch of {shown(max_batch)} has no step time.",

@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from helpers.backends.tensorrt import llama_onnx, onnx_export
 from helpers.display import Table
+from helpers.errors import InputError, need
 from helpers.model.checkpoint import find_checkpoint
 from helpers.paths import name_of_folder, owned_folder
 
@@ -39,14 +40,17 @@ def course_graphs(model: Path | str, *, cache_length: int = 1024) -> list[ModelP
 
 
 def operators(model: ModelProto, caption: str = "") -> Table:
+    _need_model(model)
     counts = Counter((node.op_type, node.domain if is_plugin(node) else "ONNX") for node in model.graph.node)
     return Table(caption, ("operator", "defined by", "nodes"), [(*key, n) for key, n in counts.most_common()])
 
 
 def plugin_node(model: ModelProto) -> Table:
     """The first node that is no ONNX operator: what it reads and writes, and its attributes."""
-    node = next(node for node in model.graph.node if is_plugin(node))
-    graph = model.graph
+    _need_model(model)
+    graph, node = model.graph, next(filter(is_plugin, model.graph.node), None)
+    if node is None:
+        raise InputError("This graph has no plugin: all its nodes are ONNX operators.", fix="See them by `operators`.")
     types = {value.name: _type(value) for value in (*graph.input, *graph.output, *graph.value_info)}
     rows = [("input", name, types.get(name, "")) for name in node.input if name]
     rows += [("output", name, types.get(name, "")) for name in node.output]
@@ -56,6 +60,7 @@ def plugin_node(model: ModelProto) -> Table:
 
 def interface(model: ModelProto, caption: str = "") -> Table:
     """Inputs and outputs; those that differ only in a number at their name's end, such as a layer's, are one row."""
+    _need_model(model)
     rows = [("input", *row) for row in _families(model.graph.input)]
     rows += [("output", *row) for row in _families(model.graph.output)]
     return Table(caption, ("", "how many", "name", "type and shape"), rows)
@@ -63,6 +68,10 @@ def interface(model: ModelProto, caption: str = "") -> Table:
 
 def compare(exports: Mapping[str, Sequence[ModelProto]], caption: str = "") -> Table:
     """A column for each graph, under its export's title; where an export has several, with the graph's name."""
+    need(exports, Mapping, "Give each export's graphs with a title: {'this course': course_graphs(MODEL)}.")
+    for models in exports.values():
+        need(models, Sequence, "Give a list of graphs, also for one: [read(file)].")
+        list(map(_need_model, models))
     columns = {
         title if len(models) == 1 else f"{title}: {model.graph.name}": model
         for title, models in exports.items()
@@ -79,6 +88,11 @@ def compare(exports: Mapping[str, Sequence[ModelProto]], caption: str = "") -> T
         "weights, MB": lambda model: f"{weights_bytes(model) / 1e6:,.0f}",
     }
     return Table(caption, ("", *columns), [(name, *map(row, columns.values())) for name, row in rows.items()])
+
+
+def _need_model(model: Any) -> None:
+    """InputError for another thing than a graph, such as its file, or the list that `course_graphs` returns."""
+    need(model, ModelProto, "Give one graph: read(file), or one of course_graphs(MODEL).")
 
 
 def _counted(kinds: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from helpers.backends.base import need_engine
 from helpers.backends.report import EngineReport, need_report, need_reports
 from helpers.display import (
     COLOURS,
@@ -23,7 +24,7 @@ from helpers.display import (
     sample_bars,
     stacked_bars,
 )
-from helpers.errors import need, printable
+from helpers.errors import InputError, need, printable, shown
 
 if TYPE_CHECKING:
     from helpers.backends.base import Engine
@@ -91,6 +92,8 @@ def sizes(reports: Mapping[str, EngineReport]) -> Picture:
 
 def phases(seconds: Mapping[str, float], title: str = "Seconds of each phase of the build") -> Picture:
     """How long each phase of a build took, from the manifest's `seconds`."""
+    if not isinstance(seconds, Mapping) or not all(isinstance(took, (int, float)) for took in seconds.values()):
+        raise InputError(f"No seconds of phases: {shown(seconds)}.", fix="Give read_manifest(folder)['seconds'].")
     figure, axes = new_figure(height=0.6 + 0.27 * len(seconds))
     bars = axes.barh(list(map(plain, seconds)), list(seconds.values()), color=COLOURS[0])
     axes.bar_label(bars, fmt=" %.1f")
@@ -160,6 +163,7 @@ def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds pe
 
 def show_text(text: str, width: int = 100) -> None:
     """Print a generated text, wrapped, without what could steer a terminal."""
+    need(text, str, "Give the text of an answer: answer.text.")
     print(textwrap.fill(printable(text.strip()), width))
 
 
@@ -170,6 +174,8 @@ def distributions(engine: Engine, prompt: str, settings: Mapping[str, SamplingPa
     """What the token after the prompt would be drawn from, once for each of several settings."""
     from helpers.model.sampling import next_token_distribution
 
+    need_engine(engine)
+    need(settings, Mapping, "Give each setting with a name: {'greedy': SamplingParams(temperature=0)}.")
     logits, ids = engine.logits(prompt), engine.tokenize(prompt)
     order = logits.topk(count).indices.tolist()  # the same tokens in every panel, so that they compare
     labels = [_label(engine.detokenize([token], ids)) for token in order]

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from helpers.errors import InputError
 from helpers.model.checkpoint import find_checkpoint
 from helpers.paths import full_is_told, owned_folder
 
@@ -95,6 +96,9 @@ def wrong_scale(engine: Path, name: str, factor: float) -> Path:
     folder = copy_of(engine)
     path = folder / "weights.safetensors"
     weights = load_file(path)
+    if f"{name}.scale" not in weights:
+        names = ", ".join(key.removesuffix(".scale") for key in weights if key.endswith(".scale")) or "none: no int8"
+        raise InputError(f"Engine {engine.name!r} has no scales of {name!r}.", fix=f"There are {names}.")
     save_file({**weights, f"{name}.scale": weights[f"{name}.scale"] * factor}, path)
     manifest = store.read_manifest(folder)
     manifest["files"][path.name] = store.entry_of(path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers import SamplingParams
+from helpers.backends.base import Engine
 from helpers.course import pictures
 from helpers.errors import printable
 
@@ -11,8 +12,13 @@ HOSTILE = ["$\\frac$", "$", "\\$", "$$", "a\x1b]0;title\x07", "\x9b31m", " ", "\
 ESCAPES = ["\x1b", "\x07", "\x9b"]
 
 
-class Writer:
+class Writer(Engine):
     """An engine whose tokens are these texts, all equally likely."""
+
+    _prefill = _decode = None
+
+    def __init__(self):
+        """There is nothing to load."""
 
     def logits(self, prompt):
         return torch.zeros(len(HOSTILE))

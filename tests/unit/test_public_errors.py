@@ -15,16 +15,17 @@ from conftest import Scripted
 from promises import NIGHTLY, how_many
 
 torch = pytest.importorskip("torch")
+import safetensors.torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import helpers
 from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
-from helpers.bench import quality, records
+from helpers.bench import claims, quality, records, tables
 from helpers.bench import run as benchmark
-from helpers.course import memory, pictures, widgets
-from helpers.course.batching import measured_steps
+from helpers.course import memory, onnx_tables, pictures, troubles, widgets
+from helpers.course.batching import compare_batching, measured_steps
 from helpers.course.cards import explain
 from helpers.course.exercises import check, freeze, hint, solution
 from helpers.course.lab import pictures as drawn
@@ -167,6 +168,13 @@ OF_A_NOTEBOOK = {  # the folder in place of the engine, the engine in place of i
     "roofline": lambda value: drawn.roofline(value, 1e9),
     "time_by_work": lambda value: drawn.time_by_work({"fp32": value}),
     "beside": lambda value: beside(value, value),
+    "operators": onnx_tables.operators,
+    "plugin_node": onnx_tables.plugin_node,
+    "interface": onnx_tables.interface,
+    "distributions": lambda value: pictures.distributions(value, "x", {}),
+    "stream_choices": lambda value: list(widgets.stream_choices(value, "x", SHORT)),
+    "compare_batching": lambda value: compare_batching([], value, max_batch=1, cache_tokens=64, max_seq_len=64),
+    "bytes_per_step": lambda value: benchmark.bytes_per_step(value, "fp32", 1),
     "measured_steps": lambda value: measured_steps(value, "aot fp32"),
 }
 TENSORS = [
@@ -205,6 +213,35 @@ def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
         lambda: profile.profile(Scripted([1]), two): "the report is of module, again",
     }.items():
         with pytest.raises(InputError, match=words):
+            call()
+
+
+def test_what_a_learner_mixes_up_in_a_notebook_is_told(tmp_path):
+    folder, record = recorded("block", "fp32"), records.references()[0]
+    report, manifest, row = helpers.inspect(folder), store.read_manifest(folder), record.measured()[0]
+    engine, (graph, _) = Scripted([1]), onnx_tables.course_graphs("stories")
+    safetensors.torch.save_file({"down.scale": torch.ones(1)}, tmp_path / "weights.safetensors")
+    open_ended = dataclasses.replace(report.kernels[0], details={})
+    for call, words in {
+        lambda: beside(report.kernels[0], report): "holds no code of kernel",
+        lambda: report.of("modul"): "There are: module",
+        lambda: drawn.roofline(dataclasses.replace(report, kernels=[open_ended]), 1e9): "bytes that these kernels",
+        lambda: onnx_tables.plugin_node(graph): "has no plugin",
+        lambda: onnx_tables.compare({"this course": graph}): "Give a list of graphs",
+        lambda: widgets.batching_simulator(record): "measured_steps",
+        lambda: widgets.experiment_runner(
+            lambda a: {"ms": 1.0}, {"a": 4}, tmp_path / "r.json", "ms"
+        ): "This is no grid",
+        lambda: pictures.show_text(engine.generate([1], SHORT)[0]): "Give the text of an answer",
+        lambda: pictures.distributions(engine, [1], SHORT): "Give each setting with a name",
+        lambda: pictures.phases(manifest): "seconds",
+        lambda: benchmark.bytes_per_step(record.workload, "FP32", 1): "one of fp32",
+        lambda: claims.aspects(record, tables.Programs({row.backend: "x"})): "programs.lines",
+        lambda: troubles.wrong_scale(tmp_path, "layers.9.down", 2): "There are down",
+        lambda: compile_module(torch.nn.GELU(), (torch.ones(2),), options={"cpp.simdln": 256}): "mean 'cpp.simdlen'",
+        lambda: compile_module(torch.nn.Linear(4, 4), (torch.ones(2, 8),)): "cannot export",
+    }.items():
+        with pytest.raises(CourseError, match=words):
             call()
 
 

@@ -46,10 +46,16 @@ def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
     """
     need(kernel, Kernel, "Give one of them: report.kernels[0].")
     need_report(report)
+    if not (code := code or kernel.details.get("code", "")):
+        raise InputError(
+            f"The report holds no code of kernel {kernel.name!r}.",
+            cause="A library does its work; or the report is an engine's, whose loops lie in its folder.",
+            fix="Give a kernel of kind 'generated', and of an engine one of generated_loops(folder, graph) as code.",
+        )
     known = {operation.name: operation for operation in report.operations}
     waiting = [known[name] for name in kernel.fused if name in known]
     rows, last = [], 0
-    for line in _loop(code or kernel.details["code"]):
+    for line in _loop(code):
         computed = line if re.search(r"\btmp\w* = (?!\w+_ptr\d+\[)(?!.*(loadu|tl\.load)\()", line) else ""
         after = [at for at, o in enumerate(waiting) if computed and re.search(_sign(o.op), computed)]
         last = next((at for at in after if at >= last), after[0] if after else last)

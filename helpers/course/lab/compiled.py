@@ -10,6 +10,7 @@ Each kernel is a function of its own, so that torch.profiler can time it (profil
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections import Counter
@@ -52,8 +53,16 @@ def compile_module(
     need(module, nn.Module, "Give a module, such as nn.GELU().")
     if not isinstance(inputs, (list, tuple)):
         raise InputError(f"A module's inputs are a tuple, not {shown(inputs)}.", fix="Give one alone as (x,).")
+    if unknown := set(options or {}) - set(torch._inductor.list_options()):
+        near = difflib.get_close_matches(min(unknown), torch._inductor.list_options(), n=1)
+        fix = f"Did you mean {near[0]!r}?" if near else "torch._inductor.list_options() has their names."
+        raise InputError(f"Inductor has no option {min(unknown)!r}.", fix=fix)
     with shown_if_slow("Compiling the module", "export"), one_thread, whole_stack_traces():
-        program = torch.export.export(module, tuple(inputs), strict=False)
+        try:
+            program = torch.export.export(module, tuple(inputs), strict=False)
+        except Exception as error:  # the learner's module, so any
+            words = f"PyTorch cannot export the module with these inputs: {' '.join(str(error).split()):.300}"
+            raise InputError(words, fix="Give inputs that module(*inputs) takes; no branch on their values.") from error
     recorder = InductorRecorder("module", program.graph)
     settings: dict[str, Any] = {**recorder.options(), "cpp.threads": 1, **TIMED}
     settings["cpp.cxx"] = (None, hardware.compiler())

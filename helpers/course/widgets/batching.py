@@ -8,12 +8,15 @@ from helpers.course import batching
 from helpers.course.batching import StepTimes, Timeline
 from helpers.course.widgets.panel import Panel, as_html, button, control, row, slider
 from helpers.display import Picture
+from helpers.errors import need
 
 FRAME = 0.1  # seconds from one picture of a playing simulation to the next
 
 
 def batching_simulator(times: StepTimes | None = None) -> BatchingSimulator:
     """Controls over `batching.simulate`. times: step times of this machine, beside those of the course's records."""
+    if times is not None:
+        need(times, StepTimes, batching.STEPS)
     given = {} if times is None else {f"yours: {times.place}": times}
     return BatchingSimulator({**given, **batching.reference_steps()})
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from helpers.backends.base import need_engine
 from helpers.errors import InputError, shown
 from helpers.model.sampling import SamplingParams, next_token_distribution
 from helpers.model.tokenizer import INCOMPLETE
@@ -69,6 +70,7 @@ def stream_choices(engine: Engine, prompt: str, sampling: SamplingParams, count:
     def keep(logits: Tensor) -> None:
         seen.append(logits[0].cpu().float())
 
+    need_engine(engine)
     before = engine.tokenize(prompt)
     text = ""
     for token in engine.stream(prompt, sampling, observe=keep):

@@ -15,6 +15,7 @@ from helpers.display import Table
 
 def experiment_runner(measure: Measure, grid: Grid, file: Path | str, metric: str) -> ExperimentRunner:
     """Run measures what `file` has no row of yet; Stop ends it after the running measurement. metric: what is drawn."""
+    next(run_grid(measure, grid, file))  # what it refuses is refused here
     return ExperimentRunner(measure, grid, Path(file), metric)
 
 
