@@ -136,11 +136,12 @@ def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = Non
     ids mean nothing to a model that was trained with others.
     """
     if isinstance(engine, BuildRecipe) and engine.backend not in COMPILED:
+        checkpoint = find_checkpoint(engine.model)
         if tokenizer is not None:
-            _check_tokenizer(find_checkpoint(engine.model).folder, tokenizer)
+            _check_tokenizer(checkpoint.folder, tokenizer)
         backend = backends.module(engine.backend)
         with _loading():
-            return backend.load(engine.replace())  # checked again, as in `identity`
+            return backend.load(engine.replace(model=checkpoint.name))  # checked again, as in `identity`
     folder = locate(engine)
     with store.reading(folder), _understood(folder):
         check_trust(folder)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,16 @@ from helpers.errors import (
     NumericsError,
     OutOfMemory,
 )
+from helpers.model.checkpoint import BUNDLED, find_checkpoint
 from helpers.paths import PROJECT
+
+
+def test_the_recipe_of_an_engine_that_was_not_built_names_its_model_from_any_folder(tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    with load(BuildRecipe(model="m", backend="pytorch", device="cpu")) as engine:
+        monkeypatch.chdir(tmp_path / "m")
+        assert find_checkpoint(engine.recipe.model).folder == tmp_path / "m"
 
 
 @pytest.fixture(scope="module", params=["aot", "pytorch", "torch_compile"])
