@@ -291,10 +291,13 @@ def find(engine: Path | str) -> Path:
     """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
     try:
         given = Path(engine)
-        if given.name and os.access(given / MANIFEST, os.F_OK):
-            return given
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if given.name and (given / MANIFEST).stat():
+                return given
         stores = [root.resolve() for root in engines_folders()]
         in_store = given.name and (given.name == str(engine) or given.parent.resolve() in stores)
+    except PermissionError:
+        return given  # as below
     except (TypeError, ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
     matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []

@@ -399,6 +399,13 @@ def test_a_read_only_store_alone_serves_what_is_in_it_and_says_what_to_do_for_mo
 
 
 @as_root
+def test_an_engine_in_a_folder_that_is_closed_to_the_user_is_not_told_as_missing(place):
+    engine = user_folder(place, ANNA, 0o700) / "engine"
+    refusal, _ = run(BERT, f"print(json.dumps(told(lambda: load({str(engine)!r}))))", user_folder(place, BERT))
+    assert "You may not read engine 'engine'" in refusal
+
+
+@as_root
 def test_an_engine_of_a_stranger_loads_only_from_a_store_that_is_named_as_trusted(place):
     shared = place / "shared"
     shared.mkdir()
