@@ -43,6 +43,11 @@ from helpers.paths import PROJECT, temporary_folder
 START_LIMIT = 120.0  # seconds until a new worker must have answered: another environment's imports can be slow
 END_LIMIT = 2.0  # seconds that a worker without an output, or a killed one, may take to end
 TAIL = 2000  # characters of standard error that a crash message shows
+OTHER_PYTHON = (
+    "Let the variable COURSE_..._PYTHON name the Python of an environment that works, or unset it; "
+    "`helpers doctor` shows which Pythons are used."
+)
+AGAIN = "This notebook is unharmed: run the cell again. If it happens again, build something smaller."
 LONGEST = 2**28  # bytes of one answer
 AHEAD = 1000  # answers that are read before somebody asks for them; after that the worker waits
 
@@ -60,6 +65,7 @@ class Worker:
     ):
         self.name = f"The worker for {module}{f' under {python}' if python else ''}"
         self._reason = ""  # why this side ended the worker; "" while it runs, and when it ended by itself
+        self._again = OTHER_PYTHON if python else AGAIN  # what to do if it ends by itself: at first, as it starts
         self._last_words = ""  # the end of its standard error, once it has ended
         self._oom_kills = _oom_kills()
         self._owner = os.getpid()  # a fork of it has this object too, and none of the threads that read the answers
@@ -73,6 +79,7 @@ class Worker:
             kind, answer = self._answer(time.monotonic() + start_limit, start_limit)
             if kind == "error":  # of importing the module
                 raise _as_error(answer)
+            self._again = AGAIN
         except BaseException:
             self.kill("it did not start")
             raise
@@ -96,8 +103,7 @@ class Worker:
                 raise BackendUnavailable(
                     f"{python} cannot be started as a Python: {error.strerror}.",
                     cause="A variable COURSE_..._PYTHON names it, or its environment was moved or removed.",
-                    fix="Let the variable name the Python of an environment that works, or unset it; "
-                    "`helpers doctor` shows which Pythons are used.",
+                    fix=OTHER_PYTHON,
                 ) from error
             raise self._no_room(error) from error
 
@@ -258,7 +264,8 @@ class Worker:
                 cause="Whatever it held, an engine for example, is gone with it.",
                 fix="Start again: load the engine, or run the build.",
             )
-        what, cause, fix = _explain_end(self._process.returncode, self._last_words, _oom_kills() > self._oom_kills)
+        starved = _oom_kills() > self._oom_kills
+        what, cause, fix = _explain_end(self._process.returncode, self._last_words, starved, self._again)
         return WorkerError(f"{self.name} ended unexpectedly ({what}).", cause=cause, fix=fix)
 
 
@@ -300,13 +307,12 @@ def _as_error(fields: dict[str, str]) -> CourseError:
     return kind(fields["what"], cause=fields["cause"], fix=fields["fix"])
 
 
-def _explain_end(code: int, last_words: str, out_of_memory: bool) -> tuple[str, str, str]:
+def _explain_end(code: int, last_words: str, out_of_memory: bool, again: str) -> tuple[str, str, str]:
     """What happened, the likely cause and the fix, for a worker that this side did not end.
 
     code: as subprocess gives it, so a signal is negative.
     out_of_memory: whether the system has killed a process for want of memory while the worker ran.
     """
-    again = "This notebook is unharmed: run the cell again. If it happens again, build something smaller."
     words = f"Its last words: {last_words or 'none'}"
     number = -code if code < 0 else code - 128  # as a shell that starts Python passes it on
     name = next((known.name for known in signal.Signals if known == number), "")

@@ -391,7 +391,7 @@ def test_a_python_that_cannot_be_started_is_named(served, tmp_path, text, mode, 
 
 @posix
 def test_a_program_that_is_no_python_is_named_and_a_module_that_is_not_there(served):
-    with pytest.raises(WorkerError, match="/bin/true.*exit code 0"):
+    with pytest.raises(WorkerError, match="(?s)/bin/true.*exit code 0.*Let the variable"):
         Worker(served, python="/bin/true")
     with pytest.raises(WorkerError, match="no_such_module"):
         Worker("no_such_module")
