@@ -5,6 +5,7 @@ builds: what would be a valid build is answered by a stand-in.
 """
 
 import dataclasses
+import errno
 import functools
 import math
 from pathlib import Path
@@ -214,6 +215,15 @@ def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
     }.items():
         with pytest.raises(InputError, match=words):
             call()
+
+
+def test_a_binary_in_a_folder_that_is_closed_to_the_user_is_told(monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(InputError, match="another user"):
+        compiled_for(Path("x.so"))
 
 
 def test_what_a_learner_mixes_up_in_a_notebook_is_told(tmp_path):

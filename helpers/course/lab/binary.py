@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import commands
-from helpers.paths import named, owned_folder
+from helpers.paths import named, owned_folder, refused
 
 # The names of registers, widest first, with how many bits they have.
 REGISTERS = {
@@ -36,8 +36,13 @@ def compiled_for(file: Path) -> Counter[str]:
     file: a library, a .pt2 package (a ZIP archive that is not compressed), a cubin, or a plan.
     """
     file = named(file)
-    if not file.is_file() or not file.stat().st_size:
-        raise InputError(f"{file.name!r} is empty, or no file.", fix="Give one file, such as folder / 'decode_b1.pt2'.")
+    try:
+        if not file.is_file() or not file.stat().st_size:
+            fix = "Give one file, such as folder / 'decode_b1.pt2'."
+            raise InputError(f"{file.name!r} is empty, or no file.", fix=fix)
+        file.open("rb").close()
+    except OSError as error:
+        raise refused(file, "read", error) from error
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         numbers = [_capability(match[1], match[2]) for match in CUBIN.finditer(content)]
         for match in PLAN.finditer(content):
