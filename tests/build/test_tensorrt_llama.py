@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from promises import NIGHTLY
 
 torch = pytest.importorskip("torch")
 ort = pytest.importorskip("onnxruntime")
@@ -300,7 +301,8 @@ def test_a_modules_engine_answers_no_prompts():
         load(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not NIGHTLY, reason="takes more than a minute: make nightly")
+@pytest.mark.promise("An engine of more than 2 GB is built", 1, 1)
 def test_tinyllamas_shape_builds():
     """1.1 billion dummy weights: more than the 2 GB that an ONNX file itself can hold."""
     folder = build_engine(BuildRecipe("dummy:tinyllama-1.1b", "tensorrt", "fp16", max_input_len=256, max_seq_len=512))
