@@ -188,6 +188,12 @@ class Engine(ABC):
             if not prompt.strip():
                 raise InputError("The prompt is empty.", fix="Give at least one word.")
             prompt = self._need_tokenizer().encode(prompt, add_special_tokens)
+            if (largest := max(prompt, default=0)) >= self.vocab_size:
+                raise InputError(
+                    f"The text has token {largest}, and the model knows {self.vocab_size}, from 0 on.",
+                    cause="It was added to the tokenizer, as [PAD] often is, and not to the model's embedding.",
+                    fix="Leave it out of the text; or save the model anew after model.resize_token_embeddings.",
+                )
         if not (ids := self._ids(prompt)):
             raise InputError("The prompt has no tokens.", fix="Give at least one token id.")
         return ids

@@ -52,7 +52,16 @@ class Tokenizer:
                 cause="It was read with another encoding than it was written in.",
                 fix="Read it as UTF-8.",
             ) from error
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises nothing more exact, and its panics are no Exception
+            raise ModelError(
+                f"The tokenizer cannot read the text: {error}.",
+                cause="The text has what its vocabulary lacks, an unknown token too; or tokenizer.json is damaged.",
+                fix="Fetch the checkpoint again; of your own tokenizer, put its special tokens into its vocabulary.",
+            ) from error
         ids = encoding.ids
         doubled = encoding.special_tokens_mask[:2] == [1, 0] and ids[0] == ids[1]  # 1: added, 0: from the text
         return ids[1:] if doubled else ids
@@ -183,11 +192,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         named = {name: _added_token(config[name]).content for name in NAMED_TOKENS if config.get(name)}
         chat_template = read_chat_template(folder, config, named)
-    except ModelError:
+    except (ModelError, KeyboardInterrupt, SystemExit):
         raise
     except OSError as error:
         raise cannot_open(Path(error.filename or path), error) from error
-    except Exception as error:  # the library raises nothing more exact
+    except BaseException as error:  # the library raises nothing more exact, and its panics are no Exception
         cause = f"A file is damaged, or written for a newer library than tokenizers {tokenizers.__version__}."
         cause, fix = why_damaged(path, cause, "Fetch the checkpoint again, or update tokenizers.")
         what = f"The tokenizer of {folder.name!r} cannot be read: {error}."

@@ -245,6 +245,49 @@ def test_a_step_decodes_few_tokens_however_long_the_answer_is(folder, monkeypatc
     assert max(longest) < 16
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"once": 0}, unk_token="[UNK]"),
+        models.WordPiece({"once": 0}, unk_token="[UNK]"),
+        models.Unigram([(letter, -1.0) for letter in "once"]),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_vocabulary_without_its_unknown_token_is_told_when_a_text_needs_it(tmp_path, model):
+    tokenizer = load_tokenizer(saved(tmp_path, Tokenizer(model)))
+    assert tokenizer.encode("once")
+    with pytest.raises(ModelError, match="cannot read the text") as told:
+        tokenizer.encode("zebra")
+    assert "unknown token" in told.value.cause
+
+
+def test_a_panic_of_the_library_is_told_in_words(tmp_path):
+    backend = Tokenizer(models.WordLevel({"once": 0}, unk_token="once"))
+    content = json.loads(backend.to_str())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    content["normalizer"], sequence = None, {"Sequence": {"id": "A", "type_id": 0}}
+    first = {"SpecialToken": {"id": "<q>", "type_id": 0}}
+    template = {"single": [first, sequence], "pair": [], "special_tokens": {}}
+    content["post_processor"] = {"type": "TemplateProcessing", **template}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="cannot read the text"):
+        load_tokenizer(tmp_path).encode("once")
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_told_of_a_text(tmp_path):
+    backend = Tokenizer(models.WordLevel({"once": 0, "[PAD]": 2048}, unk_token="once"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    engine = Scripted([1], tokenizer=load_tokenizer(saved(tmp_path, backend)))
+    assert engine.tokenize("once") == [0]
+    with pytest.raises(InputError, match="token 2048") as told:
+        engine.tokenize("once [PAD]")
+    assert "tokenizer" in told.value.cause and "Tokenize with" not in told.value.fix
+
+
 def test_without_a_tokenizer_there_is_no_text():
     detokenizer = IncrementalDetokenizer(None, [1, 2])
     assert detokenizer.add(3) == detokenizer.end() == "" and not detokenizer.holds_back
