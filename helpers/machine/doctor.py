@@ -365,7 +365,11 @@ def check_environment(name: str) -> Check:
     if version != environment.version:
         return warning(f"{version} ({shown(python)})", f"The course is made for {environment.version}.")
     if conflicts:
-        fix = f"Make it anew: remove {shown(python.parent.parent)}, then helpers env create {name}"
+        own = environments.folder(name)
+        if python.parent.parent == own:
+            fix = f"Make it anew: remove {shown(own)}, then helpers env create {name}"
+        else:  # a variable names it, or it is this one; what is around it is not ours to remove
+            fix = f"Let {environments.variable(name)} name another, or unset it; then: helpers env create {name}"
         return warning(f"{version} ({shown(python)}), but beside it {conflicts}", fix)
     return ok(f"{version} ({shown(python)})")
 

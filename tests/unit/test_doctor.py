@@ -641,6 +641,7 @@ def test_pins_that_are_not_kept_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_TRTLLM_PYTHON", sys.executable)
     check = doctor.check_environment("trtllm")
     assert check.status == "warning" and "torch" in check.found and "env create trtllm" in check.fix
+    assert "remove" not in check.fix  # /usr, for a Python of the system
     monkeypatch.setattr(leftovers, "_own_folders", lambda: {tmp_path})
     monkeypatch.setattr(leftovers, "PACKAGES", ())
     check = leftovers.check_packages()
