@@ -193,7 +193,7 @@ def scrub(value: Any) -> Any:
             return "<cell>" if match["cell"] else folders[match["folder"]] or ("" if match["inside"] else ".")
 
         return re.sub(pattern, stand_in, value)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [scrub(item) for item in value]
     if isinstance(value, dict):
         changed = {k: v if k.startswith("image/") else scrub(v) for k, v in value.items()}

@@ -127,6 +127,7 @@ def test_a_folder_is_replaced_once_and_where_it_is_meant(tmp_path, monkeypatch, 
     for name, folder in {"PROJECT": PROJECT, "LINK": link, "DISK": disk}.items():
         text, expected = (words.replace(name, str(folder)) for words in (text, expected))
     assert notebooks.scrub({"image/png": text, "text/plain": [text]}) == {"image/png": text, "text/plain": [expected]}
+    assert notebooks.scrub({"rows": [(text,)]}) == {"rows": [[expected]]}  # of a report's table
 
 
 @pytest.mark.parametrize("folder", ["/", "//", "/x", ".", "", "home", "~"])
