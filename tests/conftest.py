@@ -84,6 +84,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(promises.Table())
     if hasattr(config, "workerinput"):
         return  # a process of pytest-xdist inherits the variable
+    # Kernels and workers share the cores with other processes of the run: threads that spin for one that is taken
+    # make a notebook's build twenty times slower. Read by OpenMP where a process begins.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     kept = os.environ.get("COURSE_TEST_ENGINES")
     os.environ["COURSE_ENGINES"] = kept or tempfile.mkdtemp(prefix="course-engines-")
     if not kept:

@@ -35,8 +35,13 @@ def versions(*packages: str) -> None:
     """Print the versions of Python and of these packages, and the machine: the first thing a notebook shows."""
     from helpers.machine import hardware
 
-    every = [("python", platform.python_version()), *((name, metadata.version(name)) for name in packages)]
-    print(", ".join(f"{name} {version}" for name, version in every))
+    every = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            every[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            every[name] = "is not installed"
+    print(", ".join(f"{name} {version}" for name, version in every.items()))
     print(f"machine: {hardware.describe()}")
 
 

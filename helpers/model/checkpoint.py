@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from os.path import lexists
 from pathlib import Path, PurePath
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any
 
 from helpers.digests import file_digest
@@ -89,9 +90,8 @@ class Checkpoint:
         """ModelError where other weights lie beside those that count: `library` reads every file that it lists."""
         counted = [] if self.dummy else weight_files(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
-            if (
-                counted and path not in counted and not path.name.startswith("consolidated")
-            ):  # its tensors' names differ
+            # A consolidated file's tensors have other names; what is hidden, glob.glob does not list.
+            if counted and path not in counted and not path.name.startswith(("consolidated", ".")):
                 raise ModelError(
                     f"{library} would read {path.name} of {self.name!r} too, which is none of its weights.",
                     cause="A backup, or a shard of an earlier save: of two tensors with one name, the last one counts.",
@@ -150,7 +150,10 @@ def find_checkpoint(name: str) -> Checkpoint:
 
 def is_folder(name: str) -> bool:
     try:
-        return Path(name).expanduser().is_dir()
+        path = Path(name).expanduser()
+        return S_ISDIR(path.stat().st_mode)
+    except PermissionError as error:  # it may be a folder: not a reason to say that there is none
+        raise cannot_open(path, error) from error
     except (OSError, RuntimeError, ValueError):  # a name too long, of an unknown user, or with a zero byte in it
         return False
 

@@ -50,8 +50,8 @@ KINDS: dict[str, Any] = {
     "precision_flags": list,
 }
 PRECISION_FLAGS = ("FP16", "BF16", "INT8", "FP8", "INT4")  # of TensorRT 10's BuilderFlag; 11 has none of them
-# A language model settles these by itself, and nothing would give its engine stripped weights back.
-FOR_MODULES = ("profiles", "mark_outputs", "precision_flags", "strip_weights")
+# A language model settles these by itself: nothing would give its engine stripped weights back, or set a budget.
+FOR_MODULES = ("profiles", "mark_outputs", "precision_flags", "strip_weights", "weight_streaming")
 RTX_LACKS = {  # what, likely cause, fix
     "timing_cache": (
         "keeps no timing cache: it measures no kernels while it builds.",

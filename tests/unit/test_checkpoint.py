@@ -402,6 +402,8 @@ def test_a_folder_that_is_anothers_is_refused(tmp_path):
             os.seteuid(65534)
         with pytest.raises(ModelError, match="may not look into 'theirs'"):
             find_checkpoint(str(tmp_path / "theirs"))
+        with pytest.raises(ModelError, match=r"'theirs' cannot be opened: .*Permission denied"):
+            find_checkpoint(str(tmp_path / "theirs" / "model"))
     finally:
         os.seteuid(user)
         (tmp_path / "theirs").chmod(0o755)
@@ -562,6 +564,7 @@ def test_a_backup_is_refused_for_libraries_that_list_the_folder(checkpoint, tmp_
     """vLLM's default_loader.py and TensorRT-LLM's model_weights_loader.py, which glob *.safetensors."""
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # Mistral's names differ
+    (folder / "._model.safetensors").touch()  # as macOS puts one beside every file
     found = find_checkpoint(str(folder))
     found.check_sole_weights("vLLM")
     shutil.copy(folder / "model.safetensors", folder / "model_old.safetensors")

@@ -72,3 +72,8 @@ def test_a_text_is_shown_without_what_steers_a_terminal(capsys):
 def test_printable_keeps_what_people_write():
     text = "naïve 文字 \U0001f469\u200d\U0001f4bb می\u200cخواهم\n"
     assert printable(text) == text
+
+
+def test_a_package_that_is_not_there_has_no_version(capsys):
+    pictures.versions("torch", "tensorflow-2x")
+    assert f"torch {torch.__version__}, tensorflow-2x is not installed\n" in capsys.readouterr().out

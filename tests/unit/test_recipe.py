@@ -87,10 +87,11 @@ def test_a_level_that_is_given_twice_is_refused():
         BuildRecipe(backend="tensorrt", optimization_level=1, options={"optimization_level": 5})
 
 
-def test_a_language_models_plans_keep_their_weights():
-    """Its engine runs them as they are: nothing would bring stripped weights back."""
+@pytest.mark.parametrize("option", ["strip_weights", "weight_streaming"])
+def test_a_language_models_plans_keep_their_weights(option):
+    """Its engine runs them as they are: nothing would bring stripped weights back, or set a budget for streaming."""
     with pytest.raises(RecipeError, match="single modules"):
-        BuildRecipe(backend="tensorrt", options={"strip_weights": True})
+        BuildRecipe(backend="tensorrt", options={option: True})
 
 
 def test_threads_of_a_cpu_are_refused_for_a_gpu():
