@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -32,14 +33,14 @@ class Engine(ABC):
 
     An engine has one KV cache, so it serves one request at a time: a lock makes other threads wait, and a stream that
     another request has overtaken is refused when it is read on. A forked process has a copy of the engine without the
-    threads that work for it, so there it is refused.
+    threads that work for it, so there it is refused; so is each engine in a fork of a process that had PyTorch.
     """
 
     recipe: BuildRecipe
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...]
     vocab_size: int
-    _first_process = 0  # where the first engine was loaded; what it started there works for all later ones too
+    _forked = False  # this process is a fork of one that had PyTorch, with whatever that has started there
 
     def __init__(self, recipe: BuildRecipe, tokenizer: Tokenizer | None, end_ids: tuple[int, ...], vocab_size: int):
         self.recipe, self.tokenizer, self.vocab_size = recipe, tokenizer, vocab_size
@@ -49,7 +50,6 @@ class Engine(ABC):
         self._request = 0  # the one whose keys and values are in the cache
         self._by_hand: list[int] = []  # cache entries of each sequence, where `prefill` was called from outside
         self._by_hand_thread = 0  # the one that called it
-        Engine._first_process = self._process = Engine._first_process or os.getpid()
         self._check_usable()
 
     # What a backend gives.
@@ -233,7 +233,7 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Give back the engine's memory. Closing twice is fine; using a closed engine is refused."""
-        if os.getpid() != self._process:  # what there is to give back is the first process's
+        if Engine._forked:  # what there is to give back is the first process's
             self.closed = True
             return
         with self._lock:
@@ -327,9 +327,9 @@ class Engine(ABC):
         held by a thread that the copy does not have."""
         if self.closed:
             raise InputError("This engine is closed.", fix="Load it again: load(name).")
-        if os.getpid() != self._process:
+        if Engine._forked:
             raise InputError(
-                "This process is a fork of one that has loaded an engine: neither that one nor another runs here.",
+                "This process is a fork of one that has PyTorch loaded: no engine runs here.",
                 cause="A fork has the memory of its parent, but not the threads and the GPU that it works with.",
                 fix="Start processes with multiprocessing's method 'spawn', and load the engine there.",
             )
@@ -366,6 +366,14 @@ class Engine(ABC):
             if explained := out_of_memory(error):
                 raise explained from error
             raise
+
+
+def _note_fork() -> None:
+    Engine._forked = Engine._forked or "torch" in sys.modules
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 class TokenStream(Iterator[Token]):

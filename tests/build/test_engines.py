@@ -495,6 +495,27 @@ def test_a_forked_process_is_refused_the_engine_of_its_parent(tiny_engine):
     engine.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_of_a_process_where_pytorch_has_worked_is_refused_its_first_engine():
+    """It hung at its first product, as other threads of the library are not there."""
+    code = """if True:
+        import os, signal, torch
+        from helpers import BuildRecipe, CourseError, load
+
+        torch.ones(1 << 22).exp().sum()
+        if child := os.fork():
+            raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.alarm(60)
+        try:
+            with load(BuildRecipe(model="stories", backend="pytorch")) as engine:
+                engine.logits([5])
+        except CourseError as error:
+            os._exit(0 if "fork" in error.what else 2)
+        os._exit(3)
+    """
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=PROJECT, check=False).returncode == 0
+
+
 # ---- opening and closing ----------------------------------------------------------------------------------
 
 
