@@ -101,6 +101,9 @@ def test_the_compiler_is_the_one_that_cxx_names_else_one_on_the_path(tmp_path, m
     for wrong in ("ccache g++", "/my environment/bin/g++"):  # no program's name; torch's command line would cut it
         monkeypatch.setenv("CXX", wrong)
         assert hardware.compiler() == "g++"
+    assert hardware.compiler_version() == "made up 1.0"
+    (tmp_path / "g++").write_text("#!/bin/sh\necho made up 1.1\n")
+    assert hardware.compiler_version() == "made up 1.1"  # it was upgraded while this process lives
     (tmp_path / "g++").unlink()
     assert hardware.compiler() == "clang++"
     (tmp_path / "clang++").unlink()
