@@ -289,6 +289,12 @@ def _identities() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def find(engine: Path | str) -> Path:
     """The folder of an engine given as a folder, a name, or the start of just one name. Raises EngineNotFound."""
+    if not isinstance(engine, (str, Path)):
+        raise EngineNotFound(
+            f"No engine is found by {shown(engine)}.",
+            cause="One that is built is named by its folder or its name. One that is loaded has its recipe with it.",
+            fix="Give what build returned; of a loaded engine take engine.recipe.",
+        )
     try:
         given = Path(engine)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -298,7 +304,7 @@ def find(engine: Path | str) -> Path:
         in_store = given.name and (given.name == str(engine) or given.parent.resolve() in stores)
     except PermissionError:
         return given  # as below
-    except (TypeError, ValueError, OSError, RuntimeError):  # nothing that a file system knows
+    except (ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
     matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []
     if in_store and not matches and (unreadable := lookup(given.name)):

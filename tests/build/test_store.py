@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import limits, whole
+from conftest import Scripted, limits, whole
 
 from helpers import BuildRecipe, SamplingParams, backends, build, cli, digests, load, store
 from helpers import recipe as recipes
@@ -657,6 +657,13 @@ def test_no_engine_is_found_by_a_name_that_is_none(fake, engines, name):
     with pytest.raises(EngineNotFound) as refused:
         store.remove(name)
     assert built.name in refused.value.fix and built.exists()
+
+
+def test_a_loaded_engine_is_not_called_one_that_was_never_built(engines):
+    for use in (locate, inspect, recipe_of, load, load_plan, store.remove):
+        with pytest.raises(EngineNotFound) as refused:
+            use(Scripted([5]))
+        assert "engine.recipe" in refused.value.fix and "not been built" not in refused.value.cause
 
 
 def test_removing_deletes_one_engine_and_only_within_the_engines_folder(fake, engines, tmp_path):
