@@ -113,6 +113,13 @@ def free_cores() -> int:
     return cores if granted is None else min(cores, max(1, int(granted)))
 
 
+def free_threads() -> int:
+    """Threads for the loops of one process: its cores, or fewer where OMP_NUM_THREADS says so, of which a server's
+    learners get a share."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each nesting
+    return min(free_cores(), int(first)) if first.isdecimal() and int(first) else free_cores()
+
+
 @cache
 def cache_bytes() -> int:
     """The processor's largest cache, as Linux tells its size; 32 MB where nobody does."""
@@ -124,14 +131,14 @@ def cache_bytes() -> int:
 
 
 def default_threads(weight_bytes: int) -> int:
-    """CPU threads for a comparison in which all contenders get the same: one while the weights fit in cache, else every
-    free core.
+    """CPU threads for a comparison in which all contenders get the same: one while the weights fit in cache, else
+    `free_threads`.
 
     A decode step is a few hundred small loops. Below about 64 MB of weights, waking a second thread for each costs
     more than it gives on some CPUs, and pays on others; threads that lose their core to another job cost ten times
     that. So one is the safe choice. An engine's own number is measured when it is built.
     """
-    return 1 if weight_bytes < 64e6 else free_cores()
+    return 1 if weight_bytes < 64e6 else free_threads()
 
 
 def measure_bandwidth(device: str = "auto", threads: int | None = None) -> float:

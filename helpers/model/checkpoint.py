@@ -159,7 +159,7 @@ def is_folder(name: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and ":" not in name and not name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and ":" not in name and not name.startswith((".", "/", "~")) and not lexists(name)
 
 
 def _hub_folder(hub_id: str) -> Path:

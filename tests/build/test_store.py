@@ -340,6 +340,8 @@ def test_force_builds_again_and_a_failing_one_keeps_the_old_engine(fake, engines
 @FORKS
 def test_a_second_build_of_the_same_engine_says_what_it_waits_for(other_build, fake, capsys):
     backend = fake()
+    import transformers  # noqa: F401  (it takes seconds; the build shall be waiting before the other one ends)
+
     threading.Timer(1.5, other_build.go).start()  # after a second it is told
     folder = build(RECIPE)
     told = capsys.readouterr().err

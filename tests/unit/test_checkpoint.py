@@ -551,6 +551,12 @@ def test_shards_of_an_earlier_save_are_ignored(sharded):
     assert find_checkpoint(str(folder)).digest() == before
 
 
+def test_a_file_one_folder_down_is_no_hub_id(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(checkpoint("llama").parent)
+    with pytest.raises(ModelError, match="no folder here"):
+        find_checkpoint(f"{checkpoint('llama').name}/model.safetensors")
+
+
 def test_a_backup_beside_the_model_is_ignored(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
     earlier = {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import BuildRecipe, engine
+from helpers.backends.aot.backend import thread_counts
 from helpers.errors import BackendUnavailable, InputError
 from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
@@ -79,9 +80,15 @@ def test_free_cores_obey_the_affinity_mask():
         os.sched_setaffinity(0, before)
 
 
-def test_small_models_get_one_thread_and_large_ones_all_free_cores():
-    assert hardware.default_threads(20_000_000) == 1
-    assert hardware.default_threads(2_000_000_000) == hardware.free_cores()
+@pytest.mark.parametrize("variable, threads", [("", 4), ("3", 3), ("64", 4), ("2,1", 2), ("0", 4), ("nonsense", 4)])
+def test_threads_are_cores_or_the_share_of_them_that_a_server_grants(monkeypatch, variable, threads):
+    """As OpenMP reads its variable: what is no number, or 0, counts for nothing."""
+    monkeypatch.setattr(hardware, "free_cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert hardware.free_threads() == threads
+    assert hardware.default_threads(20_000_000) == 1  # of a small model
+    assert hardware.default_threads(2_000_000_000) == threads
+    assert max(thread_counts(BuildRecipe(), "cpu")) == threads  # those that a build tries
 
 
 def test_measuring_bandwidth_leaves_the_thread_count_alone():

@@ -206,8 +206,8 @@ def thread_counts(recipe: BuildRecipe, device: str) -> list[int]:
         return [recipe.num_threads]
     if recipe.optimization_level == 0:
         return [1]  # each count to be tried would be compiled for
-    cores = hardware.free_cores()
-    return sorted({cores, *(2**power for power in range(cores.bit_length()))})
+    most = hardware.free_threads()
+    return sorted({most, *(2**power for power in range(most.bit_length()))})
 
 
 def fastest(counts: list[int], seconds: list[float]) -> int:
