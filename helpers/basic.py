@@ -10,15 +10,23 @@ import sys
 
 from helpers import SamplingParams, load
 from helpers.errors import status_of
-from helpers.store import list_engines
+from helpers.store import list_engines, read_manifest
 
 PROMPTS = ["Hello, my name is", "The president of the United States is"]
+
+
+def built_last() -> str:
+    """The name of the language model that was built last; the notebooks build single modules too."""
+    for folder in reversed(list_engines()):
+        if read_manifest(folder)["identity"].get("kind") == "language model":
+            return folder.name
+    return "stories-aot"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.basic", description="Generate with an engine.")
     parser.add_argument("prompts", nargs="*", help="your prompts instead of the two built in")
-    parser.add_argument("--engine", help="an engine's name; default: the one built last")
+    parser.add_argument("--engine", help="an engine's name; default: the model built last")
     parser.add_argument("--max-tokens", type=int, default=50)
     settings = parser.parse_args()
 
@@ -26,9 +34,7 @@ def main() -> int:
     sampling = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=settings.max_tokens, seed=0)
 
     # 2. The engine, with its own tokenizer. Nothing is compiled here.
-    built = list_engines()
-    name = settings.engine or (built[-1].name if built else "stories-aot")
-    with load(name) as engine:
+    with load(settings.engine or built_last()) as engine:
         # 3. All prompts as batches of what the engine was built for.
         prompts = settings.prompts or PROMPTS
         size = engine.recipe.max_batch_size

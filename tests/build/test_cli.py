@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import limits
 
-from helpers import BuildRecipe, store
+from helpers import BuildRecipe, basic, store
 from helpers import recipe as recipes
 from helpers.backends.base import Engine
 from helpers.bench.records import REFERENCES
@@ -282,6 +282,15 @@ def test_the_example_scripts_fail_in_our_words(tmp_path, monkeypatch):
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
     done = run_module("helpers.basic")
     assert done.returncode == 1 and "no engine" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_example_generates_with_the_model_built_last(engine, monkeypatch):
+    """Whatever modules were built after it: these answer no prompts."""
+    module = Path("block-tensorrt")
+    kinds = {module: {"identity": {"kind": "module"}}}
+    monkeypatch.setattr(basic, "list_engines", lambda: [*store.list_engines(), module])
+    monkeypatch.setattr(basic, "read_manifest", lambda folder: kinds.get(folder) or store.read_manifest(folder))
+    assert basic.built_last() == engine
 
 
 def test_the_example_scripts_are_short_enough_to_read():
