@@ -188,7 +188,9 @@ def status_of(command: Callable[[], int | None], *, as_json: bool = False) -> in
         sys.stdin.reconfigure(errors="surrogateescape")
 
     def tell(words: str, kind: str, what: str, cause: str = "", fix: str = "") -> None:
-        print(words, file=sys.stderr)
+        with contextlib.suppress(OSError):  # it may go to a disk that is full
+            if sys.stderr is not None:  # for print, None is the standard output
+                print(words, file=sys.stderr, flush=True)
         if as_json:
             fields = {"type": kind, "what": what, "cause": cause, "fix": fix}
             try:

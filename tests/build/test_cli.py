@@ -1,5 +1,6 @@
 """The command line and the two example scripts, on a small engine."""
 
+import json
 import os
 import re
 import subprocess
@@ -153,6 +154,13 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(engine):
 def test_output_that_cannot_be_written_is_told_in_our_words(engine, command, status, words):
     done = run_in_shell("bash", "-c", f'"{sys.executable}" -m {command}')
     assert done.returncode == status and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("errors_go", ["2>&-", "2>/dev/full"])
+def test_an_error_in_json_stands_alone_wherever_its_words_go(own_engines, errors_go):
+    done = run_in_shell("bash", "-c", f'"{sys.executable}" -m helpers inspect nosuch --json {errors_go}')
+    assert done.returncode == 1 and json.loads(done.stdout)["error"]["type"] == "EngineNotFound"
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
