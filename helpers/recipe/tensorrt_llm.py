@@ -224,6 +224,11 @@ def check_calibration(recipe: RecipeFields, checkpoint: Path) -> None:
             cause="It takes one layout of a folder only, runs scripts that it finds there, and knows few names.",
             fix=fix,
         )
+    file = Path(dataset).expanduser() / CALIBRATION_FILE
+    if file.is_file() and (asked := recipe.options.get("calib_batches", 0)):
+        texts = sum(bool(line.strip()) for line in file.read_text(encoding="utf-8").splitlines())
+        if texts < asked:
+            raise _wrong("calib_batches", asked, f"{texts} at most: {dataset!r} holds no more texts")
     if letters := next((letters for letters in OTHER_MODELS if letters in str(checkpoint)), ""):
         raise RecipeError(
             f"TensorRT-LLM would calibrate another kind of model: the path {checkpoint} contains {letters!r}.",

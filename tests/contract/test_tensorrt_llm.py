@@ -162,6 +162,15 @@ def test_a_data_set_that_cannot_work_or_would_run_code_is_refused_before_the_bui
     assert not store.list_engines()
 
 
+def test_more_texts_than_there_are_cannot_be_asked_for(standin, texts):
+    """get_calib_dataloader takes what is there, without a word."""
+    (texts / "train.jsonl").write_text('{"text": "Once"}\n\n{"text": "Twice"}\n')
+    options = {"calib_dataset": str(texts), "calib_batches": 3}
+    with pytest.raises(RecipeError, match="2 at most"):
+        build(recipe(precision="fp8", options=options), quiet=True)
+    assert built(precision="fp8", options=options | {"calib_batches": 2})[0].exists()
+
+
 def test_other_texts_make_another_engine(standin, texts):
     """The texts decide the scales, so they are a part of what the engine depends on."""
     options = {"calib_dataset": str(texts)}
