@@ -226,7 +226,7 @@ def check_calibration(recipe: RecipeFields, checkpoint: Path) -> None:
         )
     file = Path(dataset).expanduser() / CALIBRATION_FILE
     if file.is_file() and (asked := recipe.options.get("calib_batches", 0)):
-        texts = sum(bool(line.strip()) for line in file.read_text(encoding="utf-8").splitlines())
+        texts = sum(bool(line.strip()) for line in file.read_text(encoding="utf-8").split("\n"))
         if texts < asked:
             raise _wrong("calib_batches", asked, f"{texts} at most: {dataset!r} holds no more texts")
     if letters := next((letters for letters in OTHER_MODELS if letters in str(checkpoint)), ""):
