@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from helpers import backends, store
@@ -20,6 +21,7 @@ from helpers.backends.base import Engine
 from helpers.backends.job import WORK, BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
+    BackendUnavailable,
     BuildError,
     EngineCorrupt,
     EngineMismatch,
@@ -260,10 +262,21 @@ def _loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _understood(folder: Path) -> Iterator[None]:
-    """EngineCorrupt where a backend does not find in a manifest what its own builds write there."""
+    """EngineCorrupt where a backend does not find in a manifest what its own builds write there; BackendUnavailable
+    where it does not find in a library what belongs there."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ImportError) as error:
+        library = getattr(error, "obj", None)  # that lacks an attribute
+        if isinstance(error, ImportError) or isinstance(library, ModuleType):
+            where = f" ({getattr(library, '__file__', '')})" if library else ""
+            raise BackendUnavailable(
+                f"A library is not what it should be: {error}{where}.",
+                cause="A file or folder with its name is found first, such as one beside the notebook, or its "
+                "installation is damaged.",
+                fix="Rename that file, or mend the installation (python -m helpers doctor may tell more); then restart "
+                "the kernel.",
+            ) from error
         raise EngineCorrupt(
             f"Engine {folder.name!r} is not loaded: its manifest is of another kind ({type(error).__name__}: {error}).",
             cause="Another version of the course built it.",

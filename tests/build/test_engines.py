@@ -634,3 +634,14 @@ def test_closing_an_engine_has_no_other_one_compiled_again(monkeypatch):
     assert not resets
     second.close()
     assert resets or first.in_use  # one of the module's own may still be open
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "filelock", "safetensors", "psutil"])
+def test_a_file_in_the_place_of_a_library_is_not_taken_for_a_damaged_engine(stories_fp32, tmp_path, library):
+    """Such as a learner's own tokenizers.py, beside the notebook: no engine is to be removed for it."""
+    (tmp_path / f"{library}.py").touch()
+    code = f"from helpers import load; load({str(stories_fp32)!r})"
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PROJECT}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=tmp_path)
+    told = done.stderr[done.stderr.rindex("BackendUnavailable") :]
+    assert f"{tmp_path / library}.py" in told and "Rename" in told and "emove" not in told
