@@ -206,6 +206,7 @@ def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
     two = dataclasses.replace(report, operations=[*report.operations, *again])
     for call, words in {
         lambda: generated_loops(tmp_path, "decode"): "There are: decode_b1",
+        lambda: generated_loops(tmp_path, "decode_b1"): "cannot be read: File is not a zip",
         lambda: generated_loops(folder, "decode_b1"): "none that PyTorch compiled",
         lambda: compiled_for(folder): "no file",
         lambda: compiled_for(tmp_path / "none"): "no file",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helpers.backends.report import EngineReport, Kernel, need_report
 from helpers.display import Table
-from helpers.errors import InputError, need
+from helpers.errors import EngineCorrupt, InputError, need
 
 # How the generated C++ and Triton write an operation; all others are written as calls of their name.
 SIGNS = {
@@ -72,9 +72,16 @@ def generated_loops(folder: Path, graph: str) -> list[str]:
     if not (file := folder / f"{graph}.pt2").is_file():
         have = ", ".join(sorted(path.stem for path in folder.glob("*.pt2"))) or "none that PyTorch compiled"
         raise InputError(f"Engine {folder.name!r} has no graph {graph!r}.", fix=f"There are: {have}.")
-    with zipfile.ZipFile(file) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".cpp")]
-        programs = {name.split(".")[-2]: archive.read(name).decode() for name in names}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".cpp")]
+            programs = {name.split(".")[-2]: archive.read(name).decode() for name in names}
+    except zipfile.BadZipFile as error:
+        raise EngineCorrupt(
+            f"{file.name} of engine {folder.name!r} cannot be read: {error}.",
+            cause="The file was changed or cut after the build.",
+            fix=f"Remove the engine and build it again: python -m helpers remove {folder.name}",
+        ) from error
     # Kernels that several threads share stand one level deeper, in a parallel region.
     region = re.compile(r"\n    #pragma omp parallel.*?\n    \{\n        int tid.*?(\n.*?)\n    \}(?=\n)", re.DOTALL)
     source = region.sub(lambda match: match[1].replace("\n    ", "\n"), programs.get("kernel", ""))
