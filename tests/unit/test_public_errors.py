@@ -214,7 +214,7 @@ def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
         lambda: compile_module(torch.nn.functional.gelu, (torch.zeros(2),)): "Module is asked for",
         lambda: profile.profile(Scripted([1]), two): "the report is of module, again",
     }.items():
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(CourseError, match=words):
             call()
 
 
