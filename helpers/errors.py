@@ -118,6 +118,12 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
     )
 
 
+def starved(error: Exception) -> OutOfMemory | None:
+    """The same, and how Python and the loader say it before anything of ours has begun."""
+    begun = not any(words in str(error) for words in ("failed to map segment", "can't start new thread"))
+    return out_of_memory(error if begun else MemoryError(str(error)))
+
+
 def is_full(error: Exception) -> bool:
     """Whether a disk is full, or a limit on space reached. safetensors and torch, which write too, say it in words."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -219,9 +225,7 @@ def status_of(command: Callable[[], int | None], *, as_json: bool = False) -> in
         tell(what, "KeyboardInterrupt", what)
         return 130
     except Exception as error:
-        # How Python and the loader say it before anything of ours has begun.
-        starved = any(words in str(error) for words in ("failed to map segment", "can't start new thread"))
-        explained = out_of_memory(MemoryError(str(error)) if starved else error)
+        explained = starved(error)
         if explained is None:
             raise
         tell(f"OutOfMemory: {explained}", "OutOfMemory", explained.what, explained.cause, explained.fix)

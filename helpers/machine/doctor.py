@@ -27,7 +27,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import BackendUnavailable, CourseError
+from helpers.errors import BackendUnavailable, CourseError, starved
 from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import MISSING, TOO_SLOW, complaint, run
@@ -460,11 +460,13 @@ def _guarded(check: Callable[[], Check]) -> Check:
         return check()
     except CourseError as error:
         return failure(error.what, error.fix)
-    except ImportError as error:  # a broken installation is a finding, not the end of the list
-        return failure(f"{type(error).__name__}: {error}", "make setup installs the course's packages.")
-    except OSError as error:
-        return failure(str(error), "See the lines of the folders: can they be written, have they room?")
     except Exception as error:  # the boundary of a check: what it met, nobody foresaw
+        if explained := starved(error):
+            return failure(explained.what, "Close other programs, or give the container more memory.")
+        if isinstance(error, ImportError):  # a broken installation is a finding, not the end of the list
+            return failure(f"{type(error).__name__}: {error}", "make setup installs the course's packages.")
+        if isinstance(error, OSError):
+            return failure(str(error), "See the lines of the folders: can they be written, have they room?")
         return warning(f"the check itself failed ({type(error).__name__}: {error})", "Look at what it names.")
 
 

@@ -1,6 +1,7 @@
 """The doctor's lines on this machine as it is, and on machines that are broken in one way each."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -708,3 +709,20 @@ def test_a_tensorrt_that_does_not_load_is_a_failure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "platform", "linux")
     assert doctor.check_tensorrt().status == "warning"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("x.so: failed to map segment from shared object"),
+    ],
+)
+def test_a_check_that_has_no_memory_says_so(error):
+    def check():
+        raise error
+
+    line = doctor._guarded(check)
+    assert (line.status, line.fix) == ("failure", "Close other programs, or give the container more memory.")
