@@ -120,8 +120,8 @@ def out_of_memory(error: Exception) -> OutOfMemory | None:
 
 def starved(error: Exception) -> OutOfMemory | None:
     """The same, and how Python and the loader say it before anything of ours has begun."""
-    begun = not any(words in str(error) for words in ("failed to map segment", "can't start new thread"))
-    return out_of_memory(error if begun else MemoryError(str(error)))
+    early = any(words in str(error) for words in ("failed to map segment", "can't start new thread"))
+    return out_of_memory(MemoryError(str(error)) if early else error)
 
 
 def is_full(error: Exception) -> bool:

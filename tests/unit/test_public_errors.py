@@ -36,7 +36,7 @@ from helpers.course.lab.code import beside, generated_loops
 from helpers.course.lab.compiled import compile_module
 from helpers.course.predict import predict, reveal
 from helpers.course.recorded import recorded
-from helpers.errors import CourseError, InputError
+from helpers.errors import CourseError, EngineCorrupt, InputError
 from helpers.model import fetch
 from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe.fields import Fusion, RecipeFields
@@ -206,7 +206,6 @@ def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
     two = dataclasses.replace(report, operations=[*report.operations, *again])
     for call, words in {
         lambda: generated_loops(tmp_path, "decode"): "There are: decode_b1",
-        lambda: generated_loops(tmp_path, "decode_b1"): "cannot be read: File is not a zip",
         lambda: generated_loops(folder, "decode_b1"): "none that PyTorch compiled",
         lambda: compiled_for(folder): "no file",
         lambda: compiled_for(tmp_path / "none"): "no file",
@@ -214,8 +213,10 @@ def test_what_the_laboratory_cannot_find_is_said_with_what_there_is(tmp_path):
         lambda: compile_module(torch.nn.functional.gelu, (torch.zeros(2),)): "Module is asked for",
         lambda: profile.profile(Scripted([1]), two): "the report is of module, again",
     }.items():
-        with pytest.raises(CourseError, match=words):
+        with pytest.raises(InputError, match=words):
             call()
+    with pytest.raises(EngineCorrupt, match="cannot be read: File is not a zip"):
+        generated_loops(tmp_path, "decode_b1")
 
 
 def test_a_binary_in_a_folder_that_is_closed_to_the_user_is_told(monkeypatch):
