@@ -10,16 +10,21 @@ STAMP  := $(VENV)/.set-up
 # pip's progress is for a terminal, not for a log
 QUIET  := $(shell test -t 2 || echo --quiet)
 
-# OFFLINE=FOLDER: packages, engines and the model come from what `helpers course prepare FOLDER` left there
+# OFFLINE=FOLDER: packages, engines and the model come from what `helpers course prepare FOLDER` left there.
+# The shell finds it: make's own functions cut a name at its spaces (a stick is often mounted as "/media/ann/USB STICK"),
+# and not every shell replaces the ~ of OFFLINE=~/folder.
 ifdef OFFLINE
-ifeq ($(wildcard $(OFFLINE)/wheels),)
-$(error $(OFFLINE) has no wheels/. Fix, on a machine with a network: .venv/bin/helpers course prepare $(OFFLINE))
+quoted = '$(subst ','\'',$(1))'
+ROOM := $(shell cd $(call quoted,$(patsubst ~/%,$(HOME)/%,$(OFFLINE))) 2>/dev/null && test -d wheels && pwd)
+ifeq ($(ROOM),)
+$(error $(OFFLINE) has no wheels/. Fix, on a machine with a network: .venv/bin/helpers course prepare "$(OFFLINE)")
 endif
+NOTHING :=
 export PIP_NO_INDEX := 1
-export PIP_FIND_LINKS := $(abspath $(OFFLINE))/wheels
+export PIP_FIND_LINKS := file://$(subst $(NOTHING) ,%20,$(subst %,%25,$(ROOM)))/wheels
 export HF_HUB_OFFLINE := 1
-export COURSE_MODELS := $(abspath $(OFFLINE))/models
-export COURSE_ENGINES := $(CURDIR)/engines$(if $(wildcard $(OFFLINE)/engines),:$(abspath $(OFFLINE))/engines)
+export COURSE_MODELS := $(ROOM)/models
+export COURSE_ENGINES := $(CURDIR)/engines$(shell cd $(call quoted,$(ROOM))/engines 2>/dev/null && echo ":$$PWD")
 endif
 
 .DEFAULT_GOAL := help

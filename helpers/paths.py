@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     check_is_file(path)
     if size > LARGEST_TEXT:
         raise ValueError(f"it has {size / 1e6:.0f} MB")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -27,8 +27,6 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
     from helpers.model.checkpoint import find_checkpoint
 
     out = out.resolve()
-    if any(mark.isspace() for mark in str(out)):
-        raise CourseError(f"{out} has a space in it: make and pip would cut it there.", fix="Name another folder.")
     model = find_checkpoint("smollm2").folder  # first, because its error says how to get it
     out.mkdir(parents=True, exist_ok=True)
     wheels(out / "wheels", PROJECT, python=python, platform=platform)

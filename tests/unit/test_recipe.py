@@ -193,6 +193,12 @@ def test_a_recipe_that_no_longer_fits_on_the_disk_leaves_the_earlier_one_whole(t
     assert recipes.read(file) == BuildRecipe() and list(tmp_path.iterdir()) == [file]
 
 
+def test_a_recipe_of_an_editor_that_begins_files_with_a_byte_order_mark(tmp_path):
+    file = recipes.write(BuildRecipe(), tmp_path / "recipe.toml")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert recipes.read(file) == BuildRecipe()
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
 def test_every_recipe_file_reads_and_begins_with_a_comment(path):
     recipe = recipes.read(path)
