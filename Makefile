@@ -72,7 +72,8 @@ doctor: $(STAMP) ## is this machine ready? each check with the step that mends i
 
 lab: $(STAMP) ## open the course in JupyterLab: your own copies of the notebooks, in work/
 	@$(PY) -m helpers course copy
-	PATH="$$(cd "$(VENV)/bin" && pwd):$$PATH" $(PY) -m jupyterlab "$${COURSE_WORK:-work}/00_start_here.ipynb"
+	PATH="$$(cd "$(VENV)/bin" && pwd):$$PATH" $(PY) -m jupyterlab \
+	  "$$($(PY) -c 'from helpers.course import learner; print(learner.work_folder())')/00_start_here.ipynb"
 
 lint: $(STAMP) ## style, types, and the architecture: ruff, mypy, import-linter
 	$(PY) -m ruff check

@@ -2,7 +2,10 @@
 
 import ast
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +16,7 @@ from helpers.course.exercises import frame
 from helpers.errors import InputError, StoreError
 from helpers.maintain import classroom, notebooks
 from helpers.maintain.classroom import Grade, Mark
+from helpers.paths import PROJECT
 
 NOTEBOOKS = {path.stem: path for path in notebooks.select(notebooks.NOTEBOOKS)}
 
@@ -49,6 +53,24 @@ def change(path, source=None, **fields):
 
 def sources(path):
     return [cell.source for cell in nbformat.read(path, as_version=4).cells]
+
+
+def test_make_lab_opens_the_copies_where_they_are(tmp_path):
+    """A ~ that no shell replaced (a hub's profile, /etc/environment) means the same to both lines of the target."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *jupyterlab*) echo "open $3";; *) exec {sys.executable} "$@";; esac\n')
+    python.chmod(0o755)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "--old-file=.venv/.set-up", f"PY={python}", "lab"],
+        cwd=PROJECT,
+        env={**own, "HOME": str(tmp_path), "COURSE_WORK": "~/my work"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    start = tmp_path / "my work" / "00_start_here.ipynb"
+    assert start.exists() and f"open {start}\n" in done.stdout, done.stderr
 
 
 def test_copies_have_no_outputs_and_a_second_call_changes_nothing(course, work):
