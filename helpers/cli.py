@@ -15,7 +15,7 @@ from typing import Any
 
 from helpers.display import Table
 from helpers.errors import CourseError, EngineCorrupt, InputError, printable, status_of
-from helpers.paths import check_writable, write_text
+from helpers.paths import check_writable, named, write_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,14 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         help="build and start all at once; quicker with many cores, but build and start times disturb each other",
     )
     command.add_argument("--threads", type=int, default=0, help="threads on a CPU, for all alike; 0 chooses")
-    command.add_argument("--out", type=Path, help="write the record here, as JSON")
+    command.add_argument("--out", type=named, help="write the record here, as JSON")
     command.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="two records, side by side"
+        "--compare", type=named, nargs=2, metavar=("A.json", "B.json"), help="two records, side by side"
     )
 
     command = _add(commands, "run", _run, "execute every notebook and write them as a web site to build/site")
     command.add_argument("notebooks", nargs="*", help="only these; default: all")
-    command.add_argument("--out", type=Path, default=Path("build"))
+    command.add_argument("--out", type=named, default=Path("build"))
     command.add_argument("--update", action="store_true", help="write the outputs back into notebooks/")
 
     command = _add(commands, "doctor", _doctor, "is this machine ready? each check with the step that mends it")
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = _group(commands, "env", "the environments of TensorRT-LLM, vLLM and TensorRT Edge-LLM")
     action = _add(actions, "create", _env_create, "check this machine, then install from the lock in constraints/")
     action.add_argument("name", choices=["trtllm", "vllm", "edgellm"])
-    action.add_argument("--python", default="", help="the Python to make it with")
+    action.add_argument("--python", type=os.path.expanduser, default="", help="the Python to make it with")
     action = _add(actions, "list", _env_list, "which are there, and where")
 
     actions = _group(commands, "course", "the learner's copies of the notebooks, exercises and points")
@@ -149,24 +149,24 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("exercise", help="its number, such as 03.1")
     action = _add(actions, "grade", _course_grade, "run a learner's notebook, code and all, and count its points")
     action.add_argument("notebook", help="a file, or the number of a copy in work/")
-    action.add_argument("--gradescope", type=Path, metavar="FILE", help="write results.json as Otter-Grader does")
+    action.add_argument("--gradescope", type=named, metavar="FILE", help="write results.json as Otter-Grader does")
     action = _add(actions, "timings", _course_timings, "run notebooks here, and tell how long each section takes")
     action.add_argument("notebooks", nargs="*", help="only these; default: all")
-    action.add_argument("--out", type=Path, metavar="FILE", help="write the table here too, as Markdown")
+    action.add_argument("--out", type=named, metavar="FILE", help="write the table here too, as Markdown")
     action = _add(actions, "summary", _course_summary, "a line for each machine, from what doctor --room --json wrote")
-    action.add_argument("files", nargs="+", type=Path)
+    action.add_argument("files", nargs="+", type=named)
     action = _add(actions, "prepare", _course_prepare, "all that a room without a network needs, in one folder")
-    action.add_argument("folder", type=Path)
-    action.add_argument("--python", default="", help="of the learners' version; default: this one")
+    action.add_argument("folder", type=named)
+    action.add_argument("--python", type=os.path.expanduser, default="", help="of the learners; default: this one")
     action.add_argument("--platform", default="", help="pip's tag of their machines, such as manylinux_2_28_x86_64")
     action.add_argument("--without-engines", action="store_true", help="do not run the notebooks to build theirs")
     action = _add(actions, "slides", _course_slides, "slides of the notebooks, by their headings")
-    action.add_argument("folder", type=Path, help="where they go, and where reveal.js lies as reveal.js/")
+    action.add_argument("folder", type=named, help="where they go, and where reveal.js lies as reveal.js/")
     action.add_argument("notebooks", nargs="*", help="only these; default: all")
 
     command = _add(commands, "gpu-check", _gpu_check, "on a machine with a GPU: run all of the course and report on it")
     command.add_argument("--only", default="doctor,tests,notebooks,bench", help="some of these parts")
-    command.add_argument("--out", type=Path, default=Path("build/gpu-check"))
+    command.add_argument("--out", type=named, default=Path("build/gpu-check"))
     command.add_argument("--time-limit", type=float, default=0.0, metavar="S", help="seconds for all of it")
     command.add_argument("--jobs", type=int, default=1, help="tests and notebooks at a time; the benchmark runs alone")
     return parser

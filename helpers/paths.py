@@ -111,11 +111,12 @@ def check_working_folder() -> None:
 
 
 def named(path: str | Path) -> Path:
-    """The path that somebody gave; InputError for what no system takes as one."""
+    """The path that somebody gave, with the home that a ~ means: no shell replaces it in --out=~/x, nor in a notebook.
+    InputError for what no system takes as a path."""
     text = str(path) if isinstance(path, (str, Path)) else "\0"
     if "\0" in text or re.search("[\ud800-\udc7f\udd00-\udfff]", text):
         raise InputError(f"This names no file: {shown(path)}.", fix="Give a path, such as 'record.json'.")
-    return Path(path)
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (Path's own fails for a user who is not here)
 
 
 def name_of_folder(given: str | Path) -> str:

@@ -296,7 +296,7 @@ def find(engine: Path | str) -> Path:
             fix="Give what build returned; of a loaded engine take engine.recipe.",
         )
     try:
-        given = Path(engine)
+        given = Path(engine).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if given.name and (given / MANIFEST).stat():
                 return given

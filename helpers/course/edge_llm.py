@@ -20,7 +20,7 @@ from helpers.display import Table
 from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, ModelError
 from helpers.machine import commands, environments, hardware
 from helpers.model.checkpoint import find_checkpoint
-from helpers.paths import name_of_folder, owned_folder
+from helpers.paths import name_of_folder, named, owned_folder
 from helpers.progress import Progress, hushed, say
 
 NAME = "edgellm"
@@ -32,7 +32,7 @@ def export(model: Path | str, folder: Path | str, *, limit: float = 1800.0, quie
 
     limit: seconds that the exporter may take. Raises ModelError, BackendUnavailable, InputError, BuildError.
     """
-    checkpoint, folder = find_checkpoint(name_of_folder(model)), Path(folder)
+    checkpoint, folder = find_checkpoint(name_of_folder(model)), named(folder)
     if checkpoint.dummy:
         raise ModelError(f"{checkpoint.name!r} has no weights to export.", fix="Name a checkpoint without 'dummy:'.")
     checkpoint.check(1)

@@ -79,7 +79,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
 
 def write_rows(rows: list[Row], file: Path | str) -> None:
     """JSON and CSV, each whole or not at all."""
-    file, text = Path(file), io.StringIO()
+    file, text = named(file), io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

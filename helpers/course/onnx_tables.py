@@ -16,14 +16,14 @@ from helpers.backends.tensorrt import llama_onnx, onnx_export
 from helpers.display import Table
 from helpers.errors import InputError, need
 from helpers.model.checkpoint import find_checkpoint
-from helpers.paths import name_of_folder, owned_folder
+from helpers.paths import name_of_folder, named, owned_folder
 
 PLAIN = ("", "ai.onnx")  # the domain of ONNX's own operators; a node of any other is a plugin
 PRODUCTS = ("MatMul", "Gemm")
 
 
 def read(path: Path | str) -> ModelProto:
-    return onnx_export.read(Path(path), weights=False)
+    return onnx_export.read(named(path), weights=False)
 
 
 def course_graphs(model: Path | str, *, cache_length: int = 1024) -> list[ModelProto]:

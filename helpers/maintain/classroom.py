@@ -22,7 +22,7 @@ from helpers.course.exercises import frame
 from helpers.display import Table
 from helpers.errors import InputError, StoreError
 from helpers.maintain import notebooks
-from helpers.paths import owned_folder
+from helpers.paths import named, owned_folder
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -185,7 +185,7 @@ def grade(notebook: str) -> Grade:
 
     All its cells run, also after one that fails; what counts is what its checks say in this run.
     """
-    path = Path(notebook)
+    path = named(notebook)
     if not path.is_file():
         path = learner.work_folder() / _one(notebook, notebooks.NOTEBOOKS).name
         if not path.exists():

@@ -115,7 +115,7 @@ def read(path: str | Path) -> BuildRecipe:
     """A recipe from a TOML file, such as those under engines/recipes/."""
     if not isinstance(path, (str, Path)):
         raise RecipeError(f"A recipe is read from a file, not from {shown(path)}.", fix="Give the path of a TOML file.")
-    path = Path(path)
+    path = named(path)
     try:
         fields = read_toml(path)
     except FileNotFoundError:

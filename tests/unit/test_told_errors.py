@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
 from torch._inductor.exc import CppCompileError, InductorError
 
-from helpers import basic, build_engine, cli, errors, progress, recipe
+from helpers import BuildRecipe, basic, build_engine, cli, errors, progress, recipe, store
 from helpers.backends.aot import compile
 from helpers.bench import records
 from helpers.course import experiments
@@ -53,6 +53,25 @@ def test_every_command_takes_it():
     assert {("build",), ("model", "get"), ("env", "list"), ("doctor",)} <= set(every)
     for name, parser in every.items():
         assert "--json" in parser.format_help(), name
+
+
+def test_a_tilde_that_no_shell_replaced_is_the_home_in_every_path(monkeypatch, tmp_path):
+    """bash replaces it in `--out ~/x` and not in `--out=~/x`, which made a folder named ~; Python never does."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    options = [(name, action) for name, parser in commands(cli._parser()) for action in parser._actions]
+    paths = [(name, action) for name, action in options if action.type not in (None, int, float, str)]
+    assert len(paths) >= 10 and Path not in {action.type for _, action in paths}
+    for name, action in paths:
+        assert str(action.type("~/x")) == str(tmp_path / "home/x"), (name, action.dest)
+    written = recipe.write(BuildRecipe(), "~/a.toml")
+    assert written == tmp_path / "home/a.toml" and recipe.read("~/a.toml") == BuildRecipe()
+    experiments.write_rows([{"ms": 1.0}], "~/rows.json")
+    assert experiments.read_rows("~/rows.json") == [{"ms": 1.0}]
+    (tmp_path / "home/an-engine").mkdir()
+    (tmp_path / "home/an-engine/manifest.json").write_text("{}")
+    assert store.find("~/an-engine") == tmp_path / "home/an-engine"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 def answer(capsys, *words, status):

@@ -51,6 +51,7 @@ from helpers.backends.job import BuildJob, source_digest
 from helpers.backends.report import EngineReport, write_report
 from helpers.backends.tensorrt import builder, onnx_export
 from helpers.errors import BuildError, RecipeError, shown
+from helpers.paths import named
 from helpers.progress import Progress
 from helpers.recipe.fields import PRECISIONS, safe_name
 from helpers.recipe.tensorrt import Options, make_options
@@ -99,7 +100,7 @@ def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float,
     settings = _settings("fp32" if as_it_is else precision, name, time_limit, options)
     if not isinstance(file, (str, Path)):
         raise BuildError(f"An ONNX file is given by its path, not as {shown(file)}.", fix="Give the path.")
-    file = Path(file)
+    file = named(file)
     model = onnx_export.read(file)
     if precision:
         onnx_export.retype(model, precision)
@@ -193,7 +194,7 @@ def content_of(module: nn.Module, example_inputs: Sequence[Any], precision: str)
     inputs = [(str(index), value) for index, value in enumerate(example_inputs)]
     if not all(isinstance(value, torch.Tensor) for _, value in inputs):
         return ""
-    parameters, buffers = (named(remove_duplicate=False) for named in (module.named_parameters, module.named_buffers))
+    parameters, buffers = (every(remove_duplicate=False) for every in (module.named_parameters, module.named_buffers))
     for key, tensor in (*parameters, *buffers, *inputs):
         total.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
         if not key.isdigit() or precision == "fp8":  # of inputs only the shape counts, but fp8's scales rest on them

@@ -11,12 +11,13 @@ from typing import Any
 from helpers.course.experiments import Grid, Measure, read_rows, rows_picture, rows_table, run_grid
 from helpers.course.widgets.panel import Panel, as_html, button, row
 from helpers.display import Table
+from helpers.paths import named
 
 
 def experiment_runner(measure: Measure, grid: Grid, file: Path | str, metric: str) -> ExperimentRunner:
     """Run measures what `file` has no row of yet; Stop ends it after the running measurement. metric: what is drawn."""
     next(run_grid(measure, grid, file))  # what it refuses is refused here
-    return ExperimentRunner(measure, grid, Path(file), metric)
+    return ExperimentRunner(measure, grid, named(file), metric)
 
 
 class ExperimentRunner(Panel):
