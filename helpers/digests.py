@@ -28,7 +28,7 @@ def file_digest(path: Path, *, reread: bool = False) -> str:
     the same: use it on request, and before a file is refused for its digest, because the memory could be wrong: a page
     of a file mapped into memory, once written to, is changed again without any time until it is on the disk.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve has an error of its own for a link that leads to itself
     check_is_file(path)
     before = _stamp(path)
     if before[0] < LARGE:

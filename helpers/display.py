@@ -118,9 +118,9 @@ def new_figure(width: float = 7.5, height: float = 3.0) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plain(text: str) -> str:
-    """Text for a picture, where "$" would begin a formula."""
-    return text.replace("$", r"\$")
+def plain(text: object) -> str:
+    """Text for a picture, where "$" would begin a formula; of a number, such as a temperature, its digits."""
+    return str(text).replace("$", r"\$")
 
 
 def sample_bars(

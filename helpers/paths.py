@@ -46,7 +46,7 @@ def engines_folders() -> list[Path]:
 
 def trusted_folders() -> list[Path]:
     """The stores in COURSE_TRUSTED_ENGINES: whatever lies in them may be loaded (see access.py)."""
-    return [folder.resolve() for folder in _listed("COURSE_TRUSTED_ENGINES")]
+    return [Path(os.path.realpath(folder)) for folder in _listed("COURSE_TRUSTED_ENGINES")]
 
 
 def own_store_first() -> str:
@@ -170,6 +170,12 @@ def temporary_folder() -> Path:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise _no_temporary_file(error) from error
+    if not is_utf8(place):
+        raise BackendUnavailable(
+            f"The temporary folder {shown(str(place))} cannot be used.",
+            cause="Its name is not UTF-8, and the libraries that write there take no other.",
+            fix="Set TMPDIR to another folder, then start Python again.",
+        )
     return place
 
 
@@ -211,6 +217,11 @@ def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
         told,
     ):
         yield Path(folder)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the path has a text that all libraries take; on Linux a name may be any bytes."""
+    return not re.search("[\ud800-\udfff]", str(path))
 
 
 def is_one_word(path: str) -> bool:

@@ -61,6 +61,8 @@ def run(
     for what, values, kind in (("Contenders", contenders, str), ("Batch sizes", batch_sizes, int)):
         if not isinstance(values, (list, tuple)) or not values or any(type(value) is not kind for value in values):
             raise InputError(f"{what} are {shown(values)}.", fix="Give a list, such as ['pytorch', 'aot'] and [1, 4].")
+    if keep is not None and not callable(keep):
+        raise InputError(f"What keeps the record is {shown(keep)}.", fix="Give keep=records.keeper('record.json').")
     for contender in contenders:
         workload.recipe(*_parse(contender), workload.threads)  # RecipeError for what does not exist
     for size in batch_sizes:

@@ -24,6 +24,7 @@ from helpers.paths import name_of_folder, named, owned_folder
 from helpers.progress import Progress, hushed, say
 
 NAME = "edgellm"
+KIND = "export"  # in a manifest
 GRAPH = "llm/model.onnx"  # in the folder of an export
 
 
@@ -59,7 +60,7 @@ def export(model: Path | str, folder: Path | str, *, limit: float = 1800.0, quie
             version = environments.installed_version(Path(python), environment.package)
             store.write_manifest(
                 unfinished,
-                {"kind": "export", "checkpoint": checkpoint.digest(), "architecture": f"linux {platform.machine()}"},
+                {"kind": KIND, "checkpoint": checkpoint.digest(), "architecture": f"linux {platform.machine()}"},
                 {"model": checkpoint.short_name},
                 hardware=asdict(hardware.describe("cpu")),
                 compiler="none",
@@ -87,6 +88,8 @@ def export_or_recording(model: Path | str, folder: Path | str) -> Path:
 def files(folder: Path) -> Table:
     """What an export, or a recorded one, consists of."""
     manifest = store.read_manifest(folder)
+    if manifest["identity"].get("kind") != KIND:
+        raise InputError(f"{folder.name!r} is no export of TensorRT Edge-LLM.", fix="Give what export returned.")
     caption = f"{manifest['recipe']['model']}, {words(folder)}: {manifest['details']['cpu_seconds']:.0f} s of processor"
     rows = [(name, f"{entry['bytes'] / 1e6:,.3f}") for name, entry in manifest["files"].items()]
     return Table(caption, ("file", "MB"), rows)

@@ -31,14 +31,15 @@ def read() -> dict[str, Any]:
     empty: dict[str, Any] = {"exercises": {}, "predictions": {}}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(content[key], dict) for key in empty):
+        inner = [entry for key in empty for entry in content[key].values()]
+        if not all(isinstance(entry, dict) for entry in inner):
             raise ValueError("not a file of progress")
         return content
     except FileNotFoundError:
         return empty
     except OSError as error:
         raise _unusable(path, error) from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         aside = path.with_name(f"progress.damaged-{datetime.now():%Y-%m-%d-%H%M%S}.json")
         path.replace(aside)
         say(f"{path.name} could not be read. It is kept as {aside.name}, and a new one is begun.")
@@ -102,7 +103,8 @@ def record_solution(number: str) -> None:
 
 def _entry(content: dict[str, Any], number: str) -> dict[str, Any]:
     new = {"state": "open", "wrong": [], "hints": 0, "solution": False, "when": now()}
-    return content["exercises"].setdefault(number, new)
+    content["exercises"][number] = {**new, **content["exercises"].get(number, {})}
+    return content["exercises"][number]
 
 
 def now() -> str:

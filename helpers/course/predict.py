@@ -117,7 +117,7 @@ def predict(name: str, *, of: Sequence[str] = (), **guess: Any) -> Prediction:
     unit, value = _single("predict", name, guess)
     if (unit == CHOICE) != bool(of):
         raise InputError(f"A choice needs its options: predict({name!r}, choice=None, of=[...]).")
-    prediction = Prediction(name, unit, tuple(of))
+    prediction = Prediction(name, unit, tuple(map(str, of)))
     before = _here.get(name)
     if value is not None:
         prediction.guess = choice(value, prediction.options) if of else number(value)

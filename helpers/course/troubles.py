@@ -22,7 +22,7 @@ import psutil
 
 from helpers.errors import InputError
 from helpers.model.checkpoint import find_checkpoint
-from helpers.paths import full_is_told, owned_folder
+from helpers.paths import full_is_told, named, owned_folder
 
 
 @cache
@@ -40,8 +40,11 @@ def _new_folder() -> Path:
 
 
 @full_is_told()
-def copy_of(folder: Path) -> Path:
+def copy_of(folder: Path | str) -> Path:
     """A copy of an engine or checkpoint in a temporary folder of its own, to be damaged at will."""
+    folder = named(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {str(folder)!r} to copy.", fix="Give what build(recipe) returned.")
     place = _new_folder()
     try:
         return Path(shutil.copytree(folder, place / folder.name))
@@ -55,6 +58,10 @@ def other_tokenizer(name: str = "stories") -> Path:
     """A copy of a checkpoint whose tokenizer numbers the same pieces in another order: each id moved up by one."""
     folder = copy_of(find_checkpoint(name).folder)
     path = folder / "tokenizer.json"
+    if not path.exists():
+        raise InputError(
+            f"Checkpoint {name!r} has no tokenizer.json.", fix="Name one that has: other_tokenizer('stories')."
+        )
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     special = {token["id"] for token in tokenizer["added_tokens"]}
     vocabulary = tokenizer["model"]["vocab"]
@@ -69,7 +76,7 @@ def other_tokenizer(name: str = "stories") -> Path:
 def without_end_token(name: str = "stories") -> Path:
     """A copy of a checkpoint that says of no token that it ends a text."""
     folder = copy_of(find_checkpoint(name).folder)
-    for path in (folder / "config.json", folder / "generation_config.json"):
+    for path in filter(Path.exists, (folder / "config.json", folder / "generation_config.json")):
         fields = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**fields, "eos_token_id": None}), encoding="utf-8")
     return folder
@@ -86,7 +93,7 @@ def source_checkout(package: str) -> Path:
     return folder
 
 
-def wrong_scale(engine: Path, name: str, factor: float) -> Path:
+def wrong_scale(engine: Path | str, name: str, factor: float) -> Path:
     """A copy of an int8 `aot` engine in which one layer's scales are too large, as a faulty quantization leaves them:
     the manifest fits, because the fault was there before the engine was sealed."""
     from safetensors.torch import load_file, save_file
@@ -95,10 +102,10 @@ def wrong_scale(engine: Path, name: str, factor: float) -> Path:
 
     folder = copy_of(engine)
     path = folder / "weights.safetensors"
-    weights = load_file(path)
+    weights = load_file(path) if path.exists() else {}
     if f"{name}.scale" not in weights:
         names = ", ".join(key.removesuffix(".scale") for key in weights if key.endswith(".scale")) or "none: no int8"
-        raise InputError(f"Engine {engine.name!r} has no scales of {name!r}.", fix=f"There are {names}.")
+        raise InputError(f"Engine {folder.name!r} has no scales of {name!r}.", fix=f"There are {names}.")
     save_file({**weights, f"{name}.scale": weights[f"{name}.scale"] * factor}, path)
     manifest = store.read_manifest(folder)
     manifest["files"][path.name] = store.entry_of(path)

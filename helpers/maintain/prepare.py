@@ -26,7 +26,7 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
     """
     from helpers.model.checkpoint import find_checkpoint
 
-    out = out.resolve()
+    out = out.absolute()
     model = find_checkpoint("smollm2").folder  # first, because its error says how to get it
     out.mkdir(parents=True, exist_ok=True)
     wheels(out / "wheels", PROJECT, python=python, platform=platform)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.errors import BackendUnavailable, EngineCorrupt, ModelError, out_of_memory, why_refused
-from helpers.paths import read_text
+from helpers.paths import is_utf8, read_text
 
 # transformers loads its parts when first asked, and its logger has one level for all threads.
 ONE_AT_A_TIME = threading.Lock()
@@ -273,7 +273,13 @@ def cannot_open(path: Path, error: Exception) -> ModelError:
 
 
 def why_damaged(path: Path, cause: str, fix: str) -> tuple[str, str]:
-    """Likely cause and fix for a checkpoint's file that is none of its kind: the given ones, unless it is a pointer."""
+    """Likely cause and fix for a checkpoint's file that is none of its kind: the given ones, unless it is a pointer, or
+    lies where libraries written in Rust open nothing."""
+    if not is_utf8(path):
+        cause, fix = (
+            "The name of a folder above it is not UTF-8, and this library takes no other.",
+            "Rename that folder.",
+        )
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":
             cause = f"{path.name} is a Git LFS pointer: the repository was cloned without its large files."

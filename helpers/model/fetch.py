@@ -284,6 +284,10 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
             "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
             "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
         ),
+        ImportError: (
+            "A proxy is set (ALL_PROXY, HTTPS_PROXY), and the package for its protocol is not installed.",
+            "Install the package that is named above, or unset the proxy, and run the command again.",
+        ),
         RuntimeError: ("HF_HOME names a folder under the home of a user who is not here.", "Name another folder."),
     }
     try:

@@ -7,6 +7,8 @@ import runpy
 import shutil
 import threading
 
+import numpy as np
+import onnx
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -389,9 +391,38 @@ def test_a_file_that_is_not_onnx(tmp_path, content):
     (tmp_path / "wrong.onnx").write_bytes(content)
     with pytest.raises(BuildError, match="not an ONNX file"):
         build_onnx(tmp_path / "wrong.onnx", quiet=True)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # which lies beside it on the Hub
+    with pytest.raises(BuildError, match="not an ONNX file"):
+        build_onnx(tmp_path / "config.json", quiet=True)
     for path, words in (("/dev/zero", "a device"), (tmp_path, "Is a directory")):  # memory does not hold the first
         with pytest.raises(BuildError, match=words):
             build_onnx(path, quiet=True)
+
+
+@pytest.mark.parametrize("state", ["missing", "cut", "a link, as in the Hub's cache"])
+def test_weights_beside_an_onnx_file_that_cannot_be_read_are_told(tmp_path, state):
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 64]) for name in "xy"]
+    product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([product], "g", ends[:1], ends[1:], [weight])
+    beside = {"save_as_external_data": True, "location": "weights", "size_threshold": 0}
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx", **beside)
+    onnx_export.read(tmp_path / "model.onnx")
+    data = tmp_path / "weights"
+    if state == "cut":
+        data.write_bytes(data.read_bytes()[:100])
+    else:
+        data.rename(tmp_path / "blob")
+        if state != "missing":
+            data.symlink_to("blob")
+    with pytest.raises(BuildError, match="weights of 'model.onnx'.*\n.*beside it"):
+        build_onnx(tmp_path / "model.onnx", quiet=True)
+    assert onnx_export.read(tmp_path / "model.onnx", weights=False).graph.node
+
+
+def test_a_module_without_data_is_refused_in_our_words():
+    with pytest.raises(BuildError, match="cannot be written as ONNX"):
+        build_module(nn.Linear(4, 4, device="meta"), (torch.ones(1, 4),), quiet=True)
 
 
 def test_an_operator_that_tensorrt_lacks():

@@ -26,6 +26,12 @@ def large(tmp_path, monkeypatch):
     return path, reads
 
 
+def test_a_link_that_leads_to_itself_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        digests.file_digest(tmp_path / "loop")
+
+
 def test_a_large_file_is_read_once(large):
     path, reads = large
     assert len({file_digest(path) for _ in range(3)}) == 1 and len(reads) == 1

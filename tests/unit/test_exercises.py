@@ -309,13 +309,24 @@ def test_a_right_answer_stays_right(engine):
 # ---- the learner's file --------------------------------------------------------------------------------------
 
 
-def test_a_damaged_file_is_put_aside(work, capsys):
+@pytest.mark.parametrize(
+    "content",
+    ['{"exercises": [', '{"exercises": {"00.3": []}, "predictions": {}}', '{"exercises": {}, "predictions": []}'],
+)
+def test_a_damaged_file_is_put_aside(work, capsys, content):
     work.mkdir()
-    (work / learner.FILE).write_text('{"exercises": [')
+    (work / learner.FILE).write_text(content)
     assert check("00.3", "max_batch_size")
     (aside,) = work.glob("progress.damaged-*.json")
-    assert aside.read_text() == '{"exercises": [' and aside.name in "".join(capsys.readouterr())
+    assert aside.read_text() == content and aside.name in "".join(capsys.readouterr())
     assert learner.read()["exercises"]["00.3"]["state"] == "right"
+
+
+def test_an_entry_that_lacks_something_is_completed(work):
+    work.mkdir()
+    (work / learner.FILE).write_text('{"exercises": {"00.3": {"state": "right"}}, "predictions": {}}')
+    hint("00.3")
+    assert learner.read()["exercises"]["00.3"]["hints"] == 1 and learner.read()["exercises"]["00.3"]["state"] == "right"
 
 
 def test_two_notebooks_write_at_once(work):

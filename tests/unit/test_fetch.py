@@ -453,6 +453,7 @@ def hub_errors():
         "name": (errors.HFValidationError("Repo id must be in the form"), "owner/name"),
         "offline": (errors.LocalEntryNotFoundError("Cannot find"), "cannot be reached"),
         "server": (errors.HfHubHTTPError("502 Server Error", response=answer), "refused"),
+        "proxy": (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."), "proxy is set"),
         "network": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "network failed"),
         "cache": (
             PermissionError(errno.EACCES, "Permission denied", "hub/models"),
@@ -475,7 +476,7 @@ def failing(monkeypatch):
     return patch
 
 
-@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "network", "cache"])
+@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "proxy", "network", "cache"])
 def test_a_download_that_fails_says_why_and_what_to_do(failing, name):
     error, words = hub_errors()[name]
     failing(error)

@@ -25,7 +25,7 @@ from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
 from helpers.bench import claims, quality, records, tables
 from helpers.bench import run as benchmark
-from helpers.course import memory, onnx_tables, pictures, troubles, widgets
+from helpers.course import edge_llm, memory, onnx_tables, pictures, troubles, widgets
 from helpers.course.batching import compare_batching, measured_steps
 from helpers.course.cards import explain
 from helpers.course.exercises import check, freeze, hint, solution
@@ -250,11 +250,25 @@ def test_what_a_learner_mixes_up_in_a_notebook_is_told(tmp_path):
         lambda: benchmark.bytes_per_step(record.workload, "FP32", 1): "one of fp32",
         lambda: claims.aspects(record, tables.Programs({row.backend: "x"})): "programs.lines",
         lambda: troubles.wrong_scale(tmp_path, "layers.9.down", 2): "There are down",
+        lambda: troubles.wrong_scale(find_checkpoint("stories").folder, "layers.0.down", 2): "no int8",
+        lambda: troubles.copy_of(folder.name): "no folder",
+        lambda: troubles.copy_of(engine): "names no file",
+        lambda: troubles.other_tokenizer("dummy:tinyllama-1.1b"): "no tokenizer",
+        lambda: edge_llm.files(folder): "no export",
+        lambda: benchmark.run(record.workload, ["pytorch"], [1], keep="record.json"): "records.keeper",
         lambda: compile_module(torch.nn.GELU(), (torch.ones(2),), options={"cpp.simdln": 256}): "mean 'cpp.simdlen'",
         lambda: compile_module(torch.nn.Linear(4, 4), (torch.ones(2, 8),)): "cannot export",
     }.items():
         with pytest.raises(CourseError, match=words):
             call()
+
+
+def test_numbers_name_settings_and_reports_too():
+    reports = {0: helpers.inspect(recorded("block", "fp32")), 3: helpers.inspect(recorded("block", "fp16"))}
+    pictures.fusion(reports)
+    pictures.distributions(Scripted([1]), "Once", {t: SamplingParams(temperature=t) for t in (0.5, 1.0)})
+    predict("the best batch size", choice=None, of=[1, 2, 4])
+    assert reveal("the best batch size", choice=2).result == "2"
 
 
 @pytest.mark.parametrize("value", [{}, {"temperature": 0}, 0, False, [], "", "greedy", SamplingParams], ids=repr)

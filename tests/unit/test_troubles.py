@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from helpers.backends.tensorrt.builder import missing
 from helpers.course import cards, troubles
 from helpers.course.cards import CARDS, explain
 from helpers.engine import build_onnx
-from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, RecipeError, WorkerError
+from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, ModelError, RecipeError, WorkerError
 from helpers.machine.worker import Worker
 from helpers.messages import Card, matches
 from helpers.model.checkpoint import find_checkpoint
-from helpers.paths import PROJECT
+from helpers.paths import PROJECT, temporary_folder
 
 # What users of TensorRT-LLM report most, in the words of the public threads that each card names, and a word of the
 # way out.
@@ -327,6 +328,8 @@ def test_a_checkpoint_without_an_end_token_goes_on_after_the_end():
     with load(recipe) as engine:
         (endless,) = engine.generate("Once upon a time", greedy)
     assert endless.finish_reason == "length" and end in endless.token_ids[:-1]
+    (folder / "generation_config.json").unlink()
+    troubles.without_end_token(str(folder))  # of a checkpoint that has only one of the two files
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     with load(recipe) as engine:
         (mended,) = engine.generate("Once upon a time", greedy)
@@ -377,6 +380,17 @@ def test_whatever_is_made_in_a_full_temporary_folder_is_told(monkeypatch):
     for make in (troubles.broken_compiler, troubles.other_tokenizer, lambda: troubles.source_checkout("tokenizers")):
         with pytest.raises(BackendUnavailable, match="No space left"):
             make()
+
+
+def test_folders_whose_names_are_not_utf8_are_told(tmp_path, monkeypatch):
+    """An archive of another system leaves such names; libraries written in Rust open nothing there."""
+    place = tmp_path / "caf\udce9"
+    shutil.copytree(find_checkpoint("stories").folder, place / "model")
+    with pytest.raises(ModelError, match="not valid UTF-8.*\n.*not UTF-8.*\nFix: Rename"):
+        load(BuildRecipe(model=str(place / "model"), backend="pytorch"))
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    with pytest.raises(BackendUnavailable, match="not UTF-8.*\n.*TMPDIR"):
+        temporary_folder()
 
 
 def test_a_copy_is_made_where_the_temporary_folder_was_cleared_away_and_a_full_one_is_told(tmp_path, monkeypatch):

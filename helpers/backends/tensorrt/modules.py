@@ -196,6 +196,8 @@ def content_of(module: nn.Module, example_inputs: Sequence[Any], precision: str)
         return ""
     parameters, buffers = (every(remove_duplicate=False) for every in (module.named_parameters, module.named_buffers))
     for key, tensor in (*parameters, *buffers, *inputs):
+        if tensor.is_meta or tensor.layout != torch.strided:  # no bytes to hash
+            return ""
         total.update(repr((key, tensor.dtype, tuple(tensor.shape))).encode())
         if not key.isdigit() or precision == "fp8":  # of inputs only the shape counts, but fp8's scales rest on them
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

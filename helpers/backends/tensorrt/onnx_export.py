@@ -105,7 +105,7 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
     try:
         check_is_file(path)
-        model = onnx.load(path, load_external_data=weights)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except FileNotFoundError:
         raise BuildError(f"There is no file {path.name!r}.", fix="Check the path.") from None
     except OSError as error:
@@ -115,6 +115,15 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         raise _no_onnx(path) from error
     if not model.graph.node or not model.opset_import:
         raise _no_onnx(path)
+    try:
+        if weights:
+            onnx.load_external_data_for_model(model, str(path.parent))
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise BuildError(
+            f"The weights of {path.name!r} cannot be read: {_first_words(str(error))}",
+            cause="They lie in a file beside it, which is missing, cut, or only a link, as in the Hub's cache.",
+            fix="Copy that file to the folder of the .onnx file, whole.",
+        ) from error
     return model
 
 
