@@ -28,7 +28,7 @@ export COURSE_ENGINES := $(CURDIR)/engines$(shell cd $(call quoted,$(ROOM))/engi
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test chromium test-quick nightly test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
+.PHONY: help kept setup run test chromium test-quick nightly test-gpu test-oldest gpu-check doctor lab lint format constraints clean check
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -90,12 +90,18 @@ clean: ## remove what make made; engines/ is kept (helpers remove deletes engine
 
 # An environment that works is kept, whatever Python made it; only a new or broken one asks for $(PYTHON).
 # The stamp comes last, so an interrupted set-up goes on where it stopped.
-$(STAMP): pyproject.toml constraints/course.txt
+$(STAMP): pyproject.toml constraints/course.txt | kept
 	@$(PY) -c '' 2>/dev/null || $(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12 3.13'
 	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the course into $(VENV): 2 GB on disk, more with a CUDA build of torch; done once."
 	$(PY) -m pip install $(QUIET) -c constraints/course.txt -e '.[test,browser]'
 	@touch $@
+
+# Who names a Python gets that one, or is told.
+VERSION = 2>/dev/null -c 'import sys; print(*sys.version_info[:2])'
+kept:
+	@test '$(origin PYTHON)' != 'command line' || ! made=$$($(PY) $(VERSION)) || test "$$made" = "$$($(PYTHON) $(VERSION))" || { \
+	  echo "$(VENV) is there, and not of $(PYTHON)."; echo "Fix: make clean, then this again; or leave PYTHON out."; exit 1; }
 
 $(OLDEST)/.set-up: pyproject.toml constraints/oldest.txt
 	@$(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12'

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -158,7 +159,6 @@ def _parser() -> argparse.ArgumentParser:
     action = _add(actions, "prepare", _course_prepare, "all that a room without a network needs, in one folder")
     action.add_argument("folder", type=named)
     action.add_argument("--python", type=os.path.expanduser, default="", help="of the learners; default: this one")
-    action.add_argument("--platform", default="", help="pip's tag of their machines, such as manylinux_2_28_x86_64")
     action.add_argument("--without-engines", action="store_true", help="do not run the notebooks to build theirs")
     action = _add(actions, "slides", _course_slides, "slides of the notebooks, by their headings")
     action.add_argument("folder", type=named, help="where they go, and where reveal.js lies as reveal.js/")
@@ -488,8 +488,8 @@ def _course_prepare(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.maintain.prepare import prepare
 
     folder, engines = settings.folder, not settings.without_engines
-    prepare(folder, python=settings.python, platform=settings.platform, engines=engines)
-    print(f"All is in {folder}. On each machine: make lab OFFLINE={folder}")
+    prepare(folder, python=settings.python, engines=engines)
+    print(f"All is in {folder}. On each machine: make lab OFFLINE={shlex.quote(str(folder))}")
     return {"folder": str(folder)}
 
 

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from helpers import backends, store
 from helpers.access import check_trust, origin
-from helpers.backends.base import Engine
+from helpers.backends.base import Engine, check_not_forked
 from helpers.backends.job import WORK, BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
-    BackendUnavailable,
     BuildError,
     EngineCorrupt,
     EngineMismatch,
@@ -107,6 +106,7 @@ def build_module(
     """
     from helpers.backends.tensorrt import modules
 
+    check_not_forked()
     with hushed(quiet), one_thread:
         job = modules.from_module(module, example_inputs, precision, name=name, time_limit=time_limit, options=options)
         return _run(job, force)
@@ -123,6 +123,7 @@ def build_onnx(
     **options: Any,
 ) -> Path:
     """A TensorRT engine from an ONNX file. precision: "" takes the graph's own types, else they are rewritten."""
+    check_not_forked()
     with hushed(quiet):
         backends.module("tensorrt")  # for what it says while PyTorch is imported
         from helpers.backends.tensorrt import modules
@@ -267,20 +268,12 @@ def _understood(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ImportError) as error:
-        library = getattr(error, "obj", None)  # that lacks an attribute
-        if isinstance(error, ImportError) or isinstance(library, ModuleType):
-            where = f" ({getattr(library, '__file__', '')})" if library else ""
-            raise BackendUnavailable(
-                f"A library is not what it should be: {error}{where}.",
-                cause="A file or folder with its name is found first, such as one beside the notebook, or its "
-                "installation is damaged.",
-                fix="Rename that file, or mend the installation (python -m helpers doctor may tell more); then restart "
-                "the kernel.",
-            ) from error
+        if isinstance(error, ImportError) or isinstance(getattr(error, "obj", None), ModuleType):
+            raise backends.wrong_library(error) from error
         raise EngineCorrupt(
             f"Engine {folder.name!r} is not loaded: its manifest is of another kind ({type(error).__name__}: {error}).",
             cause="Another version of the course built it.",
-            fix=f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+            fix=store.how_to_replace(folder),
         ) from error
 
 
@@ -311,7 +304,7 @@ def _check_recipe(folder: Path, manifest: store.Manifest) -> None:
         raise EngineCorrupt(
             f"Engine {folder.name!r} is not loaded: its recipe is not the one it was built from ({others[0]} differs).",
             cause="Its manifest was changed after the build.",
-            fix=f"Remove it (python -m helpers remove {folder.name}) and build it again.",
+            fix=store.how_to_replace(folder),
         )
 
 
@@ -384,7 +377,14 @@ def _check_tokenizer(folder: Path, tokenizer: Path | str) -> None:
     # A tokenizer that was saved alone has no config.json.
     alone = is_folder(name) and name not in ("stories", *NAMED)
     given = Path(name).expanduser().resolve() if alone else find_checkpoint(name).folder
-    if load_tokenizer(given) != load_tokenizer(folder):
+    theirs, own = load_tokenizer(given), load_tokenizer(folder)
+    if theirs and own and theirs == own and theirs.chat_template not in (None, own.chat_template):
+        raise EngineMismatch(
+            f"The chat template or the end token of {given.name!r} is not that of engine {folder.name!r}.",
+            cause="An engine keeps those of the checkpoint that it was built from.",
+            fix="Put these files into a copy of the checkpoint, and build from that; or leave `tokenizer` out.",
+        )
+    if theirs != own:
         raise EngineMismatch(
             f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",
             cause="The same text becomes other token ids, and the model would answer nonsense without any error.",

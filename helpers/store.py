@@ -292,8 +292,8 @@ def find(engine: Path | str) -> Path:
     if not isinstance(engine, (str, Path)):
         raise EngineNotFound(
             f"No engine is found by {shown(engine)}.",
-            cause="One that is built is named by its folder or its name. One that is loaded has its recipe with it.",
-            fix="Give what build returned; of a loaded engine take engine.recipe.",
+            cause="One that is built is named by its folder or its name.",
+            fix="Give what build returned. A loaded engine has its recipe with it: engine.recipe, by its model's name.",
         )
     try:
         given = Path(engine).expanduser()
@@ -478,12 +478,20 @@ def _unreadable(folder: Path, error: OSError) -> StoreError:
     return StoreError(f"Engine {folder.name!r} cannot be read: {error}.", cause=why_refused(error), fix=fix)
 
 
+def how_to_replace(folder: Path) -> str:
+    """What to do about a damaged engine. A copy beside the stores bears the name of a sound one, which stays."""
+    place = Path(os.path.realpath(folder.absolute().parent))
+    own, *others = (Path(os.path.realpath(store)) for store in engines_folders())
+    if place == own:
+        return f"Remove it (python -m helpers remove {folder.name}) and build it again."
+    if place in others:
+        return f"Build it again, in your own store; and tell whoever owns {folder.parent}."
+    return f"Delete {folder}; copy it anew, or build it again."
+
+
 def _corrupt(folder: Path, what: str, fix: str = "") -> EngineCorrupt:
-    mend = f"Remove it (python -m helpers remove {folder.name}) and build it again."
-    if folder.parent in engines_folders()[1:]:
-        mend = f"Build it again, in your own store; and tell whoever owns {folder.parent}."
     return EngineCorrupt(
         f"Engine {folder.name!r} is not loaded: {what}.",
         cause="Its files were changed, cut or mixed up after the build, or a newer course reads an older engine.",
-        fix=fix or mend,
+        fix=fix or how_to_replace(folder),
     )

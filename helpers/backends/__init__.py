@@ -20,7 +20,7 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
-from helpers.errors import BackendUnavailable, CourseError, why_refused
+from helpers.errors import BackendUnavailable, CourseError, starved, why_refused
 from helpers.machine import environments
 from helpers.paths import check_working_folder
 from helpers.progress import say, shown_if_slow
@@ -47,12 +47,31 @@ def module(backend: str) -> Any:
     try:
         with shown_if_slow("Starting PyTorch, once in a process", "import"):
             return importlib.import_module(f"helpers.backends.{MODULES[backend]}")
+    except ImportError as error:
+        raise wrong_library(error) from error
     except OSError as error:
+        if explained := starved(error):
+            raise explained from error
         raise BackendUnavailable(
             f"Backend {backend!r} cannot be imported: {error}.",
             cause=why_refused(error),
             fix="Mend that, then start Python again.",
         ) from error
+
+
+def wrong_library(error: Exception) -> CourseError:
+    """What it means that a library cannot be imported, or lacks what belongs there."""
+    if explained := starved(error):
+        return explained
+    library = getattr(error, "obj", None)  # that lacks an attribute
+    where = f" ({getattr(library, '__file__', '')})" if library else ""
+    return BackendUnavailable(
+        f"A library is not what it should be: {error}{where}.",
+        cause="A file or folder with its name is found first, such as one beside the notebook, or its installation is "
+        "damaged.",
+        fix="Rename that file, or mend the installation (python -m helpers doctor may tell more); then restart the "
+        "kernel.",
+    )
 
 
 def installed() -> dict[str, str]:

@@ -327,12 +327,7 @@ class Engine(ABC):
         held by a thread that the copy does not have."""
         if self.closed:
             raise InputError("This engine is closed.", fix="Load it again: load(name).")
-        if Engine._forked:
-            raise InputError(
-                "This process is a fork of one that has PyTorch loaded: no engine runs here.",
-                cause="A fork has the memory of its parent, but not the threads and the GPU that it works with.",
-                fix="Start processes with multiprocessing's method 'spawn', and load the engine there.",
-            )
+        check_not_forked()
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -366,6 +361,15 @@ class Engine(ABC):
             if explained := out_of_memory(error):
                 raise explained from error
             raise
+
+
+def check_not_forked() -> None:
+    if Engine._forked:
+        raise InputError(
+            "This process is a fork of one that has PyTorch loaded: no engine runs here, and no module is exported.",
+            cause="A fork has the memory of its parent, but not the threads and the GPU that it works with.",
+            fix="Start processes with multiprocessing's method 'spawn', and load or build the engine there.",
+        )
 
 
 def _note_fork() -> None:

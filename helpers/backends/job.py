@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helpers.errors import BackendUnavailable
 from helpers.paths import PROJECT
 from helpers.progress import Progress
 
 WORK = 50e6  # bytes of disk that any build needs, and the folder that its compiler works in
+
+
+_RUNNING = {file: hash(file.read_bytes()) for file in (PROJECT / "helpers").rglob("[!.]*.py")}  # as it is imported
 
 
 @dataclass(frozen=True)
@@ -39,5 +43,12 @@ def source_digest(*names: str) -> str:
     editor's hidden ones), these files, and the version of transformers, which reads a checkpoint's configuration."""
     paths = [PROJECT / "helpers" / name for name in names]
     files = [file for path in paths for file in (sorted(path.glob("[!.]*.py")) if path.is_dir() else [path])]
+    code = {file: file.read_bytes() for file in files}
+    if any(_RUNNING.get(file) != hash(content) for file, content in code.items()):
+        raise BackendUnavailable(
+            "The course's code was changed after this Python had read it.",
+            cause="An update, such as git pull. What this Python built would bear the name of the new code.",
+            fix="Restart the kernel, or start Python again.",
+        )
     reader = importlib.metadata.version("transformers").encode()
-    return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), reader])).hexdigest()
+    return hashlib.sha256(b"".join([*code.values(), reader])).hexdigest()

@@ -47,10 +47,11 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
     config.tie_word_embeddings = checkpoint.config.tie_word_embeddings
     # What config.json asks for is not passed on: an attention by name can mean code from the Hub.
     settings = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
-    with _loads, _quiet(), torch.random.fork_rng():  # the user's random numbers go on as if no model had been loaded
+    with _loads, _quiet():
         if checkpoint.dummy:
-            torch.manual_seed(0)
-            with torch.device(device):
+            # The user's random numbers go on as if no model had been loaded. Of a checkpoint's weights none is drawn.
+            with torch.random.fork_rng(), torch.device(device):
+                torch.manual_seed(0)
                 return AutoModelForCausalLM.from_config(config, **settings).eval()
         files = {"use_safetensors": True, "local_files_only": True, "generation_config": GenerationConfig()}
         with torch.device("cpu"):  # a notebook may have set another as torch's default

@@ -168,7 +168,7 @@ class RemoteEngine(Engine):
             raise WorkerError(
                 f"{self.worker.name} answered {answer!r:.200}, which is no answer of an engine; it was ended.",
                 cause="The library in its environment is of another version than the course is made for.",
-                fix="`helpers doctor` names the versions; make the environment anew: helpers env create.",
+                fix="`helpers doctor` names the versions and how to make the environment anew.",
             ) from None
 
     def _no_steps(self) -> InputError:

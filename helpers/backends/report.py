@@ -122,7 +122,7 @@ def read_report(folder: Path, sizes: dict[str, int] | None = None) -> EngineRepo
         raise EngineCorrupt(
             f"The report of engine {folder.name!r} cannot be read: {error}.",
             cause="The file was changed or cut after the build.",
-            fix=f"Remove the engine and build it again: python -m helpers remove {folder.name}",
+            fix="Build it again: build(recipe, force=True).",
         ) from error
 
 

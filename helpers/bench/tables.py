@@ -158,7 +158,11 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
     Raises InputError if the two did different work; how often, and on what, may differ.
     """
     need_records(mine, theirs or mine)
-    if theirs and (different := differences(same_work(mine), same_work(theirs), ("workload",))):
+    checkpoints = {record.versions.get("checkpoint") for record in (mine, theirs or mine)}
+    different = differences(same_work(mine), same_work(theirs), ("workload",)) if theirs else []
+    if len(checkpoints) == 2 and None not in checkpoints:
+        different = [*different, "the checkpoint's files"]
+    if different:
         raise InputError(
             f"These records do not belong in one table: they differ in {'; '.join(different)}.",
             fix="Measure the same work, or look at each record alone: tables.overview.",

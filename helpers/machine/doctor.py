@@ -105,6 +105,12 @@ def check_notebook_tools() -> Check:
     missing = [n for n in ("ipykernel", "nbclient", "ipywidgets", "matplotlib") if not importlib.util.find_spec(n)]
     if missing:
         return warning(f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    done = run([sys.executable, "-c", "import ipykernel, nbclient, ipywidgets, matplotlib.figure"], LONGEST)
+    if done.returncode:
+        return failure(
+            f"they cannot be imported: {_complaint(done)}",
+            "make clean setup installs them anew; see the packages, too.",
+        )
     from jupyter_client.kernelspec import KernelSpecManager
 
     kernel = KernelSpecManager().get_kernel_spec("python3")
@@ -175,12 +181,12 @@ def check_torch() -> Check:
     if "torch" not in facts:
         if "no answer" in facts["error"]:
             return warning(facts["error"], "Run this again: the first import on a fresh machine is slow.")
-        return failure(facts["error"], "See the lines of the memory and the packages. If they are OK: make setup")
+        return failure(facts["error"], "See the lines of the memory and the packages. If they are OK: make clean setup")
     build = f"CUDA {facts['cuda']}" if facts["cuda"] else "CPU build"
     line = f"{facts['torch']}, {build}"
     version = tuple(int(part) for part in facts["torch"].split("+")[0].split(".")[:2])
     if not (2, 9) <= version <= (2, 13):
-        return warning(line, "The course is made for 2.9 to 2.13: make setup installs one of them.")
+        return warning(line, "The course is made for 2.9 to 2.13: make clean setup installs one of them.")
     if hardware.driver() and not facts["cuda"]:
         fix = "Install the CUDA build: pip install --force-reinstall torch, from an index that has it."
         return warning(f"{line}, and there is an NVIDIA driver here", fix)
@@ -362,15 +368,15 @@ def check_environment(name: str) -> Check:
     if not version:
         fix = f"Name a Python that has it: export {environments.variable(name)}=..., or: helpers env create {name}"
         return failure(f"{shown(python)}: {conflicts}", fix)
+    own = environments.folder(name)
+    if python.parent.parent == own:
+        anew = f"Make it anew: remove {shown(own)}, then helpers env create {name}"
+    else:  # a variable names it, or it is this one; what is around it is not ours to remove
+        anew = f"Let {environments.variable(name)} name another, or unset it; then: helpers env create {name}"
     if version != environment.version:
-        return warning(f"{version} ({shown(python)})", f"The course is made for {environment.version}.")
+        return warning(f"{version} ({shown(python)})", f"The course is made for {environment.version}. {anew}")
     if conflicts:
-        own = environments.folder(name)
-        if python.parent.parent == own:
-            fix = f"Make it anew: remove {shown(own)}, then helpers env create {name}"
-        else:  # a variable names it, or it is this one; what is around it is not ours to remove
-            fix = f"Let {environments.variable(name)} name another, or unset it; then: helpers env create {name}"
-        return warning(f"{version} ({shown(python)}), but beside it {conflicts}", fix)
+        return warning(f"{version} ({shown(python)}), but beside it {conflicts}", anew)
     return ok(f"{version} ({shown(python)})")
 
 
@@ -464,7 +470,7 @@ def _guarded(check: Callable[[], Check]) -> Check:
         if explained := starved(error):
             return failure(explained.what, "Close other programs, or give the container more memory.")
         if isinstance(error, ImportError):  # a broken installation is a finding, not the end of the list
-            return failure(f"{type(error).__name__}: {error}", "make setup installs the course's packages.")
+            return failure(f"{type(error).__name__}: {error}", "make clean setup installs the course's packages anew.")
         if isinstance(error, OSError):
             return failure(str(error), "See the lines of the folders: can they be written, have they room?")
         return warning(f"the check itself failed ({type(error).__name__}: {error})", "Look at what it names.")

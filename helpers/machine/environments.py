@@ -258,11 +258,13 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
     if name not in ENVIRONMENTS:
         raise InputError(f"There is no environment {name!r}.", fix=f"Name one of these: {', '.join(ENVIRONMENTS)}.")
     environment = ENVIRONMENTS[name]
+    source = variable(name) if os.environ.get(variable(name)) else folder(name).name
     if present := python_of(name):
         if version := installed_version(present, environment.package):
             print(f"{environment.title} {version} is there already: {present}")
+            if version != environment.version:
+                print(f"The course is made for {environment.version}: take {source} away, and run this again.")
             return present
-        source = variable(name) if os.environ.get(variable(name)) else folder(name).name
         raise InputError(
             f"{present} (from {source}) does not start or has no {environment.title}.",
             fix=f"Name a Python that has it, or take {source} away to make a new environment.",

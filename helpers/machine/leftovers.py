@@ -23,7 +23,10 @@ from helpers.machine import commands
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.paths import locks_folder
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt"),
+    *("ipykernel", "nbclient", "ipywidgets", "matplotlib"),
+)
 OLD = 2 * 3600.0  # seconds after which a build is no longer believed to go on
 
 # What a library pins, beside what is there, asked in its own environment: its version, then one JSON line a conflict.
@@ -47,7 +50,7 @@ for text in requires(name) or ():
 
 def check_packages() -> Check:
     """Packages of one environment that came from two, or twice."""
-    fix = "Make the environment anew: make setup. TensorRT-LLM and vLLM get their own: helpers env create trtllm."
+    fix = "Make the environment anew: make clean setup. TensorRT-LLM and vLLM get their own: helpers env create trtllm."
     names: set[str] = set()
     for folder in _own_folders():
         found = importlib.metadata.distributions(path=[str(folder)])

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _lock = threading.Lock()
 _inside: set[object] = set()  # one for each block, of any thread, that goes on now
@@ -55,7 +59,7 @@ def _plain_process() -> Iterator[None]:
     try:
         with _lock:
             if not _inside:
-                _settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+                _settings.callback(_put_back, torch.get_default_dtype())
                 torch.set_default_dtype(torch.float32)
                 if torch.are_deterministic_algorithms_enabled():  # a GPU has none for the running sum of sampling
                     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -70,6 +74,14 @@ def _plain_process() -> Iterator[None]:
             _inside.discard(me)
             if not _inside:  # also where an interrupt came before the block
                 _settings.close()
+
+
+def _put_back(dtype: torch.dtype) -> None:
+    """The notebook's default type, unless it has set another one meanwhile."""
+    import torch
+
+    if torch.get_default_dtype() == torch.float32:
+        torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,10 @@ from helpers.paths import PROJECT, read_toml
 EXTRAS = ("test", "browser")  # those that the Makefile installs
 
 
-def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = True) -> None:
+def prepare(out: Path, *, python: str = "", engines: bool = True) -> None:
     """Fill the folder `out`; what is there already is kept, so that a second call goes on where the first one ended.
 
     python: of the version that learners have, this one if "".
-    platform: pip's tag of their machines, such as manylinux_2_28_x86_64; this machine's if "".
     engines: also those that the notebooks build, by running them once. They are for processors like this machine's.
     """
     from helpers.model.checkpoint import find_checkpoint
@@ -29,9 +28,9 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
     out = out.absolute()
     model = find_checkpoint("smollm2").folder  # first, because its error says how to get it
     out.mkdir(parents=True, exist_ok=True)
-    wheels(out / "wheels", PROJECT, python=python, platform=platform)
+    wheels(out / "wheels", PROJECT, python=python)
     shutil.copytree(model, out / "models/smollm2", dirs_exist_ok=True)
-    for source in notebooks.select(notebooks.NOTEBOOKS) if engines and not platform else ():
+    for source in notebooks.select(notebooks.NOTEBOOKS) if engines else ():
         executed = out / "build" / source.name
         newer = executed.exists() and executed.stat().st_mtime > source.stat().st_mtime
         if not (newer and notebooks.judge(notebooks.read(executed), source.stem).ok):
@@ -39,7 +38,7 @@ def prepare(out: Path, *, python: str = "", platform: str = "", engines: bool = 
             _run(command, f"{source.stem} did not run.", COURSE_ENGINES=str(out / "engines"))
 
 
-def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "") -> None:
+def wheels(folder: Path, project: Path, *, python: str = "") -> None:
     """Download what `make setup` installs: the requirements, the tests' too, in the versions of constraints/."""
     described = read_toml(project / "pyproject.toml")
     required = [
@@ -47,10 +46,8 @@ def wheels(folder: Path, project: Path, *, python: str = "", platform: str = "")
         *described["project"].get("dependencies", []),
         *(name for extra in EXTRAS for name in described["project"]["optional-dependencies"].get(extra, [])),
     ]
-    verb = ["wheel", "--wheel-dir"]  # also makes a wheel of what comes as sources, whose build would want a network
-    if platform:
-        verb = ["download", "--only-binary=:all:", "--platform", platform, "--dest"]
-    command = [python or sys.executable, "-m", "pip", *verb, str(folder), *required]
+    # `wheel` and not `download`: what comes as sources becomes a wheel here, because its build would want a network.
+    command = [python or sys.executable, "-m", "pip", "wheel", "--wheel-dir", str(folder), *required]
     _run([*command, "--constraint", str(project / "constraints/course.txt")], "The packages could not be downloaded.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -118,10 +119,12 @@ def write_slides(name: str, nb: NotebookNode, folder: Path) -> Path:
     from nbconvert import SlidesExporter
 
     if not (folder / "reveal.js/dist/reveal.js").is_file():
+        place = shlex.quote(str(folder))
         raise InputError(
             f"{folder / 'reveal.js'} is not there, which slides are shown with.",
             cause="It is no Python package, and the course downloads nothing unasked.",
-            fix=f"cd {folder} && npm pack reveal.js@4 && tar xf reveal.js-4*.tgz && mv package reveal.js",
+            fix=f"mkdir -p {place} && cd {place} && npm pack reveal.js@4 && tar xf reveal.js-4*.tgz && "
+            "mv package reveal.js",
         )
     for cell in nb.cells:
         head = cell.cell_type == "markdown" and re.match("##? ", cell.source)

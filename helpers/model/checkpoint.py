@@ -129,9 +129,10 @@ def find_checkpoint(name: str) -> Checkpoint:
     elif dummy and plain in {shape.name for shape in SHAPES.iterdir()}:
         folder = SHAPES / plain
     elif plain in NAMED:
-        folder = (models_folder() / plain).resolve()
-        if not folder.is_dir():
+        folder = models_folder() / plain
+        if not is_folder(str(folder)):
             raise _not_here(plain)
+        folder = folder.resolve()
     elif is_folder(plain):
         folder = Path(plain).expanduser().resolve()
         name = f"dummy:{folder}" if dummy else str(folder)  # which means the same after a change of folder
@@ -163,21 +164,25 @@ def is_hub_id(name: str) -> bool:
 
 
 def _hub_folder(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:  # without the patterns, what `helpers model get` left out would count as missing
         return Path(
             snapshot_download(hub_id, local_files_only=True, allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT)
         )
     except (OSError, ValueError, RuntimeError):  # not in the cache, no Hub id at all, or a cache under nobody's home
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+        if is_folder(str(cached)):
+            is_folder(str(cached / "refs" / "main"))  # ModelError where it is here, and not for this user
         raise _not_here(hub_id) from None
 
 
 def _not_here(name: str) -> ModelError:
     return ModelError(
         f"The model {name!r} is not on this machine.",
-        cause="It has not been downloaded; this course downloads nothing without being asked.",
-        fix=f"Run: python -m helpers model get {name}",
+        cause="It has not been downloaded; this course downloads nothing without being asked."
+        + (f" If it is a folder: none of that name is in {Path.cwd()}." if "/" in name else ""),
+        fix=f"Run: python -m helpers model get {name}" + ("; or give the folder's whole path." if "/" in name else ""),
     )
 
 
@@ -269,13 +274,21 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
 def has_own_head(folder: Path) -> bool:
     """The files hold an output head that is not the embedding, as where adapters were merged into it. transformers 5
     and vLLM compute with it whatever tie_word_embeddings says; transformers 4 and TensorRT-LLM would not."""
+    import numpy as np
+    import torch
+
     tensors = stored_tensors(folder)
     pair = [tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
     if pair[0] is None or pair[1] is None:
         return False
     with opened(pair[0].file) as one, opened(pair[1].file) as other:
         embedding, head = one.get_tensor("model.embed_tokens.weight"), other.get_tensor("lm_head.weight")
-    return embedding.shape != head.shape or not bool((embedding == head).all())
+    if embedding.shape != head.shape:
+        return True
+    if embedding.dtype != head.dtype:
+        return not bool((embedding == head).all())
+    # By bytes and with NumPy: torch would compare with threads, which a forked process waits for in vain.
+    return not np.array_equal(*(tensor.view(torch.uint8).numpy() for tensor in (embedding, head)))
 
 
 def read_tensors(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

@@ -33,6 +33,7 @@ from helpers.model.checkpoint import (
     weight_files,
 )
 from helpers.model.config import read_config, unsupported
+from helpers.model.tokenizer import load_tokenizer
 from helpers.paths import models_folder
 from helpers.progress import Progress, held, say
 
@@ -144,6 +145,8 @@ def _here_already(name: str) -> Path:
     """The folder of the model if it is whole. Raises ModelError."""
     checkpoint = find_checkpoint(name)
     checkpoint.check(1)
+    if load_tokenizer(checkpoint.folder) is None:
+        raise ModelError(f"{name!r} lacks its tokenizer.json.")
     folder = checkpoint.folder
     say(f"{name} is here already, from {_source(folder)}: {folder}")
     return folder

@@ -38,7 +38,7 @@ class BuildRecipe(RecipeFields):
     max_batch_size      most sequences at a time
     max_input_len       longest prompt, in tokens
     max_seq_len         longest prompt plus answer, in tokens; it sizes the KV cache
-    optimization_level  0 compiles fastest, 3 runs fastest
+    optimization_level  0 compiles fastest, 3 runs fastest; `aot` on a CPU does the same at 2 and 3
     fusion              what may be merged
     device              "cpu", "cuda", or "auto": cuda where there is one
     decode_batch_sizes  the batch sizes that get a decode graph of their own; empty: 1 and max_batch_size

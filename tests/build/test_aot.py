@@ -715,6 +715,7 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
         (RuntimeError("libx.so: cannot allocate memory in static TLS block"), BackendUnavailable),
         (RuntimeError("libx.so: failed to map segment: cannot allocate memory"), OutOfMemory),
         (RuntimeError("libx.so: cannot open shared object file: Too many open files"), BackendUnavailable),
+        (RuntimeError("libomp.so.5: cannot open shared object file: No such file or directory"), BackendUnavailable),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("zipfile.ZipFile.__init__", lambda *_, error=error: raised(error))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GREEDY, PROMPTS, STORIES, Scripted, limits
+from safetensors.torch import load_file, save_file
 
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.errors import (
@@ -516,6 +517,40 @@ def test_a_fork_of_a_process_where_pytorch_has_worked_is_refused_its_first_engin
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=PROJECT, check=False).returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(
+    ("work", "end"),
+    [
+        ("build_module(torch.nn.Linear(2048, 2048), [torch.ones(4, 2048)], 'fp16')", 5),
+        ("build_onnx('model.onnx')", 5),
+        ("has_own_head(Path(sys.argv[1]))", 0),
+    ],
+)
+def test_what_torch_would_compute_with_threads_hangs_in_no_fork(tmp_path, work, end):
+    weights = load_file(BUNDLED / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].repeat(8, 1).clone()  # as large as torch takes threads for
+    save_file({"model.embed_tokens.weight": head, "lm_head.weight": head.clone()}, tmp_path / "model.safetensors")
+    code = f"""if True:
+        import os, signal, sys, torch
+        from pathlib import Path
+        from helpers import CourseError
+        from helpers.engine import build_module, build_onnx
+        from helpers.model.checkpoint import has_own_head
+
+        torch.ones(1 << 22).exp().sum()
+        if child := os.fork():
+            raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.alarm(60)
+        try:
+            {work}
+        except CourseError as error:
+            os._exit(5 if "fork" in error.what else 2)
+        os._exit(0)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    assert subprocess.run(command, cwd=PROJECT, check=False).returncode == end
+
+
 # ---- opening and closing ----------------------------------------------------------------------------------
 
 
@@ -543,11 +578,24 @@ def test_an_engine_loads_by_folder_name_start_and_recipe(tiny_engine, tiny_llama
             assert len(engine.generate([5, 6], GREEDY)[0].token_ids) == 24
 
 
+def test_loading_a_checkpoint_draws_no_random_number():
+    """Nor puts it the generator back at its end, which another thread may be drawing from meanwhile."""
+    state = torch.random.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.random, "set_rng_state", lambda *_: pytest.fail("it was put back"))
+        load(BuildRecipe(model="stories", backend="pytorch")).close()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_another_tokenizer_is_refused_and_its_own_is_not(tiny_engine, tiny_llama, checkpoint, tmp_path):
     load(tiny_engine, tokenizer=tiny_llama).close()
     load(tiny_engine, tokenizer="stories").close()  # the same file elsewhere
     with pytest.raises(EngineMismatch, match="tokenizer"):
         load(tiny_engine, tokenizer=checkpoint("llama"))
+    shutil.copytree(tiny_llama, tmp_path / "own")  # with a template that this engine would not use
+    (tmp_path / "own/chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(EngineMismatch, match="chat template"):
+        load(tiny_engine, tokenizer=tmp_path / "own")
 
 
 def test_a_model_without_tokenizer_takes_ids_only(checkpoint):

@@ -81,6 +81,18 @@ def test_a_folder_that_was_not_prepared_is_named_with_the_command_that_does(proj
     assert not (project / ".venv").exists()
 
 
+def test_a_python_that_is_named_is_the_environments_or_refused(project):
+    (project / ".venv/bin").mkdir(parents=True)
+    (project / ".venv/bin/python").symlink_to(sys.executable)
+    (project / ".venv/.set-up").touch()
+    other = project / "other"
+    other.write_text("#!/bin/sh\necho 3 99\n")
+    other.chmod(0o755)
+    assert make(project, "setup").returncode == 0
+    refused = make(project, "setup", f"PYTHON={other}")  # make takes the last one
+    assert refused.returncode and "make clean" in refused.stdout
+
+
 def test_what_cannot_be_downloaded_is_an_error_of_ours(project, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

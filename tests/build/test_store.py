@@ -897,3 +897,29 @@ def test_a_backend_that_compiles_nothing_ahead_has_nothing_to_build(engines, bac
     with pytest.raises(BuildError, match="nothing to build") as refused:
         build(RECIPE.replace(backend=backend))
     assert "load(recipe)" in refused.value.fix
+
+
+def test_what_to_do_about_a_damaged_engine_depends_on_where_it_lies(tmp_path, monkeypatch):
+    """`helpers remove NAME` of a copy elsewhere would remove the sound engine of that name, and leave the copy."""
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setenv("COURSE_ENGINES", os.pathsep.join([str(tmp_path / "engines"), str(tmp_path / "shared")]))
+    assert "helpers remove x-aot-1" in store.how_to_replace(tmp_path / "engines" / "x-aot-1")
+    for place, words in (("shared", "your own store"), ("copies", f"Delete {tmp_path / 'copies' / 'x-aot-1'}")):
+        fix = store.how_to_replace(tmp_path / place / "x-aot-1")
+        assert words in fix and "helpers remove" not in fix
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("libtorch_cpu.so: failed to map segment from shared object", OutOfMemory),
+        ("cannot import name 'Tokenizer' from 'tokenizers' (tokenizers.py)", BackendUnavailable),
+    ],
+)
+def test_a_backend_that_cannot_be_imported_says_whether_memory_was_the_reason(monkeypatch, words, kind):
+    def refuse(name):
+        raise ImportError(words)
+
+    monkeypatch.setattr("importlib.import_module", refuse)
+    with pytest.raises(kind, match=words[:15]):
+        backends.module("pytorch")

@@ -107,6 +107,12 @@ def test_precision_becomes_quant_config(standin, texts, precision, quantization)
     assert config["pretrained_config"]["quantization"] == quantization
 
 
+def test_fp8_without_an_fp8_cache(standin, texts):
+    """Whoever looks for the cause of bad answers switches it off first; llm_quantization.py gives both."""
+    _, config = built(precision="fp8", options={"calib_dataset": str(texts), "kv_cache_quant_algo": ""})
+    assert config["pretrained_config"]["quantization"] == {"quant_algo": "FP8", "kv_cache_quant_algo": None}
+
+
 @pytest.fixture
 def texts(tmp_path):
     """A data set in the one layout that calibrates."""

@@ -111,6 +111,8 @@ WRONG = {
         lambda e, o, p: bool((o - e).max() / e.abs().max() > LIMITS[p]),  # only what is too large
         lambda e, o, p: bool((o - e).abs().mean() / e.abs().max() > LIMITS[p]),
         lambda e, o, p: bool((o - e).abs().max() > LIMITS[p]),  # no share
+        lambda e, o, p: bool((o - e).norm() / e.norm() > LIMITS[p]),
+        lambda e, o, p: bool((o - e).abs().sum() / e.abs().max() > LIMITS[p]),
         lambda e, o, p: float(share(e, o)),
         lambda e, o, p: "fault",
     ],

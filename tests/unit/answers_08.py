@@ -57,6 +57,7 @@ WRONG = {
         lambda t: min(t),
         lambda t: next(count for count in t if t[count] <= 1.05 * min(t.values())),  # in the order of the table
         lambda t: min(t.values()),
+        lambda t: min(count for count in t if t[count] - min(t.values()) <= 0.05),  # seconds, and no share
         lambda t: len(t),
         2,
     ],

@@ -596,6 +596,10 @@ def test_what_is_missing_on_this_machine_comes_from_the_other_marked_as_such(two
     longer = dataclasses.replace(theirs, workload=dataclasses.replace(SMALL, output_len=9))
     with pytest.raises(InputError, match="output_len: 8 and 9"):
         comparison.beside(mine, longer)
+    versions = [{**record.versions, "checkpoint": name} for record, name in ((mine, "a" * 12), (theirs, "b" * 12))]
+    mine, theirs = (dataclasses.replace(r, versions=v) for r, v in zip(two_machines, versions, strict=True))
+    with pytest.raises(InputError, match="the checkpoint's files"):  # "./model" is another one in each folder
+        comparison.beside(mine, theirs)
 
 
 def test_the_guide_and_the_aspects_name_who_leads(two_machines):

@@ -1,6 +1,7 @@
 """What a checkpoint is taken to be: its configuration as transformers reads it, the files that hold its weights, their
 digests; and what is refused."""
 
+import errno
 import json
 import os
 import random
@@ -824,3 +825,24 @@ def test_threads_that_read_configurations_leave_transformers_as_talkative_as_it_
 )
 def test_a_path_names_a_folder_and_no_model(given, text):
     assert name_of_folder(given) == text
+
+
+@pytest.mark.parametrize("name", ["smollm2", "owner/name"])
+def test_a_model_that_is_here_and_not_for_this_user_is_not_called_missing(monkeypatch, name):
+    """Its administrator fetched it with umask 077; to fetch it again would be gigabytes."""
+    stat = Path.stat
+
+    def refuse(self, **settings):
+        if self.name in ("smollm2", "models--owner--name"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return stat(self, **settings)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(ModelError, match="cannot be opened.*\n.*another user"):
+        find_checkpoint(name)
+
+
+def test_a_folder_that_is_not_here_and_looks_like_a_model_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"none of that name is in .*\n.*whole path"):
+        find_checkpoint("checkpoints/my-llama")

@@ -128,6 +128,17 @@ def test_a_kernel_of_another_environment_is_a_warning(monkeypatch, tmp_path):
     assert check.status == "warning" and "/opt/other/bin/python" in check.found and str(tmp_path) in check.fix
 
 
+def test_notebook_tools_that_are_there_and_cannot_be_imported_are_a_failure(monkeypatch, tmp_path):
+    """Such as a package that was built for an older NumPy, in a folder of PYTHONPATH."""
+    (tmp_path / "ipywidgets.py").write_text("raise ImportError('numpy.core.multiarray failed to import')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check = doctor.check_notebook_tools()
+    assert check.status == "failure" and "multiarray" in check.found and "make clean setup" in check.fix
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "ipywidgets", raising=False)
+    assert "ipywidgets comes from" in leftovers.check_packages().found
+
+
 def test_a_check_that_hangs_or_breaks_is_a_line_and_holds_up_no_other(monkeypatch):
     release = threading.Event()
     checks = {

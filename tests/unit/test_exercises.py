@@ -329,6 +329,16 @@ def test_an_entry_that_lacks_something_is_completed(work):
     assert learner.read()["exercises"]["00.3"]["hints"] == 1 and learner.read()["exercises"]["00.3"]["state"] == "right"
 
 
+def test_another_answer_of_a_function_that_the_answer_calls_is_another_try():
+    def fits(*arguments):
+        return helper(*arguments)
+
+    for tries, factor in enumerate((5, 6), 1):
+        helper = lambda cache, columns: factor * cache  # noqa: B023, E731
+        assert f"hint {tries} of" in str(check("07.3", fits))
+    assert len(learner.read()["exercises"]["07.3"]["wrong"]) == 2
+
+
 def test_two_notebooks_write_at_once(work):
     def answer(number):
         for at in range(10):

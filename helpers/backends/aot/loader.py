@@ -78,10 +78,17 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
         return explained
     fix = "Set TMPDIR to a folder that can be written, has room and allows programs to run; then start Python again."
     if folder is None:
+        many = os.strerror(errno.EMFILE).lower() in str(error).lower()
         return BackendUnavailable(
             f"The compiled graph {path.name} cannot be unpacked: {error}.",
             cause=why_refused(error),
-            fix=fix,
+            fix="Close engines, or allow more: ulimit -n 4096, in the terminal that starts Python." if many else fix,
+        )
+    if "cannot open shared object file: No such file" in str(error):
+        return BackendUnavailable(
+            f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
+            cause="The engine is sound; a library that its compiler links with is not on this machine.",
+            fix="Install the package of that library (libomp5 for libomp.so.5), or name its folder in LD_LIBRARY_PATH.",
         )
     if "static tls" in str(error).lower():
         return BackendUnavailable(

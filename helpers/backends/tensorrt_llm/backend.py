@@ -355,6 +355,8 @@ def _quantization(recipe: BuildRecipe) -> dict[str, str]:
     chosen = dict(QUANTIZATION.get(recipe.precision, {}))
     if algorithm := settings(recipe)["kv_cache_quant_algo"]:
         chosen["kv_cache_quant_algo"] = algorithm
+    elif "kv_cache_quant_algo" in recipe.options:  # "": the cache keeps the type of the activations
+        chosen.pop("kv_cache_quant_algo", None)
     return chosen
 
 

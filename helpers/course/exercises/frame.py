@@ -127,7 +127,7 @@ def check(number: str, answer: Any = None) -> Outcome:
             outcome = Outcome("wrong", str(error))
         except Exception as error:  # an answer may be anything, and do anything when it is looked at
             outcome = Outcome("wrong", f"This cannot be read as an answer ({type(error).__name__}: {error!s:.200}).")
-    tries, note = learner.record_answer(number, outcome.state, _fingerprint(answer))
+    tries, note = learner.record_answer(number, outcome.state, _fingerprint(answer, outcome.message))
     if outcome:
         return Outcome("right", outcome.message + note)
     level, most = min(tries, len(task.hints)), len(task.hints)
@@ -273,11 +273,12 @@ def _short(answer: Any) -> str:
     return f"{type(answer).__name__}({', '.join(chosen)})"
 
 
-def _fingerprint(answer: Any) -> str:
-    """Equal for the same answer given again, which is no new try."""
+def _fingerprint(answer: Any, told: str) -> str:
+    """Equal for the same answer given again, which is no new try. told: what was said of it, because a function may
+    call others."""
     code = getattr(answer, "__code__", None)
     text = f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}" if code else shown(answer, 10**6)
-    return hashlib.sha256(re.sub(r" at 0x\w+", "", text).encode(errors="replace")).hexdigest()[:12]
+    return hashlib.sha256(re.sub(r" at 0x\w+", "", text + told).encode(errors="replace")).hexdigest()[:12]
 
 
 def expect(condition: Any, why: str) -> None:

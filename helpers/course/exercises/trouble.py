@@ -58,15 +58,24 @@ def fit(answer: Any, recipe: BuildRecipe) -> None:
 def is_fault(answer: Any) -> None:
     import torch
 
-    exact = torch.tensor([[-8.0, 0.5, 3.0, 1.0]])
+    exact = torch.linspace(-8.0, 7.0, 500)[None]  # of many, neither their sum nor their mean tells what one does
+    one, every = torch.zeros_like(exact), torch.ones_like(exact)
+    one[0, 250] = 1.0
+    cases = (
+        (0.0, one, False),
+        (0.5, one, False),
+        (-0.5, one, False),
+        (0.5, every, False),
+        (2.0, one, True),
+        (-2.0, one, True),
+    )
     for precision, share in SHARES.items():
-        for factor, right in ((0.0, False), (0.5, False), (-0.5, False), (2.0, True), (-2.0, True)):
-            logits = exact.clone()
-            logits[0, 1] += factor * share * 8.0
+        for factor, where, right in cases:
+            logits = exact + factor * share * 8.0 * where
             result = alone(call(answer, exact, logits, precision))
             expect(result in (True, False), f"It returns {result!r:.80}, and not True or False.")
             makes = "more than rounding makes" if right else "what rounding can make"
-            far = f"{abs(factor) * share:.3%} of the largest apart"
+            far = f"{'one logit' if where is one else 'every logit'} {abs(factor) * share:.3%} of the largest apart"
             expect(result == right, f"In {precision}, {far}, it says {result}. That is {makes}.")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from helpers.backends.report import EngineReport, Kernel, need_report
 from helpers.display import Table
 from helpers.errors import EngineCorrupt, InputError, need
+from helpers.store import how_to_replace
 
 # How the generated C++ and Triton write an operation; all others are written as calls of their name.
 SIGNS = {
@@ -80,7 +81,7 @@ def generated_loops(folder: Path, graph: str) -> list[str]:
         raise EngineCorrupt(
             f"{file.name} of engine {folder.name!r} cannot be read: {error}.",
             cause="The file was changed or cut after the build.",
-            fix=f"Remove the engine and build it again: python -m helpers remove {folder.name}",
+            fix=how_to_replace(folder),
         ) from error
     # Kernels that several threads share stand one level deeper, in a parallel region.
     region = re.compile(r"\n    #pragma omp parallel.*?\n    \{\n        int tid.*?(\n.*?)\n    \}(?=\n)", re.DOTALL)
