@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import check_is_file, engines_folder, read_text, user_id
+from helpers.paths import check_is_file, engines_folder, read_text, resolved, user_id
 from helpers.progress import shown_if_slow
 
 # In the learner's own store: path -> [what the file was like, its digest]. Each user's own, and readable by no other:
@@ -28,7 +28,7 @@ def file_digest(path: Path, *, reread: bool = False) -> str:
     the same: use it on request, and before a file is refused for its digest, because the memory could be wrong: a page
     of a file mapped into memory, once written to, is changed again without any time until it is on the disk.
     """
-    path = Path(os.path.realpath(path))  # Path.resolve has an error of its own for a link that leads to itself
+    path = resolved(path)
     check_is_file(path)
     before = _stamp(path)
     if before[0] < LARGE:

@@ -378,17 +378,17 @@ def _check_tokenizer(folder: Path, tokenizer: Path | str) -> None:
     alone = is_folder(name) and name not in ("stories", *NAMED)
     given = Path(name).expanduser().resolve() if alone else find_checkpoint(name).folder
     theirs, own = load_tokenizer(given), load_tokenizer(folder)
-    if theirs and own and theirs == own and theirs.chat_template not in (None, own.chat_template):
-        raise EngineMismatch(
-            f"The chat template or the end token of {given.name!r} is not that of engine {folder.name!r}.",
-            cause="An engine keeps those of the checkpoint that it was built from.",
-            fix="Put these files into a copy of the checkpoint, and build from that; or leave `tokenizer` out.",
-        )
     if theirs != own:
         raise EngineMismatch(
             f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",
             cause="The same text becomes other token ids, and the model would answer nonsense without any error.",
             fix="Leave `tokenizer` out: the engine's folder holds the right one.",
+        )
+    if theirs and own and theirs.chat_template not in (None, own.chat_template):
+        raise EngineMismatch(
+            f"The chat template or the end token of {given.name!r} is not that of engine {folder.name!r}.",
+            cause="An engine keeps those of the checkpoint that it was built from.",
+            fix="Put these files into a copy of the checkpoint, and build from that; or leave `tokenizer` out.",
         )
 
 

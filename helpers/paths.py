@@ -46,7 +46,7 @@ def engines_folders() -> list[Path]:
 
 def trusted_folders() -> list[Path]:
     """The stores in COURSE_TRUSTED_ENGINES: whatever lies in them may be loaded (see access.py)."""
-    return [Path(os.path.realpath(folder)) for folder in _listed("COURSE_TRUSTED_ENGINES")]
+    return [resolved(folder) for folder in _listed("COURSE_TRUSTED_ENGINES")]
 
 
 def own_store_first() -> str:
@@ -217,6 +217,11 @@ def owned_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
         told,
     ):
         yield Path(folder)
+
+
+def resolved(path: Path) -> Path:
+    """Path.resolve, which before Python 3.13 has an error of its own for a link that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def is_utf8(path: Path) -> bool:

@@ -38,7 +38,15 @@ from helpers.errors import (
     shown,
     why_refused,
 )
-from helpers.paths import engines_folder, engines_folders, is_left_behind, locks_folder, own_store_first, read_text
+from helpers.paths import (
+    engines_folder,
+    engines_folders,
+    is_left_behind,
+    locks_folder,
+    own_store_first,
+    read_text,
+    resolved,
+)
 from helpers.progress import held
 
 MANIFEST = "manifest.json"
@@ -293,7 +301,7 @@ def find(engine: Path | str) -> Path:
         raise EngineNotFound(
             f"No engine is found by {shown(engine)}.",
             cause="One that is built is named by its folder or its name.",
-            fix="Give what build returned. A loaded engine has its recipe with it: engine.recipe, by its model's name.",
+            fix="Give what build returned. A loaded engine has its recipe with it, unchecked: engine.recipe.",
         )
     try:
         given = Path(engine).expanduser()
@@ -480,8 +488,8 @@ def _unreadable(folder: Path, error: OSError) -> StoreError:
 
 def how_to_replace(folder: Path) -> str:
     """What to do about a damaged engine. A copy beside the stores bears the name of a sound one, which stays."""
-    place = Path(os.path.realpath(folder.absolute().parent))
-    own, *others = (Path(os.path.realpath(store)) for store in engines_folders())
+    place = resolved(folder.absolute().parent)
+    own, *others = map(resolved, engines_folders())
     if place == own:
         return f"Remove it (python -m helpers remove {folder.name}) and build it again."
     if place in others:

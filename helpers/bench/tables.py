@@ -158,10 +158,9 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
     Raises InputError if the two did different work; how often, and on what, may differ.
     """
     need_records(mine, theirs or mine)
-    checkpoints = {record.versions.get("checkpoint") for record in (mine, theirs or mine)}
     different = differences(same_work(mine), same_work(theirs), ("workload",)) if theirs else []
-    if len(checkpoints) == 2 and None not in checkpoints:
-        different = [*different, "the checkpoint's files"]
+    if len({record.versions.get("checkpoint") for record in (mine, theirs) if record} - {None}) > 1:
+        different.append("the checkpoint's files")
     if different:
         raise InputError(
             f"These records do not belong in one table: they differ in {'; '.join(different)}.",

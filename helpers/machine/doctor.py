@@ -102,10 +102,10 @@ def check_python() -> Check:
 
 
 def check_notebook_tools() -> Check:
-    missing = [n for n in ("ipykernel", "nbclient", "ipywidgets", "matplotlib") if not importlib.util.find_spec(n)]
+    missing = [name for name in leftovers.NOTEBOOK_TOOLS if not importlib.util.find_spec(name)]
     if missing:
         return warning(f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
-    done = run([sys.executable, "-c", "import ipykernel, nbclient, ipywidgets, matplotlib.figure"], LONGEST)
+    done = run([sys.executable, "-c", f"import {', '.join(leftovers.NOTEBOOK_TOOLS)}, matplotlib.figure"], LONGEST)
     if done.returncode:
         return failure(
             f"they cannot be imported: {_complaint(done)}",

@@ -23,10 +23,8 @@ from helpers.machine import commands
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.paths import locks_folder
 
-PACKAGES = (
-    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt"),
-    *("ipykernel", "nbclient", "ipywidgets", "matplotlib"),
-)
+NOTEBOOK_TOOLS = ("ipykernel", "nbclient", "ipywidgets", "matplotlib")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt", *NOTEBOOK_TOOLS)
 OLD = 2 * 3600.0  # seconds after which a build is no longer believed to go on
 
 # What a library pins, beside what is there, asked in its own environment: its version, then one JSON line a conflict.

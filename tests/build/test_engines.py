@@ -579,7 +579,7 @@ def test_an_engine_loads_by_folder_name_start_and_recipe(tiny_engine, tiny_llama
 
 
 def test_loading_a_checkpoint_draws_no_random_number():
-    """Nor puts it the generator back at its end, which another thread may be drawing from meanwhile."""
+    """Nor does it put the generator back: another thread may draw from it meanwhile."""
     state = torch.random.get_rng_state()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.random, "set_rng_state", lambda *_: pytest.fail("it was put back"))
