@@ -172,8 +172,7 @@ def _hub_folder(hub_id: str) -> Path:
         )
     except (OSError, ValueError, RuntimeError):  # not in the cache, no Hub id at all, or a cache under nobody's home
         cached = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
-        if is_folder(str(cached)):
-            is_folder(str(cached / "refs" / "main"))  # ModelError where it is here, and not for this user
+        is_folder(str(cached / "refs" / "main"))  # ModelError where it is here, and not for this user
         raise _not_here(hub_id) from None
 
 
@@ -274,13 +273,13 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
 def has_own_head(folder: Path) -> bool:
     """The files hold an output head that is not the embedding, as where adapters were merged into it. transformers 5
     and vLLM compute with it whatever tie_word_embeddings says; transformers 4 and TensorRT-LLM would not."""
-    import numpy as np
-    import torch
-
     tensors = stored_tensors(folder)
     pair = [tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
     if pair[0] is None or pair[1] is None:
         return False
+    import numpy as np
+    import torch
+
     with opened(pair[0].file) as one, opened(pair[1].file) as other:
         embedding, head = one.get_tensor("model.embed_tokens.weight"), other.get_tensor("lm_head.weight")
     if embedding.shape != head.shape:

@@ -276,10 +276,8 @@ def why_damaged(path: Path, cause: str, fix: str) -> tuple[str, str]:
     """Likely cause and fix for a checkpoint's file that is none of its kind: the given ones, unless it is a pointer, or
     lies where libraries written in Rust open nothing."""
     if not is_utf8(path):
-        cause, fix = (
-            "The name of a folder above it is not UTF-8, and this library takes no other.",
-            "Rename that folder.",
-        )
+        cause = "The name of a folder above it is not UTF-8, and this library takes no other."
+        fix = "Rename that folder."
     with contextlib.suppress(OSError), path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":
             cause = f"{path.name} is a Git LFS pointer: the repository was cloned without its large files."

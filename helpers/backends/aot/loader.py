@@ -66,7 +66,6 @@ def _load(path: Path, device: str) -> Any:
                 return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
             except (RuntimeError, OSError, ValueError, zipfile.BadZipFile) as error:
                 refused = isinstance(error, OSError) and error.errno != errno.ENOSPC
-                refused = refused or os.strerror(errno.EMFILE).lower() in str(error).lower()  # by the linker, in words
                 raise _explain(path, None if refused else folder, error) from error
     except OSError as error:  # of the folder itself
         raise _explain(path, None, error) from error
@@ -76,9 +75,9 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
     """Why a graph cannot be loaded: told by what the temporary folder can do, before the words of the error."""
     if explained := out_of_memory(error):
         return explained
+    many = os.strerror(errno.EMFILE).lower() in str(error).lower()  # the linker has it in words alone
     fix = "Set TMPDIR to a folder that can be written, has room and allows programs to run; then start Python again."
-    if folder is None:
-        many = os.strerror(errno.EMFILE).lower() in str(error).lower()
+    if folder is None or many:
         return BackendUnavailable(
             f"The compiled graph {path.name} cannot be unpacked: {error}.",
             cause=why_refused(error),
