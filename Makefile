@@ -23,8 +23,8 @@ NOTHING :=
 export PIP_NO_INDEX := 1
 export PIP_FIND_LINKS := file://$(subst $(NOTHING) ,%20,$(subst %,%25,$(ROOM)))/wheels
 export HF_HUB_OFFLINE := 1
-export COURSE_MODELS := $(ROOM)/models
-export COURSE_ENGINES := $(CURDIR)/engines$(shell cd $(call quoted,$(ROOM))/engines 2>/dev/null && echo ":$$PWD")
+export COURSE_MODELS := $(or $(COURSE_MODELS),$(ROOM)/models)
+export COURSE_ENGINES := $(or $(COURSE_ENGINES),$(CURDIR)/engines)$(shell cd $(call quoted,$(ROOM))/engines 2>/dev/null && echo ":$$PWD")
 endif
 
 .DEFAULT_GOAL := help

@@ -388,20 +388,33 @@ def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
 def _explain(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.course import cards
 
-    message = " ".join(settings.message)
-    if not message:
-        if sys.stdin is None:
-            raise InputError("There is no message and no standard input.", fix="helpers explain 'the message'")
-        if sys.stdin.isatty():
-            print("Paste the message, then press Enter and Ctrl-D.", file=sys.stderr)
-        content = b""
-        while more := sys.stdin.buffer.read(cards.LONGEST):
-            content = (content + more)[-cards.LONGEST :]
-        explanation = cards.explain(cards.decode(content))
+    words = settings.message
+    if words and all(map(os.path.isfile, words)):
+        explanations = [cards.explain(Path(word)) for word in words]
+    elif words:
+        message = " ".join(words)
+        if message.endswith((".log", ".txt")) and message.split() == [message]:
+            raise InputError(f"There is no file {message!r}.", fix="Give the path of a log, or a message.")
+        explanations = [cards.explain(Path(message) if os.path.isfile(message) else message)]  # noqa: PTH113 (any text)
     else:
-        explanation = cards.explain(Path(message) if os.path.isfile(message) else message)  # noqa: PTH113 (any text)
-    print(explanation)
-    return {"ok": bool(explanation), "troubles": [asdict(m.card) | {"line": m.line} for m in explanation.troubles]}
+        explanations = [cards.explain(_pasted())]
+    print(*explanations, sep="\n\n")
+    found = [match for explanation in explanations for match in explanation.troubles]
+    return {"ok": bool(found), "troubles": [asdict(match.card) | {"line": match.line} for match in found]}
+
+
+def _pasted() -> str:
+    """The end of what standard input has."""
+    from helpers.course import cards
+
+    if sys.stdin is None:
+        raise InputError("There is no message and no standard input.", fix="helpers explain 'the message'")
+    if sys.stdin.isatty():
+        print("Paste the message, then press Enter and Ctrl-D.", file=sys.stderr)
+    content = b""
+    while more := sys.stdin.buffer.read(cards.LONGEST):
+        content = (content + more)[-cards.LONGEST :]
+    return cards.decode(content)
 
 
 def _env_create(settings: argparse.Namespace) -> dict[str, Any]:

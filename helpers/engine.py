@@ -7,6 +7,7 @@ it; the store publishes it and finds it again.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -104,11 +105,11 @@ def build_module(
     example_inputs: what forward takes; sizes that no profile opens are fixed. options: see helpers/recipe/tensorrt.py.
     time_limit: seconds for TensorRT's part. Raises BuildError, RecipeError, BackendUnavailable, WorkerError.
     """
-    from helpers.backends.tensorrt import modules
-
     check_not_forked()
     with hushed(quiet), one_thread:
-        job = modules.from_module(module, example_inputs, precision, name=name, time_limit=time_limit, options=options)
+        job = _of_modules().from_module(
+            module, example_inputs, precision, name=name, time_limit=time_limit, options=options
+        )
         return _run(job, force)
 
 
@@ -125,11 +126,17 @@ def build_onnx(
     """A TensorRT engine from an ONNX file. precision: "" takes the graph's own types, else they are rewritten."""
     check_not_forked()
     with hushed(quiet):
-        backends.module("tensorrt")  # for what it says while PyTorch is imported
-        from helpers.backends.tensorrt import modules
-
-        job = modules.from_onnx(file, precision, name=name, time_limit=time_limit, options=options)
+        job = _of_modules().from_onnx(file, precision, name=name, time_limit=time_limit, options=options)
         return _run(job, force)
+
+
+def _of_modules() -> ModuleType:
+    """What builds modules and ONNX files. Raises BackendUnavailable where a library of it cannot be imported."""
+    backends.module("tensorrt")  # for what it says while PyTorch is imported
+    try:
+        return importlib.import_module("helpers.backends.tensorrt.modules")
+    except ImportError as error:
+        raise backends.wrong_library(error) from error
 
 
 def load(engine: Path | str | BuildRecipe, *, tokenizer: Path | str | None = None) -> Engine:
@@ -366,7 +373,7 @@ def _check_disk(needed: float) -> None:
         raise BuildError(
             f"The disk has {free / 1e6:.0f} MB free; this build needs about {needed / 1e6:.0f} MB.",
             cause="An engine holds the weights, and the compiler needs room to work.",
-            fix="Remove engines you no longer need: python -m helpers list, then remove NAME.",
+            fix="Remove engines you no longer need: helpers list, then remove NAME.",
         )
 
 

@@ -140,6 +140,7 @@ def why_refused(error: Exception) -> str:
         "This process has as many files open as it may (ulimit -n): close some engines.": "EMFILE ENFILE",
         "The disk is full, or a limit on space is reached.": "ENOSPC EDQUOT EFBIG",
         "There is no room for another process or for more memory.": "EAGAIN ENOMEM",
+        "Its disk has no locks, as some of a network have none: name a folder on a local disk.": "ENOLCK EOPNOTSUPP",
         "The disk or its network fails.": "EIO ESTALE ENXIO ENODEV",
         "The path is misspelt, a broken link, or leads to something else.": (
             "ENOENT ENOTDIR EEXIST EISDIR ELOOP ENAMETOOLONG EINVAL"

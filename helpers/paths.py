@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ from typing import Any
 
 from helpers.errors import BackendUnavailable, InputError, StoreError, is_full, shown, why_refused
 
+PYTHON = shlex.quote(sys.executable)  # for a terminal, whose own `python` and `pip` may be of another environment
 PROJECT = Path(__file__).resolve().parent.parent
 LARGEST_TEXT = 1 << 27  # bytes
 
@@ -51,8 +53,11 @@ def trusted_folders() -> list[Path]:
 
 def own_store_first() -> str:
     """The setting that goes on reading all stores, and builds into one of the learner's own, as a shell takes it."""
-    stores = (shlex.quote(str(folder)) for folder in engines_folders())
-    return f"COURSE_ENGINES={os.pathsep.join(['~/engines', *stores])}"
+    stores = engines_folders()
+    names = itertools.chain(["~/engines"], (f"~/engines-{number}" for number in itertools.count(2)))
+    own = next(name for name in names if named(name) not in stores)
+    readable = (shlex.quote(str(folder)) for folder in stores if os.access(folder, os.R_OK | os.X_OK))
+    return f"COURSE_ENGINES={os.pathsep.join([own, *readable])}"
 
 
 def locks_folder() -> Path:

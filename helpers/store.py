@@ -314,7 +314,9 @@ def find(engine: Path | str) -> Path:
         return given  # as below
     except (ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
-    matches = [folder for folder in list_engines() if folder.name.startswith(given.name)] if in_store else []
+    # "…-b1" is no start of "…-b16": that is another engine, and `remove` deletes what is found.
+    start = re.compile(re.escape(given.name) + (r"(?!\d)" if re.search(r"-b\d+$", given.name) else ""))
+    matches = [folder for folder in list_engines() if start.match(folder.name)] if in_store else []
     if in_store and not matches and (unreadable := lookup(given.name)):
         return unreadable  # whoever reads it is told so
     exact = [folder for folder in matches if folder.name == given.name]
@@ -380,7 +382,7 @@ def _refusals_explained() -> Iterator[None]:
             raise
         root = place = engines_folder()
         if is_full(error):
-            fix = "Remove engines you no longer need: python -m helpers list, then remove NAME."
+            fix = "Remove engines you no longer need: helpers list, then remove NAME."
             named = Path(getattr(error, "filename", None) or root)
             if named.is_dir() and not named.is_relative_to(root):
                 place, fix = named, "Make room there, or set TMPDIR to a folder that has more."
@@ -397,7 +399,8 @@ def _refusals_explained() -> Iterator[None]:
                 cause=f"{error.filename}: {why_refused(error)}",
                 fix=f"Mend that, or build into another folder of your own: export {own_store_first()}",
             ) from error
-        raise BuildError(f"The operating system refused: {error}; nothing was published.") from error
+        what = f"The operating system refused: {error}; nothing was published."
+        raise BuildError(what, cause=why_refused(error)) from error
 
 
 def _discard(folder: Path) -> None:
@@ -491,7 +494,7 @@ def how_to_replace(folder: Path) -> str:
     place = resolved(folder.absolute().parent)
     own, *others = map(resolved, engines_folders())
     if place == own:
-        return f"Remove it (python -m helpers remove {folder.name}) and build it again."
+        return f"Remove it (helpers remove {folder.name}) and build it again."
     if place in others:
         return f"Build it again, in your own store; and tell whoever owns {folder.parent}."
     return f"Delete {folder}; copy it anew, or build it again."

@@ -69,8 +69,7 @@ def wrong_library(error: Exception) -> CourseError:
         f"A library is not what it should be: {error}{where}.",
         cause="A file or folder with its name is found first, such as one beside the notebook, or its installation is "
         "damaged.",
-        fix="Rename that file, or mend the installation (python -m helpers doctor may tell more); then restart the "
-        "kernel.",
+        fix="Rename that file, or mend the installation (helpers doctor may tell more); then restart the kernel.",
     )
 
 

@@ -164,7 +164,9 @@ class Engine(ABC):
                     f"`decode` appends one token to each of the {len(self._by_hand)} prompts, not {len(ids)}."
                 )
             if (longest := max(self._by_hand)) == self.recipe.max_seq_len:
-                raise _limit("sequence has", longest + 1, "tokens", "max_seq_len", longest)
+                raise _limit(
+                    f"sequence has {longest + 1} tokens", f"max_seq_len={longest}", f"max_seq_len={longest + 1}"
+                )
             # Until the step is done there is nothing to go on with: an interrupt leaves open what it has written.
             lengths, self._by_hand = self._by_hand, []
             # Cloned, because a GPU's next step writes into the same memory.
@@ -343,14 +345,16 @@ class Engine(ABC):
         self._check_usable()
         if not batch:
             raise InputError("There are no prompts.", fix="Give at least one.")
-        if len(batch) > recipe.max_batch_size:
-            raise _limit("batch has", len(batch), "prompts", "max_batch_size", recipe.max_batch_size)
+        if (size := len(batch)) > (most := recipe.max_batch_size):
+            raise _limit(f"batch has {size} prompts", f"max_batch_size={most}", f"max_batch_size={size}")
         longest = max(map(len, batch))
-        if longest > recipe.max_input_len:
-            raise _limit("longest prompt has", longest, "tokens", "max_input_len", recipe.max_input_len)
-        if longest + max_tokens > recipe.max_seq_len:
-            words = f"({longest}) plus max_tokens ({max_tokens}) makes"
-            raise _limit(f"prompt {words}", longest + max_tokens, "tokens", "max_seq_len", recipe.max_seq_len)
+        total = f"max_seq_len={longest + max_tokens}" if longest + max_tokens > recipe.max_seq_len else ""
+        if longest > (most := recipe.max_input_len):
+            needed = f"max_input_len={longest}" + (f" and {total}" if total else "")
+            raise _limit(f"longest prompt has {longest} tokens", f"max_input_len={most}", needed)
+        if total:
+            words = f"prompt ({longest}) plus max_tokens ({max_tokens}) makes {longest + max_tokens} tokens"
+            raise _limit(words, f"max_seq_len={recipe.max_seq_len}", total)
 
     def _guarded(self, phase: Callable[..., Any], *arguments: Any) -> Any:
         """Run a phase, whatever settings of torch its caller has; where memory runs out, say so in our words."""
@@ -404,9 +408,10 @@ def need_engine(value: Any) -> None:
     need(value, Engine, "Give a loaded one: load(build(recipe)).")
 
 
-def _limit(what: str, value: int, unit: str, limit: str, allowed: int) -> LimitError:
+def _limit(what: str, built_with: str, needed: str) -> LimitError:
+    own = "" if "batch" in needed else " A model has a longest sequence of its own; a build says it."
     return LimitError(
-        f"The {what} {value} {unit}; this engine was built with {limit}={allowed}.",
+        f"The {what}; this engine was built with {built_with}.",
         cause="An engine's limits are fixed when it is built: its memory and kernels are sized for them.",
-        fix=f"Ask for less, or build with {limit}={value} or more.",
+        fix=f"Ask for less, or build with {needed} or more.{own}",
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers.backends.base import Engine
-from helpers.errors import BackendUnavailable, BuildError, OutOfMemory, out_of_memory
+from helpers.errors import BackendUnavailable, BuildError, ModelError, OutOfMemory, out_of_memory
 from helpers.machine import doctor, hardware
 from helpers.machine.inductor import prepare_inductor
 from helpers.model.checkpoint import Checkpoint, find_checkpoint
@@ -55,7 +55,15 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
                 return AutoModelForCausalLM.from_config(config, **settings).eval()
         files = {"use_safetensors": True, "local_files_only": True, "generation_config": GenerationConfig()}
         with torch.device("cpu"):  # a notebook may have set another as torch's default
-            model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings, **files)
+            try:
+                model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings, **files)
+            except (LookupError, TypeError, ValueError) as error:  # of files that the course itself can read
+                raise ModelError(
+                    f"transformers does not read the weights of {checkpoint.folder.name!r}: "
+                    f"{type(error).__name__}: {error!s:.200}.",
+                    cause='It asks for more than the weights: that their index has a table "metadata", say.',
+                    fix='Add "metadata": {} to model.safetensors.index.json, or save the model anew.',
+                ) from error
     return model.to(device).eval()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from helpers.course.values import plain
 from helpers.display import Picture, Table, grouped_bars
 from helpers.errors import CourseError, InputError, shown
-from helpers.paths import named, refused, write_text
+from helpers.paths import check_writable, named, refused, write_text
 
 Grid = Mapping[str, Sequence[Any]]
 Row = dict[str, Any]
@@ -53,6 +53,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
     rows = read_rows(file)
     if rows and not all(set(grid) <= set(row) for row in rows):
         raise InputError(f"{file.name!r} holds another experiment's rows.", fix="Name another file.")
+    check_writable(file)
     rows = [row for row in rows if "error" not in row]
     yield rows
     for values in product(*grid.values()):
@@ -63,8 +64,9 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
             result = measure(**settings)
         except CourseError as error:
             result = {"error": str(error).replace("\n", " ")}
-        if not isinstance(result, dict) or settings.keys() & result.keys():  # a row is known by its settings
-            fix = "Return figures by names that no setting has: {'ms': 3.2}."
+        named_well = isinstance(result, dict) and all(isinstance(name, str) for name in result)
+        if not named_well or settings.keys() & result.keys():  # a row is known by its settings
+            fix = "Return figures by names, texts that no setting has: {'ms': 3.2}."
             raise InputError(f"The measurement returns {shown(result)}.", fix=fix)
         result = {name: plain(value) for name, value in result.items()}  # a file holds no arrays and tensors
         try:

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import StoreError
+from helpers.errors import StoreError, is_full, why_refused
 from helpers.paths import PROJECT, expanded
 from helpers.progress import say
 
@@ -69,8 +69,14 @@ def changed() -> Iterator[dict[str, Any]]:
 def _unusable(path: Path, error: Exception) -> StoreError:
     return StoreError(
         f"What you did cannot be written to {path}, or read from it: {error}.",
-        fix="Set COURSE_WORK to a folder that you can write.",
+        cause=why_refused(error),
+        fix=how_to_write(error),
     )
+
+
+def how_to_write(error: Exception) -> str:
+    """What lets the learner's folder be written again. Another folder has none of their work."""
+    return "Free some space." if is_full(error) else "Set COURSE_WORK to a folder that you can write."
 
 
 def record_answer(number: str, state: str, fingerprint: str) -> tuple[int, str]:

@@ -33,7 +33,13 @@ def need_model(name: str) -> Checkpoint | None:
     before_cells = shell.input_transformers_cleanup if shell else []
     before_cells[:] = [transformer for transformer in before_cells if not isinstance(transformer, _SkipCell)]
     try:
-        return find_checkpoint(name)
+        checkpoint = find_checkpoint(name)
+        if not checkpoint.has_tokenizer:
+            raise ModelError(
+                f"{name!r} has no tokenizer.json.",
+                fix="Make it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
+            )
+        return checkpoint
     except ModelError as error:
         if not shell:
             raise

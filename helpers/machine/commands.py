@@ -83,6 +83,14 @@ def complaint(words: str) -> str:
     return [*lines[-1:], *telling[:1]][-1][:500] if lines else ""
 
 
+def complaint_of(answer: subprocess.CompletedProcess[str]) -> str:
+    """The same of a command that failed; without words, how it ended."""
+    if answer.returncode < 0:
+        killed = answer.returncode == -9  # SIGKILL
+        return f"it {'was killed, as where memory runs out' if killed else 'crashed'} (signal {-answer.returncode})"
+    return complaint(answer.stderr or answer.stdout) or f"exit status {answer.returncode}"
+
+
 def kill_all(process: subprocess.Popen[Any]) -> None:
     """Kill a process of OWN_SESSION and all that it has started: its group and, where psutil is there, what has left
     the group. After its own end too, for what it left."""

@@ -15,7 +15,6 @@ import os
 import platform
 import queue
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -27,12 +26,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import BackendUnavailable, CourseError, starved
+from helpers.errors import BackendUnavailable, CourseError, starved, why_refused
 from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
-from helpers.machine.commands import MISSING, TOO_SLOW, complaint, run
+from helpers.machine.commands import MISSING, TOO_SLOW, complaint_of, run
 from helpers.machine.environments import shown
 from helpers.paths import (
+    PYTHON,
     compilers_folder,
     engines_folder,
     engines_folders,
@@ -75,15 +75,8 @@ def torch_facts(limit: float = TIME_LIMIT) -> dict[str, Any]:
         with contextlib.suppress(ValueError, TypeError):  # somebody else's words
             facts.update(json.loads(line))
     if answer.returncode != 0:
-        facts["error"] = _complaint(answer)
+        facts["error"] = complaint_of(answer)
     return facts
-
-
-def _complaint(answer: subprocess.CompletedProcess[str]) -> str:
-    if answer.returncode < 0:
-        killed = answer.returncode == -9  # SIGKILL
-        return f"it {'was killed, as where memory runs out' if killed else 'crashed'} (signal {-answer.returncode})"
-    return complaint(answer.stderr or answer.stdout) or f"exit status {answer.returncode}"
 
 
 # The checks
@@ -104,12 +97,12 @@ def check_python() -> Check:
 def check_notebook_tools() -> Check:
     missing = [name for name in leftovers.NOTEBOOK_TOOLS if not importlib.util.find_spec(name)]
     if missing:
-        return warning(f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+        return warning(f"missing: {', '.join(missing)}", f"{PYTHON} -m pip install {' '.join(missing)}")
     done = run([sys.executable, "-c", f"import {', '.join(leftovers.NOTEBOOK_TOOLS)}, matplotlib.figure"], LONGEST)
     if done.returncode:
         return failure(
-            f"they cannot be imported: {_complaint(done)}",
-            "make clean setup installs them anew; see the packages, too.",
+            f"they cannot be imported: {complaint_of(done)}",
+            f"Install them anew: {leftovers.ANEW}; see the packages, too.",
         )
     from jupyter_client.kernelspec import KernelSpecManager
 
@@ -157,16 +150,16 @@ def check_compiler() -> Check:
         command += [f"-L{libraries}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
         answer = run(command, TIME_LIMIT - 4)
         if answer.returncode == TOO_SLOW:
-            return warning(f"{name}: {_complaint(answer)}", f"Run this again. If it stays so: {fix}")
+            return warning(f"{name}: {complaint_of(answer)}", f"Run this again. If it stays so: {fix}")
         if answer.returncode != 0:
-            return failure(f"{name}: cannot compile: {_complaint(answer)}", fix)
+            return failure(f"{name}: cannot compile: {complaint_of(answer)}", fix)
         if sys.platform == "linux" and not any(n in library.read_bytes() for n in (b"libstdc++.so", b"libc++.so")):
             # Two copies of the C++ library in one process: torch's and this one. A CUDA engine then crashes on loading.
             return failure(f"{name}: puts a copy of the C++ library into each engine", fix)
         answer = run([sys.executable, "-c", _CALL, str(library)], 4)
         if answer.returncode != 0:
             fix = f"See the line of the temporary folder. If that is OK: {fix}"
-            return failure(f"{name}: what it compiles does not load: {_complaint(answer)}", fix)
+            return failure(f"{name}: what it compiles does not load: {complaint_of(answer)}", fix)
     if (named := os.environ.get("CXX")) and named != compiler:
         wrong = "has a space in its path" if shutil.which(named) else "is no program"
         return warning(f"{name}: it works, but CXX names {named!r}, which {wrong}", "unset CXX")
@@ -181,14 +174,16 @@ def check_torch() -> Check:
     if "torch" not in facts:
         if "no answer" in facts["error"]:
             return warning(facts["error"], "Run this again: the first import on a fresh machine is slow.")
-        return failure(facts["error"], "See the lines of the memory and the packages. If they are OK: make clean setup")
+        return failure(
+            facts["error"], f"See the lines of the memory and the packages. If they are OK: {leftovers.ANEW}"
+        )
     build = f"CUDA {facts['cuda']}" if facts["cuda"] else "CPU build"
     line = f"{facts['torch']}, {build}"
     version = tuple(int(part) for part in facts["torch"].split("+")[0].split(".")[:2])
     if not (2, 9) <= version <= (2, 13):
-        return warning(line, "The course is made for 2.9 to 2.13: make clean setup installs one of them.")
+        return warning(line, f"The course is made for 2.9 to 2.13. {leftovers.ANEW} installs one of them.")
     if hardware.driver() and not facts["cuda"]:
-        fix = "Install the CUDA build: pip install --force-reinstall torch, from an index that has it."
+        fix = f"Install the CUDA build, from an index that has it: {PYTHON} -m pip install --force-reinstall torch"
         return warning(f"{line}, and there is an NVIDIA driver here", fix)
     if hardware.driver() and not facts.get("available"):
         fix = "Does nvidia-smi list a GPU? If so, this build of PyTorch needs a newer driver, or an older CUDA build."
@@ -203,7 +198,7 @@ def check_driver() -> Check:
     version = hardware.driver()
     if not version and (answer := run(["nvidia-smi"], 3)).returncode != MISSING:
         fix = "Restart the machine, or install its driver anew; start a container with --gpus all."
-        return warning(f"nvidia-smi is here, but names no driver: {_complaint(answer)}", fix)
+        return warning(f"nvidia-smi is here, but names no driver: {complaint_of(answer)}", fix)
     return judge_driver(version, torch_facts().get("cuda"))
 
 
@@ -342,16 +337,18 @@ def check_tensorrt() -> Check:
         answer = run([elsewhere or sys.executable, "-c", code], TIME_LIMIT / 2)
         if answer.returncode == 0 and answer.stdout.strip():
             return ok(f"{provider} {answer.stdout.split()[-1]}{f' ({elsewhere})' if elsewhere else ''}")
-        complaints.append(f"{provider}: {_complaint(answer)}")
+        complaints.append(f"{provider}: {complaint_of(answer)}")
     if complaints and elsewhere:
         fix = "Let COURSE_TENSORRT_PYTHON name a Python that has tensorrt-rtx, or unset it."
         return failure("; ".join(complaints), fix)
     if complaints:
-        fix = "pip install --force-reinstall tensorrt-rtx; beside a GPU the driver's libcuda must be found too."
+        fix = (
+            f"{PYTHON} -m pip install --force-reinstall tensorrt-rtx; beside a GPU it needs the driver's libcuda, too."
+        )
         return failure("; ".join(complaints), fix)
     if sys.platform == "darwin":
         return ok("none: NVIDIA has no package for macOS; the cells that need it are skipped")
-    fix = "pip install tensorrt-rtx (some 300 MB); without it the cells that need it are skipped."
+    fix = f"{PYTHON} -m pip install tensorrt-rtx (some 300 MB); without it the cells that need it are skipped."
     return warning("not installed", fix)
 
 
@@ -366,13 +363,8 @@ def check_environment(name: str) -> Check:
         return warning("no environment", f"helpers env create {name}, or the container of compose.yaml")
     version, conflicts = leftovers.pins(str(python), environment.package, TIME_LIMIT)
     if not version:
-        fix = f"Name a Python that has it: export {environments.variable(name)}=..., or: helpers env create {name}"
-        return failure(f"{shown(python)}: {conflicts}", fix)
-    own = environments.folder(name)
-    if python.parent.parent == own:
-        anew = f"Make it anew: remove {shown(own)}, then helpers env create {name}"
-    else:  # a variable names it, or it is this one; what is around it is not ours to remove
-        anew = f"Let {environments.variable(name)} name another, or unset it; then: helpers env create {name}"
+        return failure(f"{shown(python)}: {conflicts}", environments.another(name))
+    anew = environments.another(name)
     if version != environment.version:
         return warning(f"{version} ({shown(python)})", f"The course is made for {environment.version}. {anew}")
     if conflicts:
@@ -470,9 +462,10 @@ def _guarded(check: Callable[[], Check]) -> Check:
         if explained := starved(error):
             return failure(explained.what, "Close other programs, or give the container more memory.")
         if isinstance(error, ImportError):  # a broken installation is a finding, not the end of the list
-            return failure(f"{type(error).__name__}: {error}", "make clean setup installs the course's packages anew.")
+            return failure(f"{type(error).__name__}: {error}", f"Install the course's packages anew: {leftovers.ANEW}")
         if isinstance(error, OSError):
-            return failure(str(error), "See the lines of the folders: can they be written, have they room?")
+            fix = why_refused(error) or "See the lines of the folders: can they be written, have they room?"
+            return failure(str(error), fix)
         return warning(f"the check itself failed ({type(error).__name__}: {error})", "Look at what it names.")
 
 

@@ -133,8 +133,17 @@ def need_python(name: str) -> str:
         cause="It lives in an environment of its own, and "
         + (f"{python} {state}." if python else f"neither {folder(name).name} nor {variable(name)} is there."),
         fix=("Without an NVIDIA GPU use backend='aot'; with one: " if environment.driver else "")
-        + f"helpers env create {name}. {environment.instead}",
+        + f"{another(name) if python else f'helpers env create {name}'}. {environment.instead}",
     )
+
+
+def another(name: str) -> str:
+    """How to come to another environment of that name where one is found: until that is gone, none is made."""
+    python, own = python_of(name), folder(name)
+    if python and python.parent.parent == own:
+        return f"Make it anew: remove {shown(own)}, then helpers env create {name}"
+    # A variable names it, or it is this one; what is around it is not ours to remove.
+    return f"Let {variable(name)} name another, or unset it; then: helpers env create {name}"
 
 
 def describe() -> list[tuple[str, str, str]]:
@@ -267,7 +276,7 @@ def create(name: str, *, python: str = "", explain: Explain | None = None) -> Pa
             return present
         raise InputError(
             f"{present} (from {source}) does not start or has no {environment.title}.",
-            fix=f"Name a Python that has it, or take {source} away to make a new environment.",
+            fix=f"{another(name)}.",
         )
     print(f"[1/4] Checking this machine for {environment.title} {environment.version}", flush=True)
     if listed := list(problems(name, python)):

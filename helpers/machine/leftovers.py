@@ -17,12 +17,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
 from helpers.machine import commands
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.paths import locks_folder
 
+ANEW = "make clean setup (with OFFLINE=FOLDER in a room without a network)"
 NOTEBOOK_TOOLS = ("ipykernel", "nbclient", "ipywidgets", "matplotlib")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt", *NOTEBOOK_TOOLS)
 OLD = 2 * 3600.0  # seconds after which a build is no longer believed to go on
@@ -46,9 +45,15 @@ for text in requires(name) or ():
 """
 
 
+# The course's own libraries, the innermost first, so that the complaint names the one that is broken.
+LIBRARIES = (
+    "import filelock, sympy, tokenizers, safetensors.torch, onnx; from transformers import LlamaConfig as C; C()"
+)
+
+
 def check_packages() -> Check:
-    """Packages of one environment that came from two, or twice."""
-    fix = "Make the environment anew: make clean setup. TensorRT-LLM and vLLM get their own: helpers env create trtllm."
+    """Packages of one environment that came from two, or twice, or that cannot be imported."""
+    fix = f"Make the environment anew: {ANEW}. TensorRT-LLM and vLLM get their own: helpers env create trtllm."
     names: set[str] = set()
     for folder in _own_folders():
         found = importlib.metadata.distributions(path=[str(folder)])
@@ -69,7 +74,12 @@ def check_packages() -> Check:
     for library in ("tensorrt-llm", "vllm"):
         if library in names and (conflicts := pins(sys.executable, library, 10)[1]):
             return warning(f"{library} is in this environment and pins others: {conflicts}", fix)
-    return ok(f"{len(names)}, each once, all from this environment")
+    answer = commands.run([sys.executable, "-c", LIBRARIES], 15)
+    if answer.returncode == commands.TOO_SLOW:
+        return warning("libraries take more than 15 s to import", "Run this again: the first import is slow.")
+    if answer.returncode != 0:
+        return failure(f"one cannot be imported: {commands.complaint_of(answer)}", fix)
+    return ok(f"{len(names)}, each once, all from this environment; the course's own can be imported")
 
 
 def pins(python: str, library: str, limit: float) -> tuple[str, str]:
@@ -85,6 +95,8 @@ def pins(python: str, library: str, limit: float) -> tuple[str, str]:
 
 def check_locks() -> Check:
     """Builds take turns by locks in the folder of engines: that these work there, and that nobody keeps one."""
+    import filelock  # where it is missing, the other checks still say so
+
     folder = locks_folder()
     with tempfile.TemporaryDirectory(prefix="doctor-", dir=folder) as scratch:
         file = Path(scratch) / "lock"

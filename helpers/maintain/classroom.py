@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from helpers.course import learner
 from helpers.course.exercises import frame
 from helpers.display import Table
-from helpers.errors import InputError, StoreError
+from helpers.errors import InputError, StoreError, why_refused
 from helpers.maintain import notebooks
 from helpers.paths import named, owned_folder
 
@@ -57,12 +57,13 @@ def reset(name: str, folder: Path = notebooks.NOTEBOOKS) -> Path | None:
     source = _one(name, folder)
     nb, kept = notebooks.read(source), None
     with _work_folder() as work:
-        copy = work / source.name
+        copy, fresh = work / source.name, work / f".{source.stem}.fresh"
+        _write_copy(nb, fresh)
         if copy.exists():
             dated = f"{source.stem}.{datetime.now():%Y-%m-%d}"
             kept = next(path for n in count(1) if not (path := work / f"{dated}-{n}.ipynb").exists())
             copy.rename(kept)
-        _write_copy(nb, copy)
+        fresh.replace(copy)
     return kept
 
 
@@ -109,7 +110,8 @@ def _work_folder() -> Iterator[Path]:
     except OSError as error:
         raise StoreError(
             f"The copies of the notebooks cannot be written to {work}: {error.strerror or error}.",
-            fix="Set COURSE_WORK to a folder that you can write.",
+            cause=why_refused(error),
+            fix=learner.how_to_write(error),
         ) from error
 
 

@@ -245,8 +245,9 @@ def main(
             or ("this PyTorch is a CPU build" if not facts.get("cuda") else "no usable GPU"),
             fix="Run it where nvidia-smi lists a GPU. Without one: make test, and helpers doctor says what is missing.",
         )
-    _prepare(out, folder)
+    prepare(out, folder)
     about = conditions(facts, f"helpers gpu-check --only {','.join(step.name for step in steps)} --jobs {jobs}")
+    write(steps, about, out)  # an interrupted check has a report too, by which its folder is known
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary, Progress("GPU check") as progress:
         engines = Path(os.environ.get("COURSE_ENGINES") or temporary)
@@ -257,14 +258,21 @@ def main(
             else:
                 with progress.phase(step.name):
                     run_step(step, out, engines, min(step.limit, left))
-            write(steps, about, out)  # after each step: an interrupted check has a report too
+            write(steps, about, out)
     print(*(f"{step.name}: {problem}" for step in steps for problem in step.problems), sep="\n")
     print(f"\n{os.path.relpath(out / 'report.md')}\n\n{summary(steps)}")
     return 0 if all(step.status == "passed" for step in steps) else 1
 
 
-def _prepare(out: Path, folder: Path) -> None:
-    """A folder for the results, and copies of the notebooks in it without outputs: nothing old may pass for new."""
+def prepare(out: Path, folder: Path) -> None:
+    """A folder for the results, and copies of the notebooks in it without outputs: nothing old may pass for new.
+    InputError where another's notebooks/ lies in it."""
+    if (out / "notebooks").exists() and not (out / "report.json").exists():
+        raise InputError(
+            f"{out} holds a folder notebooks/ that is not of an earlier check.",
+            cause="The check would delete it, for its own copies of the notebooks.",
+            fix="Give --out a folder of its own.",
+        )
     shutil.rmtree(out / "notebooks", ignore_errors=True)
     (out / "notebooks").mkdir(parents=True)
     for name in ("tests.xml", "notebooks.xml", "bench.json", "report.json", "report.md"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import sysconfig
 import tempfile
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers.course import learner
 from helpers.display import Table
 from helpers.errors import InputError
 from helpers.maintain import site
@@ -70,9 +72,21 @@ def read(path: Path) -> NotebookNode:
         raise InputError(
             f"{path.name} is not a notebook ({type(error).__name__}: {str(error).partition(chr(10))[0]:.200}).",
             cause="It was cut, or edited as text.",
-            fix=f"Take it from git again: git checkout -- {path.name}",
+            fix=_whole_again(path),
         ) from error
     return nb
+
+
+def _whole_again(path: Path) -> str:
+    """How to come by the whole file again: the course's own from git, a learner's copy from the course."""
+    folder = path.absolute().parent
+    if folder == NOTEBOOKS:
+        return (
+            f"Take it from git again: git -C {shlex.quote(str(PROJECT))} checkout -- notebooks/{shlex.quote(path.name)}"
+        )
+    if folder == learner.work_folder() and (NOTEBOOKS / path.name).exists():
+        return f"Take a fresh copy; yours stays beside it: helpers course reset {path.stem}"
+    return "Ask for the whole file again."
 
 
 def write(nb: NotebookNode, path: Path) -> None:
@@ -80,8 +94,11 @@ def write(nb: NotebookNode, path: Path) -> None:
     import nbformat
 
     partial = path.with_name(f".{path.name}.partial")
-    nbformat.write(nb, partial)
-    partial.replace(path)
+    try:
+        nbformat.write(nb, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # Judging: pure functions of a notebook, so that the tests also apply them to the committed files.
@@ -341,6 +358,13 @@ def run_all(
 ) -> list[NotebookResult]:
     """Run the notebooks; write each, executed, to `out`, and back to `folder` if asked to. All become a web site in
     `out`/site, those that did not run now as they were committed."""
+    if out.resolve() == folder.resolve():
+        raise InputError(
+            f"{out} holds the notebooks themselves.",
+            cause="What ran would be written over them, also where a cell failed.",
+            fix="Give --out another folder; --update writes what ran well back.",
+        )
+    site.check_replaceable(out / "site")
     out.mkdir(parents=True, exist_ok=True)
     results, pages = [], {}
     for source in select(folder, only):

@@ -50,8 +50,19 @@ class Page:
     sections: list[Section] = field(default_factory=list)
 
 
+def check_replaceable(out: Path) -> None:
+    """InputError where the folder of a site holds something else: it would be lost."""
+    if out.exists() and not (out / "search.js").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out} is there, and is no site of the course's.",
+            cause="The site would be written in its place.",
+            fix="Give --out another folder.",
+        )
+
+
 def write_site(pages: Sequence[Page], out: Path) -> None:
-    """Write the site of these pages, in reading order. The folder is replaced as a whole."""
+    """Write the site of these pages, in reading order. The folder is replaced as a whole. Raises InputError."""
+    check_replaceable(out)
     from jinja2 import Environment, FileSystemLoader
 
     template = Environment(loader=FileSystemLoader(FILES), trim_blocks=True).get_template("page.html.j2")
@@ -123,8 +134,8 @@ def write_slides(name: str, nb: NotebookNode, folder: Path) -> Path:
         raise InputError(
             f"{folder / 'reveal.js'} is not there, which slides are shown with.",
             cause="It is no Python package, and the course downloads nothing unasked.",
-            fix=f"mkdir -p {place} && cd {place} && npm pack reveal.js@4 && tar xf reveal.js-4*.tgz && "
-            "mv package reveal.js",
+            fix=f"(mkdir -p {place} && cd {place} && npm pack reveal.js@4 && tar xf reveal.js-4*.tgz && "
+            "mv package reveal.js)",
         )
     for cell in nb.cells:
         head = cell.cell_type == "markdown" and re.match("##? ", cell.source)

@@ -181,7 +181,8 @@ def _not_here(name: str) -> ModelError:
         f"The model {name!r} is not on this machine.",
         cause="It has not been downloaded; this course downloads nothing without being asked."
         + (f" If it is a folder: none of that name is in {Path.cwd()}." if "/" in name else ""),
-        fix=f"Run: python -m helpers model get {name}" + ("; or give the folder's whole path." if "/" in name else ""),
+        fix=f"Run: helpers model get {name}"
+        + ("; or give the folder's whole path." if "/" in name else f". A folder of that name is given as ./{name}"),
     )
 
 

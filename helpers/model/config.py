@@ -170,10 +170,13 @@ def transformers_config(folder: Path) -> Any:
             reader = CONFIG_MAPPING[given["model_type"]]
             reader()  # what fails here is no fault of the file: torch's parts are imported, and want a temporary folder
         except Exception as error:
+            first: BaseException = error  # transformers says over it that a module cannot be imported, and not why
+            while first.__cause__:
+                first = first.__cause__
             raise out_of_memory(error) or BackendUnavailable(
-                f"transformers, which reads config.json, cannot be imported: {' '.join(str(error).split()):.300}.",
+                f"transformers, which reads config.json, cannot be imported: {' '.join(str(first).split()):.300}.",
                 cause=why_refused(error),
-                fix="Mend that (python -m helpers doctor may tell more), and start Python again.",
+                fix="Mend that (helpers doctor may tell more), and start Python again.",
             ) from error
         rope = given.get("rope_scaling") or given.get("rope_parameters")
         if __version__ < "5" and isinstance(rope, dict):

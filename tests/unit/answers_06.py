@@ -81,6 +81,26 @@ def shorten_by_pairs(messages, count, room):
     return messages
 
 
+def shorten_by_adding_up(messages, count, room):
+    """A message alone counts more than in a conversation."""
+    kept, used = [], count(messages[:1])
+    for message in reversed(messages[1:]):
+        if used + count([message]) > room:
+            break
+        kept.insert(0, message)
+        used += count([message])
+    return [messages[0], *kept]
+
+
+def shorten_with_holes(messages, count, room):
+    """What does not fit is left out, and an older message that does is kept."""
+    kept = []
+    for message in reversed(messages[1:]):
+        if count([messages[0], message, *kept]) <= room:
+            kept.insert(0, message)
+    return [messages[0], *kept]
+
+
 LEAST = INT8 / 60e9 * 1e3
 RIGHT = {
     "06.1": [SIZE, float(SIZE), np.int64(SIZE), torch.tensor(SIZE), Fraction(SIZE), str(SIZE), f"{SIZE:,}"],
@@ -118,6 +138,8 @@ WRONG = {
     ],
     "06.5": [
         shorten_by_pairs,
+        shorten_by_adding_up,
+        shorten_with_holes,
         lambda messages, count, room: messages,
         lambda messages, count, room: messages[:1] + messages[-1:],
         lambda messages, count, room: shorten(messages, count, room - 1),  # one token off

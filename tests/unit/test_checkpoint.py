@@ -833,7 +833,7 @@ def test_a_model_that_is_here_and_not_for_this_user_is_not_called_missing(monkey
     stat = Path.stat
 
     def refuse(self, **settings):
-        if self.name in ("smollm2", "models--owner--name"):
+        if {"smollm2", "models--owner--name"} & set(self.parts):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
         return stat(self, **settings)
 

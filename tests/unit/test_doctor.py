@@ -560,7 +560,7 @@ def test_locks_that_work_are_ok_and_those_of_a_bad_disk_a_failure(monkeypatch, t
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(leftovers.filelock, "FileLock", NoLock)
+    monkeypatch.setattr("filelock.FileLock", NoLock)
     check = leftovers.check_locks()
     assert check.status == "failure" and "local disk" in check.fix
 

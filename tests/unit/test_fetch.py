@@ -457,13 +457,24 @@ def test_a_name_that_means_nothing_is_refused(name):
 def hub_errors():
     from huggingface_hub import errors
 
-    answer = SimpleNamespace(headers={}, status_code=403, request=None)  # its HTTP library depends on its version
+    def answer(status):  # its HTTP library depends on its version
+        return SimpleNamespace(headers={}, status_code=status, request=None)
+
+    def behind(status):
+        error = errors.LocalEntryNotFoundError("Cannot find")
+        error.__cause__ = errors.HfHubHTTPError("Client Error", response=answer(status))
+        return error
+
     return {
-        "gated": (errors.GatedRepoError("403 Client Error", response=answer), "licence"),
-        "unknown": (errors.RepositoryNotFoundError("404 Client Error", response=answer), "private"),
+        "gated": (errors.GatedRepoError("403 Client Error", response=answer(403)), "licence"),
+        "unknown": (errors.RepositoryNotFoundError("404 Client Error", response=answer(404)), "private"),
         "name": (errors.HFValidationError("Repo id must be in the form"), "owner/name"),
         "offline": (errors.LocalEntryNotFoundError("Cannot find"), "cannot be reached"),
-        "server": (errors.HfHubHTTPError("502 Server Error", response=answer), "refused"),
+        "token": (errors.HfHubHTTPError("401 Client Error", response=answer(401)), "HF_TOKEN"),
+        "rights": (behind(403), "HF_TOKEN"),
+        "room": (behind(429), "Too many requests"),
+        "server": (errors.HfHubHTTPError("502 Server Error", response=answer(502)), "Hub itself fails"),
+        "other": (errors.HfHubHTTPError("418 Client Error", response=answer(418)), "refused"),
         "proxy": (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."), "proxy is set"),
         "network": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "network failed"),
         "cache": (
@@ -487,7 +498,10 @@ def failing(monkeypatch):
     return patch
 
 
-@pytest.mark.parametrize("name", ["gated", "unknown", "name", "offline", "server", "proxy", "network", "cache"])
+@pytest.mark.parametrize(
+    "name",
+    ["gated", "unknown", "name", "offline", "token", "rights", "room", "server", "other", "proxy", "network", "cache"],
+)
 def test_a_download_that_fails_says_why_and_what_to_do(failing, name):
     error, words = hub_errors()[name]
     failing(error)

@@ -169,9 +169,21 @@ def test_what_a_cell_printed_is_text_on_the_page():
     assert page.sections[1].title == "One" and "x = '<b>'" in page.sections[1].text
 
 
+def test_another_folder_is_not_replaced_by_a_site(tmp_path):
+    """helpers run --out ~ had deleted somebody's ~/site."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.md").write_text("mine")
+    with pytest.raises(InputError, match="no site of the course"):
+        notebooks.run_all(tmp_path, ["03"], folder=tmp_path)
+    with pytest.raises(InputError, match="no site of the course"):
+        site.write_site([], tmp_path / "site")
+    assert (tmp_path / "site/index.md").read_text() == "mine"
+
+
 def test_a_site_is_replaced_as_a_whole(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/old.html").write_text("old")
+    (tmp_path / "site/search.js").write_text("old")
     page, _ = page_of(nbformat.v4.new_markdown_cell("# New"))
     site.write_site([page], tmp_path / "site")
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["site"]

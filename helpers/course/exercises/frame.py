@@ -17,7 +17,7 @@ from typing import Any
 
 from helpers.course import learner
 from helpers.course.values import plain
-from helpers.errors import CourseError, InputError, StoreError, printable, shown
+from helpers.errors import BackendUnavailable, CourseError, InputError, OutOfMemory, StoreError, printable, shown
 from helpers.machine.plain_torch import plain_torch
 
 # The module with the judges of a notebook's exercises.
@@ -123,6 +123,8 @@ def check(number: str, answer: Any = None) -> Outcome:
             outcome = Outcome("right", task.judge(answer, **given) or task.reason)
         except _Open:
             return Outcome("open", "Put your code in place of `...` and run the cell again.")
+        except (BackendUnavailable, OutOfMemory):  # of this machine, not of the answer
+            raise
         except CourseError as error:
             outcome = Outcome("wrong", str(error))
         except Exception as error:  # an answer may be anything, and do anything when it is looked at

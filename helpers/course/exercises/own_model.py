@@ -81,9 +81,12 @@ def shorten(answer: Any) -> None:
     talk = [{"role": role, "content": "word " * length} for role, length in zip(roles, lengths, strict=True)]
 
     def count(messages: Messages) -> int:
-        return sum(len(message["content"].split()) + 2 for message in messages)
+        # As chat templates do: what stands before all messages counts once, and more where there is no system message.
+        start = 3 if messages and messages[0]["role"] == "system" else 20
+        return start + sum(len(message["content"].split()) + 2 for message in messages)
 
-    for messages, room in ((talk, 1000), (talk, count(talk)), (talk, count(talk) - 1), (talk, 30), (talk[:2], 12)):
+    # With room for 35, a message further back would fit where the one before it does not.
+    for messages, room in ((talk, 1000), (talk, count(talk)), (talk, count(talk) - 1), (talk, 35), (talk[:2], 15)):
         right = list(messages)
         while count(right) > room:
             del right[1]

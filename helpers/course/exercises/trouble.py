@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +59,19 @@ def fit(answer: Any, recipe: BuildRecipe) -> None:
 def is_fault(answer: Any) -> None:
     import torch
 
-    exact = torch.linspace(-8.0, 7.0, 500)[None]  # of many, neither their sum nor their mean tells what one does
-    one, every = torch.zeros_like(exact), torch.ones_like(exact)
+    # Of many, neither their sum nor their mean tells what one does; of some models, all are negative.
+    logits_of = [torch.linspace(-8.0, largest, 500)[None] for largest in (7.0, -1.0)]
+    one, every = torch.zeros(1, 500), torch.ones(1, 500)
     one[0, 250] = 1.0
     cases = (
         (0.0, one, False),
         (0.5, one, False),
         (-0.5, one, False),
         (0.5, every, False),
-        (2.0, one, True),
-        (-2.0, one, True),
+        (1.5, one, True),
+        (-1.5, one, True),
     )
-    for precision, share in SHARES.items():
+    for (precision, share), exact in product(SHARES.items(), logits_of):
         for factor, where, right in cases:
             logits = exact + factor * share * 8.0 * where
             result = alone(call(answer, exact, logits, precision))

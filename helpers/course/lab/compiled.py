@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from helpers.backends.aot.compile import compiling
 from helpers.backends.aot.recorder import TIMED, InductorRecorder, kernels_apart, whole_stack_traces
@@ -84,16 +85,27 @@ def compile_module(
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # here fp32 means fp32
         graph = program.module()
-        inductor = torch._inductor.compile(graph, list(inputs), options={**settings, **(options or {})})
+        try:
+            inductor = torch._inductor.compile(graph, list(inputs), options={**settings, **(options or {})})
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise InputError(
+                f"A size or a number depends on the inputs' values ({error.func}), and nothing can be compiled for it.",
+                fix="torch.where(mask, x, 0) in place of x[mask], tensors in place of .item().",
+            ) from error
         inductor(*inputs)  # the last of the compilers is done
         files = [path for path in folder.rglob("*") if path.is_file()]
-        (wrapper,) = [
-            text for text in (p.read_text(encoding="utf-8") for p in files if p.suffix == ".py") if " def call(" in text
-        ]
+        texts = (path.read_text(encoding="utf-8") for path in files if path.suffix == ".py")
+        programs = [text for text in texts if " def call(" in text]
+        if len(programs) != 1:
+            raise InputError(
+                f"PyTorch's compiler wrote {len(programs)} Python programs; one is what is looked into here.",
+                cause="The module hands its inputs on, or an option (cpp_wrapper, trace.enabled) changes this.",
+                fix="Give a module that computes something, and leave such options out.",
+            )
         # Beside a GPU's kernels, the libraries are what starts them.
         kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
         targets = sum(map(compiled_for, kinds[0] or kinds[1]), Counter())
-    return Compiled(inductor, _with_code(recorder.report(), wrapper), targets)
+    return Compiled(inductor, _with_code(recorder.report(), programs[0]), targets)
 
 
 def _keep_every_result(graph: torch.fx.Graph) -> None:
