@@ -23,4 +23,4 @@ RUN make setup && .venv/bin/helpers doctor
 # For Binder and JupyterHub, which start their own command.
 ENV PATH=/home/learner/course/.venv/bin:$PATH
 EXPOSE 8888
-CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "--notebook-dir=."]
+CMD ["sh", "-c", "helpers course copy && exec jupyter lab --ip=0.0.0.0 --no-browser --notebook-dir=\"${COURSE_WORK:-work}\""]

@@ -65,7 +65,7 @@ test-oldest: $(OLDEST)/.set-up ## the helpers' tests with the oldest supported v
 	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal tests
 
 gpu-check: $(STAMP) ## on a machine with an NVIDIA GPU: run all of the course there; report in build/gpu-check/
-	$(PY) -m helpers gpu-check $(if $(ONLY),--only '$(ONLY)')
+	$(PY) -m helpers gpu-check $(if $(ONLY),--only '$(ONLY)') $(if $(JOBS),--jobs '$(JOBS)')
 
 doctor: $(STAMP) ## is this machine ready? each check with the step that mends it
 	$(PY) -m helpers doctor
@@ -92,7 +92,7 @@ clean: ## remove what make made; engines/ is kept (helpers remove deletes engine
 # The stamp comes last, so an interrupted set-up goes on where it stopped.
 $(STAMP): pyproject.toml constraints/course.txt | kept
 	@$(PY) -c '' 2>/dev/null || $(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12 3.13'
-	@$(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -c 'import pip' 2>/dev/null || $(PY) -m ensurepip >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the course into $(VENV): 2 GB on disk, more with a CUDA build of torch; done once."
 	$(PY) -m pip install $(QUIET) -c constraints/course.txt -e '.[test,browser]'
 	@touch $@
@@ -105,7 +105,7 @@ kept:
 
 $(OLDEST)/.set-up: pyproject.toml constraints/oldest.txt
 	@$(MAKE) --no-print-directory check PYTHON='$(PYTHON)' VERSIONS='3.10 3.11 3.12'
-	@$(OLDEST)/bin/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
+	@$(OLDEST)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install $(QUIET) -r constraints/oldest.txt
 	$(OLDEST)/bin/python -m pip install $(QUIET) --no-deps -e .
 	@touch $@
@@ -118,7 +118,7 @@ check:
 	  echo "Fix: name one that you have, for example: make PYTHON=python3.12 setup"; exit 1;; esac
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make virtual environments."; \
-	  echo "Fix: install its venv package (Debian and Ubuntu: apt install python3-venv)."; exit 1; }
+	  echo "Fix: install its venv package (Debian and Ubuntu: apt install python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv)."; exit 1; }
 	@for cxx in "$${CXX:-g++}" g++ c++ clang++; do command -v $$cxx >/dev/null && exit 0; done; \
 	  echo "No C++ compiler found (looked for g++, c++, clang++). The aot engine is compiled with one."; \
 	  echo "Fix: install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)."; exit 1

@@ -46,12 +46,10 @@ def check_trust(folder: Path) -> None:
     for path in (entry, engine, *engine.rglob("*")):
         info = path.lstat()
         if info.st_uid not in owners:
-            named = os.pathsep.join(map(str, [*trusted_folders(), store.resolve()]))
             raise StoreError(
                 f"Engine {folder.name!r} is not loaded: it belongs to another user, {user_name(info.st_uid)}.",
                 cause="An engine is native code, which could do all that you may do.",
-                fix=f"If you trust everybody who can write to {store}: "
-                f"export COURSE_TRUSTED_ENGINES={shlex.quote(named)}",
+                fix=f"If you trust everybody who can write to {store}: {_trust(store)}",
             )
         if not path.is_symlink() and _others_write(info, owners):
             raise _open_to_others(folder, path, info, f"chmod -R go-w {shlex.quote(str(engine))}")
@@ -93,8 +91,15 @@ def _others_write(info: os.stat_result, owners: set[int]) -> bool:
     return not members <= owners or not (members or group.gr_name == user_name(info.st_uid))
 
 
+def _trust(store: Path) -> str:
+    return (
+        f"export COURSE_TRUSTED_ENGINES={shlex.quote(os.pathsep.join(map(str, [*trusted_folders(), store.resolve()])))}"
+    )
+
+
 def _open_to_others(folder: Path, path: Path, info: os.stat_result, mend: str) -> StoreError:
     mine = os.geteuid() in (0, info.st_uid)
+    mend += f". Some disks keep no modes (NTFS). If nobody else writes there: {_trust(folder.absolute().parent)}"
     return StoreError(
         f"Engine {folder.name!r} is not loaded: others may write to {path}.",
         cause="An engine is native code, and they could put their own in its place.",

@@ -239,16 +239,18 @@ def _inspect(settings: argparse.Namespace) -> dict[str, Any]:
 
 def _verify(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
+    from helpers.access import origin
 
     whole: list[str] = []
     damaged: dict[str, str] = {}  # or not to be read, which keeps no other from being looked at
-    for folder in [store.find(name) for name in settings.engine] or store.list_engines():
+    for folder in [store.find(name) for name in settings.engine] or store.list_engines(hidden=True):
+        name = f"{folder.name}{origin(folder)}"
         try:
             store.verify(folder, store.read_manifest(folder), thorough=True)
-            whole.append(folder.name)
-            print(f"whole    {folder.name}")
+            whole.append(name)
+            print(f"whole    {name}")
         except CourseError as error:
-            damaged[folder.name] = error.what
+            damaged[name] = error.what
             print(f"{'damaged' if isinstance(error, EngineCorrupt) else 'not read':<8} {error}")
     return {"ok": not damaged, "whole": whole, "damaged": damaged}
 

@@ -72,7 +72,12 @@ def locks_folder() -> Path:
 
 
 def models_folder() -> Path:
-    """.models/ of the course, or the folder that COURSE_MODELS names. It is made if it is missing."""
+    """.models/ of the course, or the folder that COURSE_MODELS names. It need not be there: to read makes none."""
+    return expanded(os.environ.get("COURSE_MODELS") or PROJECT / ".models", "COURSE_MODELS")
+
+
+def made_models_folder() -> Path:
+    """The same, made if it is missing."""
     return _made("models", os.environ.get("COURSE_MODELS", ""), PROJECT / ".models", "COURSE_MODELS")
 
 
@@ -275,9 +280,17 @@ def _listed(variable: str) -> list[Path]:
 
 
 def expanded(name: str | Path, variable: str) -> Path:
-    """The whole path of a folder or program that a variable names; StoreError for one under nobody's home."""
+    """The whole path of a folder that a variable names; StoreError for one under nobody's home, and for a relative one:
+    a notebook works in another folder than the terminal that it was started from."""
     try:
-        return Path(name).expanduser().absolute()
+        path = Path(name).expanduser()
+        if not path.is_absolute():
+            raise StoreError(
+                f"{variable} names {name}, which is another folder for a terminal than for a notebook.",
+                cause="A relative path begins in the folder that a process works in.",
+                fix=f"Give the whole path: export {variable}={shlex.quote(str(path.absolute()))}",
+            )
+        return path
     except (OSError, RuntimeError) as error:  # OSError: the working folder is gone
         raise StoreError(
             f"The path {name} cannot be: {error}",

@@ -248,14 +248,15 @@ def reading(folder: Path) -> Iterator[None]:
         raise
 
 
-def list_engines() -> list[Path]:
-    """Folders of the engines in all stores that you may read, oldest first; of one name, the first store's."""
+def list_engines(*, hidden: bool = False) -> list[Path]:
+    """Folders of the engines in all stores that you may read, oldest first; of one name, the first store's. hidden:
+    those of the others, too, which are found only where the first is gone."""
     engines = {}
     with _refusals_explained():
         for folder in (folder for root in reversed(engines_folders()) for folder in root.iterdir()):
             with contextlib.suppress(OSError):  # no engine, removed meanwhile, or another person's
                 if not folder.name.startswith("."):
-                    engines[folder.name] = ((folder / MANIFEST).stat().st_mtime, folder)
+                    engines[folder if hidden else folder.name] = ((folder / MANIFEST).stat().st_mtime, folder)
     return [folder for _, folder in sorted(engines.values())]
 
 

@@ -409,7 +409,7 @@ def need_engine(value: Any) -> None:
 
 
 def _limit(what: str, built_with: str, needed: str) -> LimitError:
-    own = "" if "batch" in needed else " A model has a longest sequence of its own; a build says it."
+    own = "" if needed.startswith("max_batch_size") else " A model has a longest sequence of its own; a build says it."
     return LimitError(
         f"The {what}; this engine was built with {built_with}.",
         cause="An engine's limits are fixed when it is built: its memory and kernels are sized for them.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from helpers.backends.tensorrt.api import KNOWN as TENSORRT
@@ -58,7 +58,16 @@ def explain(message: str | Path) -> Explanation:
     of_line: dict[int, Match] = {}
     for match in matches(message, CARDS):
         of_line.setdefault(match.number, match)
-    return Explanation([match for _, match in sorted(of_line.items())])
+    return Explanation([_by_itself(match, message) for _, match in sorted(of_line.items())])
+
+
+def _by_itself(match: Match, message: str) -> Match:
+    """An error of the course has its own cause and fix in the lines after it: they say more than its kind does."""
+    name = match.line.removeprefix("helpers.errors.").partition(":")[0]
+    found = re.search(rf"{name}: .*(?P<own>(?:\n.+)*)", message) if name == match.card.error else None
+    own = dict(re.findall(r"^(Likely cause|Fix): (.*)", found["own"], re.MULTILINE)) if found else {}
+    told = {"cause": own.get("Likely cause", ""), "fix": own.get("Fix", "")}
+    return match._replace(card=replace(match.card, **told)) if own else match
 
 
 def read_log(path: Path) -> str:

@@ -18,11 +18,13 @@ from helpers.paths import PROJECT, expanded
 from helpers.progress import say
 
 FILE = "progress.json"
+GRADED = "COURSE_GRADED_WORK"  # the environment variable by which a grading tells its kernel where to write
 
 
 def work_folder() -> Path:
-    """Where a learner's copies of the notebooks and the file of what they did lie."""
-    return expanded(os.environ.get("COURSE_WORK") or PROJECT / "work", "COURSE_WORK")
+    """Where a learner's copies of the notebooks and the file of what they did lie. While a notebook is graded, that is
+    a folder of the grading, whatever COURSE_WORK the notebook sets."""
+    return expanded(os.environ.get(GRADED) or os.environ.get("COURSE_WORK") or PROJECT / "work", "COURSE_WORK")
 
 
 def read() -> dict[str, Any]:

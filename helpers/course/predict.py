@@ -174,7 +174,7 @@ def summary(notebook: str) -> Table:
     try:
         if here:
             with learner.changed() as content:
-                content["predictions"][notebook] = here
+                content["predictions"].setdefault(notebook, {}).update(here)  # beside those of an earlier kernel
         every = learner.read()["predictions"]
     except StoreError as error:  # it fails nothing: the table is of this kernel
         print(error)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.errors import ModelError
+from helpers.paths import PYTHON
 
 if TYPE_CHECKING:
     from helpers.model.checkpoint import Checkpoint
@@ -37,7 +38,8 @@ def need_model(name: str) -> Checkpoint | None:
         if not checkpoint.has_tokenizer:
             raise ModelError(
                 f"{name!r} has no tokenizer.json.",
-                fix="Make it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
+                fix=f"Make it: {PYTHON} -m pip install sentencepiece, then in Python "
+                f"transformers.AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r}).",
             )
         return checkpoint
     except ModelError as error:

@@ -164,7 +164,7 @@ def check_compiler() -> Check:
         wrong = "has a space in its path" if shutil.which(named) else "is no program"
         return warning(f"{name}: it works, but CXX names {named!r}, which {wrong}", "unset CXX")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        fix = "Install Python's headers, such as: apt install python3-dev"
+        fix = f"Install Python's headers, such as: apt install python{sysconfig.get_python_version()}-dev"
         return warning(f"{name}: it works, but there is no Python.h, which torch_compile's kernels include", fix)
     return ok(f"{name}: compiled, linked with PyTorch, loaded and called a function")
 
@@ -464,8 +464,8 @@ def _guarded(check: Callable[[], Check]) -> Check:
         if isinstance(error, ImportError):  # a broken installation is a finding, not the end of the list
             return failure(f"{type(error).__name__}: {error}", f"Install the course's packages anew: {leftovers.ANEW}")
         if isinstance(error, OSError):
-            fix = why_refused(error) or "See the lines of the folders: can they be written, have they room?"
-            return failure(str(error), fix)
+            see = "See the lines of the folders: can they be written, have they room?"
+            return failure(str(error), f"{why_refused(error)} {see}".strip())
         return warning(f"the check itself failed ({type(error).__name__}: {error})", "Look at what it names.")
 
 

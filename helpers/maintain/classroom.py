@@ -197,14 +197,13 @@ def grade(notebook: str) -> Grade:
         raise InputError(
             f"{path.name} has no exercises.", fix="Its name must begin with a notebook's number: 03_....ipynb"
         )
-    kept = os.environ.get("COURSE_WORK")
     with owned_folder("course-grade-") as work:
-        os.environ["COURSE_WORK"] = str(work)  # the kernel writes there what its checks say
+        os.environ[learner.GRADED] = str(work)  # the kernel writes there what its checks say
         try:
             _, result = notebooks.run_notebook(path, go_on=True)
             answers = learner.read()["exercises"]
         finally:
-            os.environ.pop("COURSE_WORK") if kept is None else os.environ.update(COURSE_WORK=kept)
+            del os.environ[learner.GRADED]
     marks = []
     for task in tasks.values():
         entry = answers.get(task.number, {"state": "open", "wrong": []})

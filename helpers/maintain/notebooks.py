@@ -358,9 +358,9 @@ def run_all(
 ) -> list[NotebookResult]:
     """Run the notebooks; write each, executed, to `out`, and back to `folder` if asked to. All become a web site in
     `out`/site, those that did not run now as they were committed."""
-    if out.resolve() == folder.resolve():
+    if out.resolve() in (folder.resolve(), learner.work_folder().resolve()):
         raise InputError(
-            f"{out} holds the notebooks themselves.",
+            f"{out} holds notebooks to work in.",
             cause="What ran would be written over them, also where a cell failed.",
             fix="Give --out another folder; --update writes what ran well back.",
         )

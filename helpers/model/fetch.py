@@ -34,7 +34,7 @@ from helpers.model.checkpoint import (
 )
 from helpers.model.config import read_config, unsupported
 from helpers.model.tokenizer import load_tokenizer
-from helpers.paths import PYTHON, models_folder
+from helpers.paths import PYTHON, made_models_folder, models_folder
 from helpers.progress import Progress, held, say
 
 CARD = "README.md"  # of a model that has a short name; it says where the model came from
@@ -78,9 +78,7 @@ def describe() -> list[tuple[str, str, str, str, str]]:
     from huggingface_hub.errors import CacheNotFound
 
     names = [("stories", "trained by this course")]
-    for path in sorted(models_folder().iterdir()):
-        if path.name in NAMED and path.is_dir():
-            names.append((path.name, _source(path)))
+    names += [(name, _source(path)) for name in NAMED if (path := models_folder() / name).is_dir()]
     try:
         cache = scan_cache_dir(constants.HF_HUB_CACHE)
         cached = [repository.repo_id for repository in cache.repos if repository.repo_type == "model"]
@@ -114,10 +112,10 @@ def _source(folder: Path) -> str:
 
 
 def _get_named(name: str) -> Path:
-    target = models_folder() / name
     with contextlib.suppress(ModelError):
         return _here_already(name)
-    lock = filelock.FileLock(models_folder() / f".{name}.lock")
+    target = made_models_folder() / name
+    lock = filelock.FileLock(target.with_name(f".{name}.lock"))
     with _refusals_explained(name), held(lock, f"gets {name}"):
         with contextlib.suppress(ModelError):
             return _here_already(name)  # another process has brought it meanwhile

@@ -97,6 +97,10 @@ def test_a_named_python_that_cannot_be_started_is_refused_by_its_name(project, m
         with pytest.raises(BackendUnavailable, match="not here") as refused:
             environments.need_python(name)
         assert str(tmp_path / path) in refused.value.cause and words in refused.value.cause
+        assert f"Let {environments.variable(name)} name another, or unset it; then: helpers env" in refused.value.fix
+        with pytest.raises(InputError) as refused:  # which is what `create` would say
+            environments.create(name)
+        assert environments.another(name) in refused.value.fix
         assert environments.describe()[list(environments.ENVIRONMENTS).index(name)][1] == "broken"
     named = script(tmp_path / "python", "")
     monkeypatch.setenv(environments.variable(name), str(named))

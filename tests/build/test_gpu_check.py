@@ -51,6 +51,15 @@ def test_without_a_gpu_it_refuses_and_says_what_it_would_run(monkeypatch, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_notebooks_of_somebody_else_stay(on_a_gpu, tmp_path):
+    """`gpu-check --out .` in the course's folder had deleted the course's notebooks."""
+    write_notebook(tmp_path / "notebooks/thesis.ipynb", "1")
+    for call in (lambda: gpu_check.main(["doctor"], tmp_path), lambda: gpu_check.prepare(tmp_path, tmp_path)):
+        with pytest.raises(InputError, match="not of an earlier check"):
+            call()
+    assert (tmp_path / "notebooks/thesis.ipynb").is_file()
+
+
 def test_the_benchmark_has_every_backend_that_runs_on_data_centre_gpus():
     contenders = [benchmark.make_runner(benchmark.Workload(), 1, name) for name in gpu_check.CONTENDERS.split(",")]
     assert {runner.row.backend for runner in contenders} == backends.MODULES.keys() - {"tensorrt"}

@@ -46,6 +46,19 @@ def test_points_are_those_of_the_run(notebook, tmp_path, capsys):
     assert (tmp_path / "work" / learner.FILE).read_text() == before and notebook.read_bytes() == text
 
 
+def test_a_notebook_that_sets_its_folder_is_graded_like_others(tmp_path, monkeypatch):
+    """As the course tells whoever has a checkout that is read-only."""
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    cells = [
+        f"import os\nos.environ['COURSE_WORK'] = {str(tmp_path / 'theirs')!r}",
+        "from helpers.course.exercises import check\ncheck('00.3', 0)\ncheck('00.3', 1)",
+    ]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebooks.write(nb, tmp_path / "00_bob.ipynb")
+    grade = classroom.grade(str(tmp_path / "00_bob.ipynb"))
+    assert {mark.state for mark in grade.marks} > {"open"} and not (tmp_path / "theirs").exists()
+
+
 def test_what_cannot_be_graded(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     (tmp_path / "homework.ipynb").write_text("{}")

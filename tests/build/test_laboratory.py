@@ -402,3 +402,30 @@ def test_what_the_first_module_of_a_process_is_compiled_for_is_its_own():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second = run.stdout.splitlines()[-2:]
     assert first == second
+
+
+class Chooses(nn.Module):
+    def forward(self, x):
+        return x[x > 0]
+
+
+class Scales(nn.Module):
+    def forward(self, x):
+        return x / x.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (Chooses(), {}, "depends on the inputs' values"),
+        (Scales(), {}, "depends on the inputs' values"),
+        (nn.Identity(), {}, "0 Python programs"),
+        (nn.GELU(), {"trace.enabled": True}, "Python programs"),
+    ],
+    ids=str,
+)
+def test_a_module_or_an_option_that_leaves_no_one_program_is_told_in_words(module, options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # traces lie in the working folder
+    with pytest.raises(InputError, match=words) as refused:
+        compile_module(module, (torch.randn(4, 8),), options=options)
+    assert refused.value.fix

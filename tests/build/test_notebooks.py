@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,6 +15,7 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in
 from helpers import cli
 from helpers.errors import InputError
 from helpers.maintain import notebooks, site
+from helpers.model.checkpoint import BUNDLED
 from helpers.paths import PROJECT
 
 
@@ -54,6 +56,13 @@ def test_cells_after_a_model_that_is_not_here_are_skipped_with_the_command_that_
     assert [number for number, _ in result.skipped] == [2, 3, 4] and result.ok
     assert "helpers model get nobody/nothing" in reasons[0] and len(set(reasons)) == 1
     assert result.cells_run == 4 and "42" in text(nb)
+
+
+def test_a_model_without_a_tokenizer_is_told_before_anything_is_built(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED, model, ignore=shutil.ignore_patterns("tokenizer.json"))
+    _, result = run(tmp_path, f"from helpers.course.skip import need_model\nneed_model({str(model)!r})", "1/0")
+    assert result.ok and {"no tokenizer.json" in reason for _, reason in result.skipped} == {True}
 
 
 def test_the_notebook_on_your_own_model_is_listed_as_skipped_where_that_is_not_here(tmp_path, monkeypatch):

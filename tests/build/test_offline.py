@@ -62,6 +62,8 @@ def test_set_up_from_a_prepared_folder_without_a_network(project, tmp_path):
 @pytest.mark.parametrize(("name", "typed"), [("out", "../out"), ("USB STICK", "../USB STICK"), ("out", "~/out")])
 def test_make_uses_the_models_and_engines_of_the_prepared_folder(project, tmp_path, monkeypatch, name, typed):
     monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("COURSE_MODELS", "COURSE_ENGINES"):
+        monkeypatch.delenv(variable, raising=False)
     out = tmp_path / name
     for part in ("wheels", "engines"):
         (out / part).mkdir(parents=True)
@@ -69,6 +71,10 @@ def test_make_uses_the_models_and_engines_of_the_prepared_folder(project, tmp_pa
         file.write('\nshow:\n\t@echo "$$COURSE_MODELS|$$COURSE_ENGINES|$$PIP_NO_INDEX|$$HF_HUB_OFFLINE"\n')
     shown = make(project, "show", f"OFFLINE={typed}").stdout.strip()  # as a person types it, in a shell that leaves ~
     assert shown == f"{out}/models|{project}/engines:{out}/engines|1|1"
+    monkeypatch.setenv("COURSE_MODELS", "/mine/models")  # what somebody has set stays
+    monkeypatch.setenv("COURSE_ENGINES", "~/engines:/shared")
+    shown = make(project, "show", f"OFFLINE={typed}").stdout.strip()
+    assert shown == f"/mine/models|~/engines:/shared:{out}/engines|1|1"
 
 
 def test_the_wheels_are_those_that_set_up_installs():

@@ -130,6 +130,19 @@ def test_an_engine_of_a_model_behind_a_link_is_found_by_the_recipe_that_built_it
     assert len(set(folders)) == 1 and locate(recipe_of(folders[0])) == locate(RECIPE.replace(model=".")) == folders[0]
 
 
+def test_verify_reads_the_engines_behind_those_of_the_same_name(fake, tmp_path, monkeypatch, capsys):
+    """A damaged one in a shared store is built again in one's own, and others still meet it."""
+    fake()
+    folder = build(RECIPE, quiet=True)
+    shutil.copytree(folder, tmp_path / "shared" / folder.name)
+    file = next(path for path in (tmp_path / "shared" / folder.name).iterdir() if path.name != store.MANIFEST)
+    file.write_bytes(b"damaged")
+    monkeypatch.setenv("COURSE_ENGINES", f"{folder.parent}{os.pathsep}{tmp_path / 'shared'}")
+    assert store.list_engines() == [folder] and cli.main(["verify"]) == 1
+    told = capsys.readouterr().out
+    assert f"whole    {folder.name}\n" in told and "damaged  " in told
+
+
 def test_what_a_build_reads_before_it_begins_is_shown_where_it_takes_long(fake, monkeypatch, capsys):
     """The first time in a process, transformers is imported for it."""
     backend = fake()
@@ -650,6 +663,17 @@ def test_a_name_or_its_start_finds_one_engine(fake, engines):
     assert fp32.name in refused.value.fix and bf16.name in refused.value.fix
     shutil.copytree(fp32, fp32.with_name(fp32.name + "-copy"))
     assert locate(fp32.name) == fp32  # a whole name wins over a start
+
+
+def test_a_start_of_a_name_does_not_end_inside_a_number(fake, engines):
+    """`helpers remove stories-aot-fp32-b1` had deleted the engine for 16."""
+    fake()
+    sixteen = build(RECIPE.replace(max_batch_size=16), quiet=True)
+    with pytest.raises(EngineNotFound):
+        store.remove("stories-aot-fp32-b1")
+    assert locate("stories-aot-fp32-b16") == locate("stories-aot-fp32-b16-") == sixteen
+    one = build(RECIPE.replace(max_batch_size=1), quiet=True)
+    assert locate("stories-aot-fp32-b1") == one
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "/", ".", "..", "elsewhere/stories", ".locks"])

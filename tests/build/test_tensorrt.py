@@ -523,3 +523,70 @@ def test_looking_for_a_driver_starts_no_program(monkeypatch):
     """A compiler that is killed with the worker leaves its files in the temporary folder."""
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("started"))
     assert api._has_driver() in (True, False)
+
+
+def of_products(names, constant=False):
+    """Two products and what is between them, with names of nodes or without; the weights as Constant nodes or not."""
+    weights = [
+        onnx.numpy_helper.from_array(np.random.default_rng(at).standard_normal((64, 64), np.float32), f"w{at}")
+        for at in range(2)
+    ]
+    make = onnx.helper.make_node
+    nodes = [make("Constant", [], [w.name], value=w) for w in weights] if constant else []
+    nodes += [make("MatMul", ["x", "w0"], ["a"]), make("Relu", ["a"], ["r"]), make("MatMul", ["r", "w1"], ["y"])]
+    for node, name in zip(nodes, names, strict=False):
+        node.name = name
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [8, 64]) for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [] if constant else weights)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize(("names", "constant"), [((), False), (("same",) * 3, False), ((), True)])
+def test_nodes_without_names_of_their_own_and_constants_are_quantized(names, constant, tmp_path):
+    onnx.save(of_products(names, constant), tmp_path / "g.onnx")
+    report = inspect(build_onnx(tmp_path / "g.onnx", "int8", quiet=True))
+    read = onnx_export.read(tmp_path / "g.onnx")
+    assert len({node.name for node in read.graph.node}) == len(read.graph.node)
+    assert len(onnx_export.quantize(read, "int8")) == 2 and report.kernels
+
+
+def test_a_graph_of_which_nothing_can_be_narrow_is_refused_and_not_called_int8():
+    """It had been built in fp16, under the name of an engine in int8."""
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    for precision in ("int8", "int4", "fp8"):
+        with pytest.raises(BuildError, match=f"Nothing of this graph becomes {precision}"):
+            build_module(convolution, (torch.randn(1, 3, 16, 16),), precision, quiet=True)
+
+
+class OfADict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, batch):
+        return self.linear(batch["x"])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
+def test_inputs_in_a_dictionary_have_the_precision_of_the_graph(precision):
+    build_module(OfADict(), ({"x": torch.randn(2, 64)},), precision, quiet=True)
+
+
+class OfAnImage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.linear = nn.Conv2d(3, 8, 7, stride=2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.linear(self.convolution(x).relu().mean((2, 3)))
+
+
+def test_open_axes_are_calibrated_with_the_profiles_likely_shape(tmp_path):
+    file, image = tmp_path / "net.onnx", torch.randn(1, 3, 64, 64)
+    axes = {"x": {0: "b", 2: "h", 3: "w"}}
+    torch.onnx.export(OfAnImage().eval(), (image,), file, dynamo=True, input_names=["x"], dynamic_shapes=axes)
+    profiles = [{"x": ((1, 3, 64, 64), (1, 3, 64, 64), (4, 3, 128, 128))}]
+    build_onnx(file, "fp8", quiet=True, profiles=profiles)
+    small = [{"x": ((1, 3, 4, 4), (1, 3, 4, 4), (4, 3, 128, 128))}]
+    with pytest.raises(BuildError, match="cannot be calibrated for fp8"):
+        build_onnx(file, "fp8", quiet=True, profiles=small)

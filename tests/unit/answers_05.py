@@ -56,6 +56,10 @@ def damaged(folder, manifest):
     ]
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 def exists(folder, manifest):
     return [name for name in manifest if not (folder / name).exists()]
 
@@ -93,6 +97,7 @@ WRONG = {
         lambda i, e: i[: i.index(e[0])] if e[0] in i else i,  # only the first kind of end
         lambda i, e: i[: end_at(i, e).__len__() + 1],  # with the end token
         lambda i, e: [token for token in i if token not in e],
+        lambda i, e: i[: next((i.index(end) for end in reversed(e) if end in i), len(i))],  # the last in the list wins
         lambda i, e: i[::-1],
         [5, 7],
     ],
@@ -111,6 +116,8 @@ WRONG = {
         lambda e, o, p: bool((o - e).max() / e.abs().max() > LIMITS[p]),  # only what is too large
         lambda e, o, p: bool((o - e).abs().mean() / e.abs().max() > LIMITS[p]),
         lambda e, o, p: bool((o - e).abs().max() > LIMITS[p]),  # no share
+        lambda e, o, p: bool((o - e).abs().max() / e.max() > LIMITS[p]),  # of no use where all are negative
+        lambda e, o, p: bool((o - e).abs().max() / (e.max() - e.min()) > LIMITS[p]),
         lambda e, o, p: bool((o - e).norm() / e.norm() > LIMITS[p]),
         lambda e, o, p: bool((o - e).abs().sum() / e.abs().max() > LIMITS[p]),
         lambda e, o, p: float(share(e, o)),
@@ -124,5 +131,6 @@ WRONG = {
         lambda f, m: [],
         lambda f, m: [str(Path(f) / name) for name in damaged(f, m)],
         {"a.pt2"},
+        lambda f, m: [n for n in m if not (f / n).exists() or digest((f / n).read_text().encode()) != m[n]],
     ],
 }  # fmt: skip

@@ -50,7 +50,13 @@ RIGHT = {
 }
 WRONG = {
     "07.1": [lambda report: len(report.kernels), lambda report: 1, lambda report: None, 3],
-    "07.2": [lambda report: 0, lambda report: 1 + spare(report), lambda report: -1, lambda report: None],
+    "07.2": [
+        lambda report: max(range(len(report.kernels)), key=lambda at: report.kernels[at].details["bytes"]),
+        lambda report: 0,
+        lambda report: 1 + spare(report),
+        lambda report: -1,
+        lambda report: None,
+    ],
     "07.3": [
         lambda cache, columns: cache // (columns * 4),
         lambda cache, columns: math.ceil(cache / columns / 4),  # what fills it exactly still fits

@@ -552,6 +552,24 @@ def test_shards_of_an_earlier_save_are_ignored(sharded):
     assert find_checkpoint(str(folder)).digest() == before
 
 
+@pytest.mark.parametrize("metadata", ["missing", None, "text"])
+def test_an_index_that_transformers_does_not_read_is_told_in_words(sharded, metadata):
+    """Some writers leave its table "metadata" out; the course's own reader needs none."""
+    folder, _ = sharded
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["metadata"] = metadata
+    if metadata == "missing":
+        del index["metadata"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = find_checkpoint(str(folder))
+    found.check(8)
+    with pytest.raises(ModelError, match="transformers does not read the weights of 'sharded'") as refused:
+        pytorch.load_model(found, torch.float32, "cpu")
+    assert '"metadata": {}' in refused.value.fix
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index | {"metadata": {}}))
+    assert pytorch.load_model(found, torch.float32, "cpu")
+
+
 def test_a_file_one_folder_down_is_no_hub_id(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoint("llama").parent)
     with pytest.raises(ModelError, match="no folder here"):

@@ -1,6 +1,7 @@
 """The learner's copies of the notebooks, and what the notebooks ask of them."""
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -130,6 +131,35 @@ def test_reset_brings_one_back_and_keeps_theirs_under_a_dated_name(course, work)
     for name, words in (("09", "no notebook"), ("0", "names 2")):
         with pytest.raises(InputError, match=words):
             classroom.reset(name, course)
+
+
+def test_a_reset_on_a_full_disk_takes_nothing_away(course, work, monkeypatch):
+    classroom.update(course)
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+
+    def full(nb, path):
+        path.write_text("a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nbformat, "write", full)
+    with pytest.raises(StoreError, match="cannot be written") as refused:
+        classroom.reset("03", course)
+    assert refused.value.fix == "Free some space."  # another folder has none of their work
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+
+
+def test_a_notebook_that_was_cut_comes_back_from_where_it_is_of(course, work, monkeypatch):
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", course)
+    classroom.update(course)
+    for path, fix in (
+        (course / "03_generate.ipynb", "git -C"),
+        (work / "03_generate.ipynb", "helpers course reset 03_generate"),
+        (work / "anna.ipynb", "Ask for the whole file"),
+    ):
+        path.write_text("{")
+        with pytest.raises(InputError) as refused:
+            notebooks.read(path)
+        assert fix in refused.value.fix
 
 
 def test_where_nothing_can_be_written_it_says_so(course, work, monkeypatch):

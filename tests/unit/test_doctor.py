@@ -641,6 +641,18 @@ def test_a_package_from_elsewhere_is_a_warning(tmp_path):
         assert done.stdout.startswith(words), done
 
 
+@pytest.mark.parametrize(
+    ("library", "text", "words"),
+    [("onnx", "raise ImportError('libonnx.so: file too short')", "file too short"), ("sympy", "1/0", "division")],
+)
+def test_a_library_of_the_course_that_cannot_be_imported_is_a_failure(monkeypatch, tmp_path, library, text, words):
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    check = leftovers.check_packages()
+    assert check.status == "failure" and words in check.found and "make clean setup" in check.fix
+
+
 def test_pins_that_are_not_kept_are_named(monkeypatch, tmp_path):
     installed(
         tmp_path, "tensorrt_llm", "1.2.1", "torch==2.9.1", f"psutil=={psutil.__version__}", "nowhere>=2",

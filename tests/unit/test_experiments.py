@@ -145,3 +145,10 @@ def test_the_widget_shows_a_fault_of_the_measurement(tmp_path):
     runner = experiment_runner(lambda a: 1 / a, {"a": [0]}, tmp_path / "r.json", "figure")
     runner.button.click()
     assert "ZeroDivisionError" in runner.errors.outputs[0]["text"] and not runner.button.disabled
+
+
+def test_figures_have_texts_as_names_and_a_file_that_cannot_be_written_is_told_first(tmp_path):
+    with pytest.raises(InputError, match="measurement returns"):
+        list(run_grid(lambda a: {4: 1.0}, {"a": [1]}, tmp_path / "r.json"))
+    with pytest.raises(InputError, match="cannot be written"):
+        list(run_grid(lambda a: pytest.fail("measured"), {"a": [1]}, tmp_path / "nowhere" / "r.json"))

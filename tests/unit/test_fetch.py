@@ -35,7 +35,7 @@ from helpers.digests import file_digest
 from helpers.engine import identity
 from helpers.errors import ModelError, StoreError
 from helpers.model import fetch, from_gguf
-from helpers.model.checkpoint import NAMED, find_checkpoint
+from helpers.model.checkpoint import BUNDLED, NAMED, find_checkpoint
 from helpers.model.stories import draw_corpus
 from helpers.model.tokenizer import load_tokenizer
 
@@ -634,3 +634,11 @@ def test_the_command_without_a_network_prints_no_traceback(ask):
     done = ask(NOWHERE, "get", "owner/name")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "'owner/name' was not downloaded" in done.stderr and "Fix: " in done.stderr
+
+
+def test_a_folder_without_weights_is_not_called_here(tmp_path, capsys):
+    shutil.copytree(BUNDLED, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match="holds no model.safetensors"):
+        fetch.get(str(tmp_path / "model"))
+    assert "needs no getting" not in capsys.readouterr().err
+    assert fetch.get(str(BUNDLED)) == BUNDLED

@@ -120,6 +120,14 @@ def test_the_summary_shows_how_the_sense_grows(work):
         "03 1": True,
         "03 2": False,
     }
+    prediction._here.clear()  # another day, another kernel, with one guess
+    predict("03 1", times=1)
+    reveal("03 1", times=6)
+    assert "notebook 03: 1 of 3" in summary("03").caption
+    prediction._here.clear()
+    for at, guess in enumerate((6, 5, 1)):
+        predict(f"03 {at}", times=guess)
+        reveal(f"03 {at}", times=6)
     assert summary("03").rows[2] == ("03 2", "1 times", "6 times", "6 times too little")
 
 

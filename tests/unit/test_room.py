@@ -80,8 +80,9 @@ def test_a_file_that_is_no_report_is_named(tmp_path, text):
 
 def test_slides_begin_at_sections_and_fetch_nothing_from_another_host(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[markdown("# T"), markdown("## A"), code("1"), markdown("text"), code("2")])
-    with pytest.raises(InputError, match=r"reveal\.js is not there"):
+    with pytest.raises(InputError, match=r"reveal\.js is not there") as refused:
         site.write_slides("00_made", nb, tmp_path)
+    assert re.fullmatch(r"\(mkdir .*\)", refused.value.fix)  # the terminal stays where it is
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "reveal.js/dist").mkdir(parents=True)
     (tmp_path / "reveal.js/dist/reveal.js").touch()
@@ -117,7 +118,10 @@ def test_the_profile_for_a_hub_sets_what_kubespawner_documents():
     # https://jupyterhub-kubespawner.readthedocs.io/en/latest/spawner.html
     (profile,) = spawner.profile_list
     assert profile.keys() <= {"display_name", "slug", "description", "default", "kubespawner_override"}
-    traits = {"image", "cpu_guarantee", "cpu_limit", "mem_guarantee", "mem_limit", "environment"}
+    traits = {"image", "cpu_guarantee", "cpu_limit", "mem_guarantee", "mem_limit", "environment", "cmd", "notebook_dir"}
     # volumes would replace the hub's own, and with them the learner's home
     assert profile["kubespawner_override"].keys() <= traits
+    assert (
+        profile["kubespawner_override"]["notebook_dir"] == profile["kubespawner_override"]["environment"]["COURSE_WORK"]
+    )
     assert all(isinstance(value, str) for value in profile["kubespawner_override"]["environment"].values())

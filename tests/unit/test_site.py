@@ -10,6 +10,7 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in
 bs4 = pytest.importorskip("bs4", reason="the notebook tools are not in this environment")
 
 from helpers.display import Table
+from helpers.errors import InputError
 from helpers.maintain import notebooks, site
 from helpers.paths import PROJECT
 
@@ -169,12 +170,16 @@ def test_what_a_cell_printed_is_text_on_the_page():
     assert page.sections[1].title == "One" and "x = '<b>'" in page.sections[1].text
 
 
-def test_another_folder_is_not_replaced_by_a_site(tmp_path):
+def test_another_folder_is_not_replaced_by_a_site(tmp_path, monkeypatch):
     """helpers run --out ~ had deleted somebody's ~/site."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/index.md").write_text("mine")
     with pytest.raises(InputError, match="no site of the course"):
-        notebooks.run_all(tmp_path, ["03"], folder=tmp_path)
+        notebooks.run_all(tmp_path, ["03"])
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    for out in (notebooks.NOTEBOOKS, tmp_path / "work"):
+        with pytest.raises(InputError, match="notebooks to work in"):
+            notebooks.run_all(out, ["03"])
     with pytest.raises(InputError, match="no site of the course"):
         site.write_site([], tmp_path / "site")
     assert (tmp_path / "site/index.md").read_text() == "mine"

@@ -5,6 +5,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter, PythonExporter
 from torch._inductor.exc import CppCompileError, InductorError
 
-from helpers import BuildRecipe, basic, build_engine, cli, errors, progress, recipe, store
+from helpers import BuildRecipe, basic, build_engine, cli, errors, paths, progress, recipe, store
 from helpers.backends.aot import compile
 from helpers.bench import records
 from helpers.course import experiments
 from helpers.course.lab.compiled import compile_module
-from helpers.errors import BuildError, CourseError, OutOfMemory
+from helpers.course.learner import work_folder
+from helpers.errors import BuildError, CourseError, OutOfMemory, StoreError
 from helpers.machine import doctor
 from helpers.maintain import notebooks, room
 from helpers.model.checkpoint import BUNDLED
@@ -111,7 +113,7 @@ def test_an_error_is_an_object_and_words_for_people(words, kind, capsys):
     assert people.strip()
 
 
-def test_an_answer_is_an_object(capsys, monkeypatch):
+def test_an_answer_is_an_object(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "examine", lambda needed: iter([doctor.failure("broken", "Mend.", name="B")]))
     assert answer(capsys, "list", status=0)[0] == {"ok": True, "engines": []}
     assert answer(capsys, "verify", status=0)[0] == {"ok": True, "whole": [], "damaged": {}}
@@ -121,6 +123,12 @@ def test_an_answer_is_an_object(capsys, monkeypatch):
     told, people = answer(capsys, "explain", "Killed", status=0)
     assert "more memory" in told["troubles"][0]["fix"] and "It means:" in people
     assert answer(capsys, "explain", "nothing known", status=1)[0] == {"ok": False, "troubles": []}
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    for log, text in zip(logs, ("Killed", "OSError: [Errno 24] Too many open files"), strict=True):
+        log.write_text(text)
+    told, people = answer(capsys, "explain", *map(str, logs), status=0)
+    assert len(told["troubles"]) == 2 and "Killed" in people and "Too many open files" in people
+    assert answer(capsys, "explain", "misspelt.log", status=1)[0]["error"]["type"] == "InputError"
     assert {"model", "folder"} <= set(answer(capsys, "model", "list", status=0)[0]["models"][0])
     assert len(answer(capsys, "env", "list", status=0)[0]["environments"]) == 3
 
@@ -193,6 +201,36 @@ def test_a_notebook_that_cannot_show_progress_ends_no_work(handle, monkeypatch):
 def test_a_setting_that_an_error_gives_is_one_word_to_a_shell(monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "my engines"))
     assert shlex.split(own_store_first()) == [f"COURSE_ENGINES=~/engines{os.pathsep}{tmp_path / 'my engines'}"]
+
+
+@pytest.mark.parametrize("variable", ["COURSE_ENGINES", "COURSE_MODELS", "COURSE_WORK"])
+def test_a_relative_folder_is_refused_because_a_notebook_works_in_another(variable, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "my folder")
+    ask = {"COURSE_ENGINES": paths.engines_folder, "COURSE_MODELS": paths.models_folder}.get(variable, work_folder)
+    with pytest.raises(StoreError, match="another folder for a terminal than for a notebook") as refused:
+        ask()
+    assert f"export {variable}='{tmp_path}/my folder'" in refused.value.fix and not list(tmp_path.iterdir())
+
+
+def test_the_folder_that_an_error_gives_is_another_one_and_the_rest_can_be_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COURSE_ENGINES", os.pathsep.join(["~/engines", str(tmp_path / "shared")]))
+    (tmp_path / "shared").mkdir()
+    assert own_store_first() == f"COURSE_ENGINES=~/engines-2:{tmp_path / 'engines'}:{tmp_path / 'shared'}"
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "engines" not in str(path) and access(path, mode))
+    assert own_store_first() == f"COURSE_ENGINES=~/engines-2:{tmp_path / 'shared'}"
+
+
+def test_every_command_that_an_error_gives_works_in_any_terminal():
+    """`python` and `pip` may be another environment's, or none; `helpers` is the course's command line."""
+    for path in (PROJECT / "helpers").rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if "fix" in line or "install" in line:
+                assert not re.search(r"(?<!PYTHON} -m )\bpip install|python -m (helpers (?!\.)|pip|ensurepip)", line), (
+                    line
+                )
 
 
 def test_what_a_notebook_shows_because_it_is_slow_here_is_nothing_in_its_committed_outputs(monkeypatch):
@@ -283,6 +321,7 @@ def test_the_laboratorys_compiler_tells_its_errors_in_words(monkeypatch):
         (OSError(errno.EAGAIN, "x"), "another process"),
         (OSError(errno.ENOMEM, "x"), "more memory"),
         (OSError(errno.EIO, "x"), "disk or its network"),
+        (OSError(errno.ENOLCK, "x"), "local disk"),
         (RuntimeError(os.strerror(errno.EMFILE)), "files open"),  # of a library that passes on words only
         (OSError(errno.EPIPE, os.strerror(errno.EACCES)), ""),  # the number counts, not the words beside it
         (OSError("not a valid model"), ""),

@@ -167,6 +167,36 @@ def test_an_error_of_the_course_names_its_kind():
             assert [match.card.error for match in explain(text).troubles] == [name]
 
 
+def test_an_error_of_the_course_keeps_its_own_cause_and_fix():
+    error = errors.StoreError(
+        "Others may write to it.", cause="They could put theirs in its place.", fix="chmod go-w x"
+    )
+    (found,) = explain(f"StoreError: {error}\nanother line").troubles
+    assert found.card.cause == "They could put theirs in its place." and found.card.fix == "chmod go-w x"
+    (found,) = explain("StoreError: The folder cannot be written.").troubles
+    assert "COURSE_ENGINES" in found.card.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("vllm/_C.abi3.so: undefined symbol: _ZN3c104cuda29c10", ".venv-vllm"),
+        ("ModuleNotFoundError: No module named 'tensorrt_llm'", "backend='tensorrt_llm'"),
+        ("different text every time I run it", "seed"),
+        ("ImportError: libtorch_cpu.so: failed to map segment from shared object", "memory"),
+        ("Out of memory: Kill process 1234 (python) score 900", "more memory"),
+    ],
+)
+def test_a_message_with_several_causes_is_told_with_all(text, words):
+    (found,) = explain(text).troubles
+    assert words in found.card.fix
+
+
+@pytest.mark.parametrize("text", ["the build does not stop", "JupyterLab doesn't stop", "the kernel won't end"])
+def test_what_does_not_stop_is_not_always_a_text(text):
+    assert not explain(text)
+
+
 @pytest.mark.parametrize(
     ("text", "fix"),
     [

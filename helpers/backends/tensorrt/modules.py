@@ -142,7 +142,9 @@ def _job(
                 with progress.phase(f"quantize to {precision}"):
                     largest = None
                     if precision == "fp8":
-                        largest = onnx_export.calibrate(model, onnx_export.example_feeds(model, example_inputs))
+                        likely = {name: shapes[1] for name, shapes in next(iter(settings.profiles), {}).items()}
+                        feeds = onnx_export.example_feeds(model, example_inputs, likely)
+                        largest = onnx_export.calibrate(model, feeds)
                     onnx_export.quantize(model, precision, largest)
             onnx_export.save(model, file)
             plan = folder / f"{GRAPH}.plan"

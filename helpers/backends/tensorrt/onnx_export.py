@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import math
 import os
 import re
 import warnings
@@ -115,6 +116,7 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         raise _no_onnx(path) from error
     if not model.graph.node or not model.opset_import:
         raise _no_onnx(path)
+    _name_each_node(model.graph)
     try:
         if weights:
             onnx.load_external_data_for_model(model, str(path.parent))
@@ -125,6 +127,15 @@ def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
             fix="Copy that file to the folder of the .onnx file, whole.",
         ) from error
     return model
+
+
+def _name_each_node(graph: onnx.GraphProto) -> None:
+    """Names are optional in ONNX; the report and what is inserted for narrow weights need one for each node."""
+    taken: set[str] = set()
+    for number, node in enumerate(graph.node):
+        while not node.name or node.name in taken:
+            node.name = f"{node.name or node.op_type}_{number}"
+        taken.add(node.name)
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -171,11 +182,18 @@ def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float
     the greatest magnitude of each product's input, by weight name (see `calibrate`).
     """
     graph = model.graph
-    initializers = {t.name: t for t in graph.initializer}
-    products = list(_products(graph, initializers))
+    constants = _constants(graph)
+    products = list(_products(graph, constants))
+    if not products:
+        raise BuildError(
+            f"Nothing of this graph becomes {precision}.",
+            cause="It has no product (MatMul, Gemm) with a constant matrix; convolutions and recurrent layers stay as "
+            "they are.",
+            fix="Build it in fp16 or bf16.",
+        )
     done: set[str] = set()
     for node, weight, rows in products:
-        values = _values(initializers[weight])
+        values = _values(constants[weight])
         name = f"{weight}_{precision}"
         if weight not in done:
             done.add(weight)
@@ -183,7 +201,7 @@ def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float
         attributes = scale_axes(weight, precision, rows, values.shape[1 - rows])
         _insert(graph, node, 1, "DequantizeLinear", [name, f"{name}_scale"], f"{node.name}_weight", attributes)
         if precision == "fp8":
-            _quantize_activation(graph, node, weight, (largest or {})[weight], initializers[weight].data_type)
+            _quantize_activation(graph, node, weight, (largest or {})[weight], constants[weight].data_type)
     used = {name for node in graph.node for name in node.input}
     kept = [t for t in graph.initializer if t.name in used]
     del graph.initializer[:]
@@ -204,47 +222,82 @@ def onnx_type(dtype: torch.dtype) -> int:
 def calibrate(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The greatest magnitude at each product's input when the graph runs on these inputs, by weight name.
 
-    Runs onnx's reference evaluator: slow, and good enough for a few inputs.
+    Runs onnx's reference evaluator: slow, and good enough for a few inputs. BuildError where it cannot.
     """
     from onnx.reference import ReferenceEvaluator
 
-    initializers = {t.name: t for t in model.graph.initializer}
-    products = list(_products(model.graph, initializers))
+    products = list(_products(model.graph, _constants(model.graph)))
     names = sorted({node.input[0] for node, _, _ in products})
     watched = copy.deepcopy(model)
     del watched.graph.output[:]
     watched.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        activations = dict(zip(names, ReferenceEvaluator(watched).run(None, dict(feeds)), strict=True))
-    return {weight: float(np.abs(activations[n.input[0]]).max().astype(np.float32)) for n, weight, _ in products}
+        try:
+            activations = dict(zip(names, ReferenceEvaluator(watched).run(None, dict(feeds)), strict=True))
+        except Exception as error:  # whatever an operation of somebody's graph makes of these inputs
+            raise _not_calibrated(f"{type(error).__name__}: {_first_words(str(error))}") from error
+    largest = {weight: float(np.abs(activations[n.input[0]]).max().astype(np.float32)) for n, weight, _ in products}
+    if wrong := [weight for weight, most in largest.items() if not math.isfinite(most)]:
+        raise _not_calibrated(f"the input of the product with {wrong[0]} is not finite")
+    return largest
 
 
-def example_feeds(model: onnx.ModelProto, inputs: Sequence[Any] = ()) -> dict[str, np.ndarray]:
+def _not_calibrated(why: str) -> BuildError:
+    return BuildError(
+        f"The graph cannot be calibrated for fp8: {why}",
+        cause="It is computed once by onnx's reference evaluator: with the example inputs, or with random ones of the "
+        "profile's likely shapes.",
+        fix="Give profiles, or example inputs, that the graph can compute with; or build in int8, which needs none.",
+    )
+
+
+def example_feeds(
+    model: onnx.ModelProto, inputs: Sequence[Any] = (), shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, np.ndarray]:
     """Inputs to calibrate with: the tensors among those given, for the export has fixed what else there is; else
-    standard normal numbers (zeros for whole numbers)."""
+    standard normal numbers (ones for whole numbers, which may be a mask). shapes: of inputs whose axes are open."""
     generator = np.random.default_rng(0)
     feeds = {}
-    every = [v for value in inputs for v in (value if isinstance(value, (list, tuple)) else [value])]
-    flat = [value for value in every if isinstance(value, Tensor)]
+    flat = [value for value in _flat(inputs) if isinstance(value, Tensor)]
     for index, value in enumerate(model.graph.input):
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         if flat:
             feeds[value.name] = flat[index].detach().cpu().float().numpy().astype(dtype)
             continue
-        shape = [d.dim_value or 2 for d in value.type.tensor_type.shape.dim]
-        numbers = generator.standard_normal(shape) if dtype.kind not in "iub" else np.zeros(shape)
+        shape = (shapes or {}).get(value.name) or [d.dim_value or 2 for d in value.type.tensor_type.shape.dim]
+        numbers = generator.standard_normal(shape) if dtype.kind not in "iub" else np.ones(shape)
         feeds[value.name] = numbers.astype(dtype)
     return feeds
 
 
-def _products(graph: onnx.GraphProto, initializers: Mapping[str, TensorProto]) -> Iterator[tuple[Any, str, int]]:
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _flat(inner)
+    else:
+        yield value
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, TensorProto]:
+    """The tensors that a graph holds, by name: initializers, and what nodes named Constant give."""
+    nodes = {
+        node.output[0]: attribute.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.HasField("t")
+    }
+    return nodes | {tensor.name: tensor for tensor in graph.initializer}
+
+
+def _products(graph: onnx.GraphProto, constants: Mapping[str, TensorProto]) -> Iterator[tuple[Any, str, int]]:
     """Each product with a constant matrix: its node, the matrix's name, its axis of output rows."""
     for node in graph.node:
         if node.op_type not in ("Gemm", "MatMul"):
             continue
         weight = node.input[1]
-        matrix = initializers.get(weight)
+        matrix = constants.get(weight)
         if matrix is not None and len(matrix.dims) == 2 and matrix.data_type in TORCH_TYPES:
             transposed = any(a.name == "transB" and a.i for a in node.attribute)
             yield node, weight, 0 if transposed else 1
@@ -332,6 +385,8 @@ def _values(tensor: TensorProto) -> Tensor:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_cast(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {key: _cast(inner, dtype) for key, inner in value.items()}
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -38,7 +38,14 @@ def end_at(answer: Any) -> None:
     def right(ids: list[int], ends: list[int]) -> list[int]:
         return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
-    cases = [([5, 7, 2, 9, 2], [2]), ([5, 7], [2]), ([2, 5], [2]), ([8, 3, 4, 2], [2, 3]), ([], [2])]
+    cases = [
+        ([5, 7, 2, 9, 2], [2]),
+        ([5, 7], [2]),
+        ([2, 5], [2]),
+        ([8, 3, 4, 2], [2, 3]),
+        ([8, 2, 4, 3], [2, 3]),
+        ([], [2]),
+    ]
     same_as(answer, right, cases, lambda ids: numbers(ids, whole))
 
 
@@ -85,7 +92,7 @@ def is_fault(answer: Any) -> None:
 @full_is_told()
 def damaged(answer: Any) -> None:
     with tempfile.TemporaryDirectory(dir=temporary_folder()) as name:
-        folder, content = Path(name), {"a.pt2": b"one", "b.pt2": b"two", "c.json": b"{}", "d.bin": b""}
+        folder, content = Path(name), {"a.pt2": b"PK\xae\xff\r\n", "b.pt2": b"two", "c.json": b"{}", "d.bin": b""}
         manifest = {file: hashlib.sha256(data).hexdigest() for file, data in content.items()}
         for changes in ({}, {"b.pt2": b"twO"}, {"a.pt2": None}, {"c.json": b"", "d.bin": b"x"}, {"d.bin": None}):
             for file, data in {**content, **changes}.items():

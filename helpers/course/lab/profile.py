@@ -115,9 +115,12 @@ def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "O
                 f"A step runs one graph; the report is of {have}.", fix="Give one: report.of('decode_b1')."
             )
     ids, graph = engine.tokenize(prompt), report.graphs()[0] if report else ""
-    step = (lambda: engine.prefill([ids])) if graph.startswith("prefill") else (lambda: engine.decode([14]))
+    size = sequences(graph) if graph else 1
+    step = (
+        (lambda: engine.prefill([ids] * size)) if graph.startswith("prefill") else (lambda: engine.decode([14] * size))
+    )
     with engine.alone():
-        engine.prefill([ids])
+        engine.prefill([ids] * size)
         if report is None:
             return _eager(launches(step, ATEN))
         if isinstance(engine, AotEngine) and engine.device == "cuda":  # there, some calls are known by ATen
