@@ -341,7 +341,7 @@ def remove(engine: Path | str) -> Path:
     if (parent := folder.absolute().parent).resolve() != engines_folder().resolve():
         raise EngineNotFound(
             f"{folder.name!r} lies in {parent}, and your own store is {engines_folder()}; it is left alone.",
-            fix="Whoever owns that folder can remove it.",
+            fix="If it is yours, delete it by hand; else whoever owns that folder can.",
         )
     with _refusals_explained():
         _discard(folder)

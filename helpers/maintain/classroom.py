@@ -209,4 +209,6 @@ def grade(notebook: str) -> Grade:
         entry = answers.get(task.number, {"state": "open", "wrong": []})
         state = "right" if entry["state"] == "right" else "wrong" if entry["wrong"] else "open"
         marks.append(Mark(task.number, task.title, task.points if state == "right" else 0, task.points, state))
+    if others := sorted(answers.keys() - tasks.keys()):
+        result.problems.append(f"it answers {', '.join(others)}, of another notebook than its name begins with")
     return Grade(path.stem, marks, result.problems)

@@ -51,12 +51,13 @@ def test_a_notebook_that_sets_its_folder_is_graded_like_others(tmp_path, monkeyp
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     cells = [
         f"import os\nos.environ['COURSE_WORK'] = {str(tmp_path / 'theirs')!r}",
-        "from helpers.course.exercises import check\ncheck('00.3', 0)\ncheck('00.3', 1)",
+        "from helpers.course.exercises import check\ncheck('00.3', 0)\ncheck('00.3', 1)\ncheck('01.1', 1)",
     ]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebooks.write(nb, tmp_path / "00_bob.ipynb")
     grade = classroom.grade(str(tmp_path / "00_bob.ipynb"))
     assert {mark.state for mark in grade.marks} > {"open"} and not (tmp_path / "theirs").exists()
+    assert grade.problems == ["it answers 01.1, of another notebook than its name begins with"]
 
 
 def test_what_cannot_be_graded(tmp_path, monkeypatch, capsys):
