@@ -1,7 +1,9 @@
 # The course on a CPU, in a container. An NVIDIA GPU with TensorRT-LLM needs NVIDIA's own: compose.yaml.
 #
 #   docker build --tag course .
-#   docker run --rm --publish 127.0.0.1:8888:8888 course        JupyterLab; the log shows its address with the token
+#   docker run --rm --publish 127.0.0.1:8888:8888 --volume course-work:/home/learner/course/work course
+#
+# The second starts JupyterLab; the log shows its address with the token. The volume keeps your copies of the notebooks.
 #
 # PIP_EXTRA_INDEX_URL may offer pip a CPU build of torch; without it pip takes the CUDA build, several GB more.
 
@@ -19,7 +21,8 @@ FROM tools AS course
 ARG PIP_EXTRA_INDEX_URL=
 WORKDIR /home/learner/course
 COPY --chown=learner . .
-RUN make setup && .venv/bin/helpers doctor
+# work/ is there so that a volume in its place is learner's.
+RUN make setup && .venv/bin/helpers doctor && mkdir work
 # For Binder and JupyterHub, which start their own command.
 ENV PATH=/home/learner/course/.venv/bin:$PATH
 EXPOSE 8888
