@@ -99,6 +99,23 @@ def test_a_python_that_is_named_is_the_environments_or_refused(project):
     assert refused.returncode and "make clean" in refused.stdout
 
 
+def test_a_set_up_that_was_interrupted_before_pip_was_there_goes_on(project):
+    python, log = project / ".venv/bin/python", project / "log"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in\n'
+        f'*"import pip"*) exit 1;;\n*version_info*) exec {sys.executable} "$@";;\nesac\n'
+    )
+    python.chmod(0o755)
+    assert make(project, "setup").returncode == 0
+    words = log.read_text()
+    assert words.index("-m ensurepip") < words.index("-m pip install") and (project / ".venv/.set-up").exists()
+
+
+def test_make_passes_on_how_many_steps_of_the_gpu_check_run_at_a_time(project):
+    assert "--jobs '12'" in make(project, "--dry-run", "gpu-check", "JOBS=12").stdout
+
+
 def test_what_cannot_be_downloaded_is_an_error_of_ours(project, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
