@@ -92,16 +92,15 @@ def _others_write(info: os.stat_result, owners: set[int]) -> bool:
 
 
 def _trust(store: Path) -> str:
-    return (
-        f"export COURSE_TRUSTED_ENGINES={shlex.quote(os.pathsep.join(map(str, [*trusted_folders(), store.resolve()])))}"
-    )
+    folders = os.pathsep.join(map(str, [*trusted_folders(), store.resolve()]))
+    return f"export COURSE_TRUSTED_ENGINES={shlex.quote(folders)}"
 
 
 def _open_to_others(folder: Path, path: Path, info: os.stat_result, mend: str) -> StoreError:
     mine = os.geteuid() in (0, info.st_uid)
-    mend += f". Some disks keep no modes (NTFS). If nobody else writes there: {_trust(folder.absolute().parent)}"
     return StoreError(
         f"Engine {folder.name!r} is not loaded: others may write to {path}.",
-        cause="An engine is native code, and they could put their own in its place.",
+        cause="An engine is native code, and they could put theirs in its place. Of a disk without modes (NTFS) this "
+        f"is always said; if nobody else writes there: {_trust(folder.absolute().parent)}",
         fix=mend if mine else f"Ask {user_name(info.st_uid)}, who owns it, for this: {mend}",
     )
