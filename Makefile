@@ -111,14 +111,15 @@ $(OLDEST)/.set-up: pyproject.toml constraints/oldest.txt
 	@touch $@
 
 # What must be there before anything is installed: $(PYTHON) of a version in $(VERSIONS), with venv, and a C++ compiler.
+HAVE = $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 check:
-	@have=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	@have=$$($(HAVE)); \
 	case " $(VERSIONS) " in *" $${have:-none} "*) ;; *) \
 	  echo "$(PYTHON) is Python $${have:-(not found)}; needed is one of: $(VERSIONS)."; \
 	  echo "Fix: name one that you have, for example: make PYTHON=python3.12 setup"; exit 1;; esac
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make virtual environments."; \
-	  echo "Fix: install its venv package (Debian and Ubuntu: apt install python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv)."; exit 1; }
+	  echo "Fix: install its venv package (Debian and Ubuntu: apt install python$$($(HAVE))-venv)."; exit 1; }
 	@for cxx in "$${CXX:-g++}" g++ c++ clang++; do command -v $$cxx >/dev/null && exit 0; done; \
 	  echo "No C++ compiler found (looked for g++, c++, clang++). The aot engine is compiled with one."; \
 	  echo "Fix: install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)."; exit 1

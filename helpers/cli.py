@@ -390,16 +390,18 @@ def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
 def _explain(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.course import cards
 
-    words = settings.message
-    if words and all(map(os.path.isfile, words)):
-        explanations = [cards.explain(Path(word)) for word in words]
-    elif words:
-        message = " ".join(words)
-        if message.endswith((".log", ".txt")) and message.split() == [message]:
-            raise InputError(f"There is no file {message!r}.", fix="Give the path of a log, or a message.")
-        explanations = [cards.explain(Path(message) if os.path.isfile(message) else message)]  # noqa: PTH113 (any text)
+    message = " ".join(settings.message)
+    logs = [message] if os.path.isfile(message) else settings.message  # noqa: PTH113 (any text)
+    given: list[Path | str]
+    if not message:
+        given = [_pasted()]
+    elif all(map(os.path.isfile, logs)):
+        given = [Path(log) for log in logs]
+    elif message.endswith((".log", ".txt")) and message.split() == [message]:
+        raise InputError(f"There is no file {message!r}.", fix="Give the path of a log, or a message.")
     else:
-        explanations = [cards.explain(_pasted())]
+        given = [message]
+    explanations = [cards.explain(each) for each in given]
     print(*explanations, sep="\n\n")
     found = [match for explanation in explanations for match in explanation.troubles]
     return {"ok": bool(found), "troubles": [asdict(match.card) | {"line": match.line} for match in found]}

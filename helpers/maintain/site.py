@@ -62,9 +62,9 @@ def check_replaceable(out: Path) -> None:
 
 def write_site(pages: Sequence[Page], out: Path) -> None:
     """Write the site of these pages, in reading order. The folder is replaced as a whole. Raises InputError."""
-    check_replaceable(out)
     from jinja2 import Environment, FileSystemLoader
 
+    check_replaceable(out)
     template = Environment(loader=FileSystemLoader(FILES), trim_blocks=True).get_template("page.html.j2")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

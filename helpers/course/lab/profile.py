@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -116,11 +117,10 @@ def profile(engine: Engine, report: EngineReport | None = None, prompt: str = "O
             )
     ids, graph = engine.tokenize(prompt), report.graphs()[0] if report else ""
     size = sequences(graph) if graph else 1
-    step = (
-        (lambda: engine.prefill([ids] * size)) if graph.startswith("prefill") else (lambda: engine.decode([14] * size))
-    )
+    read, write = partial(engine.prefill, [ids] * size), partial(engine.decode, [14] * size)
+    step = read if graph.startswith("prefill") else write
     with engine.alone():
-        engine.prefill([ids] * size)
+        read()
         if report is None:
             return _eager(launches(step, ATEN))
         if isinstance(engine, AotEngine) and engine.device == "cuda":  # there, some calls are known by ATen
