@@ -10,15 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from helpers.backends.tensorrt import llama_onnx, onnx_export
+from helpers.backends.tensorrt.onnx_export import is_plugin
 from helpers.display import Table
 from helpers.errors import InputError, need
 from helpers.model.checkpoint import find_checkpoint
 from helpers.paths import name_of_folder, named, owned_folder
 
-PLAIN = ("", "ai.onnx")  # the domain of ONNX's own operators; a node of any other is a plugin
 PRODUCTS = ("MatMul", "Gemm")
 
 
@@ -67,16 +67,18 @@ def interface(model: ModelProto, caption: str = "") -> Table:
 
 
 def compare(exports: Mapping[str, Sequence[ModelProto]], caption: str = "") -> Table:
-    """A column for each graph, under its export's title; where an export has several, with the graph's name."""
+    """A column for each graph, under its export's title; where an export has several, with the graph's name, or its
+    place where two have one name."""
     need(exports, Mapping, "Give each export's graphs with a title: {'this course': course_graphs(MODEL)}.")
     for models in exports.values():
         need(models, Sequence, "Give a list of graphs, also for one: [read(file)].")
         list(map(_need_model, models))
-    columns = {
-        title if len(models) == 1 else f"{title}: {model.graph.name}": model
-        for title, models in exports.items()
-        for model in models
-    }
+    columns = {}
+    for title, models in exports.items():
+        names = [model.graph.name for model in models]
+        places = names if len(set(names)) == len(names) else range(1, len(names) + 1)
+        for place, model in zip(places, models, strict=True):
+            columns[title if len(models) == 1 else f"{title}: {place}"] = model
     rows = {
         "nodes": lambda model: f"{len(model.graph.node):,}",
         "of them plugins": lambda model: _counted(n.op_type for n in model.graph.node if is_plugin(n)),
@@ -113,10 +115,6 @@ def _cache(values: Iterable[ValueInfoProto]) -> str:
 def _families(values: Iterable[ValueInfoProto]) -> list[tuple[int, str, str]]:
     counts = Counter((re.sub(r"\d+$", "N", value.name), _type(value)) for value in values)
     return [(n, name, kind) for (name, kind), n in counts.items()]
-
-
-def is_plugin(node: NodeProto) -> bool:
-    return node.domain not in PLAIN
 
 
 def _type(value: ValueInfoProto) -> str:

@@ -19,6 +19,7 @@ from torch import nn
 
 from helpers import store
 from helpers.backends.report import REPORT_FILE, write_report
+from helpers.backends.tensorrt.onnx_export import is_plugin
 from helpers.course import edge_llm, onnx_tables
 from helpers.course.recorded import FOLDER, words
 from helpers.engine import build_module, inspect
@@ -50,7 +51,7 @@ def keep_export(exported: Path, name: str) -> Path:
     which is most of the file and holds paths of this machine."""
     folder, manifest = _empty(name), store.read_manifest(exported)
     graph = onnx_tables.read(exported / edge_llm.GRAPH)
-    plugins = [node for node in graph.graph.node if onnx_tables.is_plugin(node)]
+    plugins = [node for node in graph.graph.node if is_plugin(node)]
     shown = {name for node in plugins for name in (*node.input, *node.output)}
     kept = [value for value in graph.graph.value_info if value.name in shown]
     del graph.graph.value_info[:], graph.metadata_props[:], graph.graph.metadata_props[:]

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: it comes with the course on Linux and Windows")
 
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from helpers import inspect, store
@@ -421,8 +422,70 @@ def test_weights_beside_an_onnx_file_that_cannot_be_read_are_told(tmp_path, stat
 
 
 def test_a_module_without_data_is_refused_in_our_words():
-    with pytest.raises(BuildError, match="cannot be written as ONNX"):
+    with pytest.raises(BuildError, match="cannot compute with these inputs"):
         build_module(nn.Linear(4, 4, device="meta"), (torch.ones(1, 4),), quiet=True)
+
+
+class FFT(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft(x).abs()
+
+
+class Checked(nn.Module):
+    def forward(self, x):
+        assert x.shape[1] == 768, "width"
+        return x
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "words"),
+    [
+        (nn.Linear(256, 64), (8, 128), "cannot be multiplied"),
+        (nn.Conv2d(3, 8, 3), (1, 1, 28, 28), "to have 3 channels"),
+        (nn.Embedding(9, 8), (2, 3), "Long, Int"),
+        (nn.Bilinear(4, 4, 4), (2, 4), "missing 1 required"),
+        (Checked(), (2, 16), "AssertionError: width"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_inputs_that_a_module_cannot_take_are_told_as_that(module, shape, words, capfd):
+    with pytest.raises(BuildError, match="cannot compute with these inputs") as refused:
+        build_module(module, (torch.ones(shape),), "fp16", quiet=True)
+    assert words in refused.value.what and "module(*inputs)" in refused.value.fix
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "words"),
+    [
+        ("Mul", np.ones(64, "f2"), "must have same input types"),
+        ("MatMul", np.ones((32, 5), "f4"), "must match"),
+        ("Add", np.ones(7, "f4"), "conformable"),
+        ("Reshape", np.array([7, 7]), "changes volume"),
+    ],
+)
+def test_a_wrong_graph_is_told_in_tensorrts_first_words(op, weight, words, tmp_path):
+    """Without a driver, another complaint follows: that CUDA is not there."""
+    node = onnx.helper.make_node(op, ["x", "w"], ["y"], name="wrong")
+    with pytest.raises(BuildError, match=words) as refused:
+        build_onnx(onnx_file(tmp_path / "m.onnx", [node], [("w", weight)]), quiet=True)
+    assert f"wrong ({op})" in refused.value.cause
+
+
+def onnx_file(path, nodes, constants):
+    """An ONNX file with an fp32 input x [8, 64] and the output y."""
+    value = onnx.helper.make_tensor_value_info
+    x, y = value("x", onnx.TensorProto.FLOAT, [8, 64]), value("y", onnx.TensorProto.FLOAT, None)
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants]
+    graph = onnx.helper.make_graph(nodes, "main", [x], [y], tensors)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def test_an_onnx_operation_that_tensorrt_lacks_is_no_plugin():
+    with pytest.raises(BuildError, match="DFT") as refused:
+        build_module(FFT(), (torch.randn(2, 16),), quiet=True)
+    assert "no such operation" in refused.value.cause and "test_tensorrt.py" in refused.value.cause
 
 
 def test_an_operator_that_tensorrt_lacks():
@@ -579,6 +642,107 @@ class OfAnImage(nn.Module):
 
     def forward(self, x):
         return self.linear(self.convolution(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("precision", ["", "fp16", "fp32", "bf16"])
+def test_an_onnx_file_in_fp16_gets_the_precision_that_is_asked_for(precision, tmp_path):
+    """Or keeps its own, and is called by it."""
+    matrix = np.ones((64, 32), "f2")
+    weight = onnx.numpy_helper.from_array(matrix)
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["narrow"], to=onnx.TensorProto.FLOAT16),
+        onnx.helper.make_node("Constant", [], ["w"], value=weight),
+        onnx.helper.make_node("MatMul", ["narrow", "w"], ["p"]),
+        onnx.helper.make_node("Cast", ["p"], ["y"], to=onnx.TensorProto.FLOAT),
+    ]
+    folder = build_onnx(onnx_file(tmp_path / "m.onnx", nodes, []), precision, quiet=True)
+    asked = precision or "fp16"
+    types = {kernel.dtype for kernel in inspect(folder).kernels if "float" in kernel.dtype}
+    assert store.read_manifest(folder)["recipe"]["precision"] == asked
+    assert {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}[asked] in types
+    assert precision not in ("fp32", "bf16") or "float16" not in types
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_branches_of_an_if_and_lone_numbers_get_the_precision_too(precision, tmp_path):
+    """Types that are mixed would be refused."""
+    value = onnx.helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, None)
+    branch = [
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("Mul", ["x", f"w{i}"], ["b"])],
+            f"branch{i}",
+            [],
+            [value],
+            [onnx.numpy_helper.from_array(np.full(64, 2.0, "f4"), f"w{i}")],
+        )
+        for i in range(2)
+    ]
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["half"], value_float=0.5),
+        onnx.helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        onnx.helper.make_node("Greater", ["most", "half"], ["large"]),
+        onnx.helper.make_node("If", ["large"], ["y"], then_branch=branch[0], else_branch=branch[1]),
+    ]
+    assert build_onnx(onnx_file(tmp_path / "m.onnx", nodes, []), precision, quiet=True)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, left, right):
+        return self.a(left) + self.b(right)
+
+
+@pytest.mark.parametrize("module", [Two(), nn.MultiheadAttention(16, 2, batch_first=True)], ids=["own", "torch"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_one_tensor_for_several_inputs_leaves_every_input_read(module, precision):
+    x = torch.randn(2, 4, 16)
+    inputs = (x, x) if isinstance(module, Two) else (x, x, x)
+    graph = onnx_export.export(module, inputs, precision=precision).graph
+    assert len(graph.input) == len(inputs)
+    assert all(any(value.name in node.input for node in graph.node) for value in graph.input)
+
+
+class TiedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(512, 64), nn.Linear(64, 512, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+def test_weights_that_are_only_rearranged_become_narrow_too(precision):
+    """An attention's three projections lie in one matrix; a tied head reads the embedding's."""
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(64, 2, batch_first=True, bias=False), torch.randn(2, 8, 64)
+    graphs = [
+        onnx_export.export(attention, (x, x, x), precision=precision),
+        onnx_export.export(TiedHead(), (torch.tensor([[1, 2]]),), precision=precision),
+    ]
+    for model, products in zip(graphs, (4, 1), strict=True):
+        feeds = onnx_export.example_feeds(model)
+        expected = ReferenceEvaluator(model).run(None, feeds)[0]
+        onnx_export.fold(model.graph)
+        largest = onnx_export.calibrate(model, feeds) if precision == "fp8" else None
+        assert len(onnx_export.quantize(model, precision, largest)) == products
+        if precision == "int8":
+            found = ReferenceEvaluator(model).run(None, feeds)[0]
+            assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_an_axis_is_open_where_profiles_differ_whatever_their_order():
+    module, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.randn(8, 64)
+    many, one = {"input": ((1, 64), (8, 64), (32, 64))}, {"input": ((1, 64),) * 3}
+    for profiles in ([many, one], [one, many], [one, {"input": ((8, 64),) * 3}]):
+        folder = build_module(module, (x,), "fp16", quiet=True, profiles=profiles)
+        assert store.read_manifest(folder)["details"]["inputs"][0]["shape"] == ["?", 64]
+    with pytest.raises(BuildError, match="the example has length 1"):
+        build_module(module, (x[:1],), "fp16", quiet=True, profiles=[many])
 
 
 def test_open_axes_are_calibrated_with_the_profiles_likely_shape(tmp_path):

@@ -73,6 +73,10 @@ def test_inputs_of_every_layer_are_one_row(small):
     assert sum(count for _, count, _, _ in rows) == len(small.graph.input) + len(small.graph.output)
 
 
+def test_two_graphs_of_one_name_are_two_columns(small):
+    assert onnx_tables.compare({"mine": [small, two_layers()]}).columns == ("", "mine: 1", "mine: 2")
+
+
 def test_side_by_side(small):
     second = two_layers()
     second.graph.name = "decode"

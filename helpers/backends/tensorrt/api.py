@@ -43,7 +43,9 @@ def version(provider: str) -> str:
 
 def explain(words: list[str], what: str) -> CourseError:
     """Our error for TensorRT's messages: its own words, and where they are known, cause and fix."""
-    text = "\n".join(words).strip() or "TensorRT gave no reason."
+    lines = "\n".join(words).strip().splitlines()
+    # Without a driver, most complaints about a graph are followed by one that CUDA is not there.
+    text = "\n".join([line for line in lines if "catchCudaError" not in line] or lines) or "TensorRT gave no reason."
     for card, _, line in matches(text, KNOWN):
         return card.as_error(f"{what} TensorRT says: {line}")
     return BuildError(f"{what} TensorRT says: {text:.1500}", fix="Look at the node or option that it names.")

@@ -130,7 +130,7 @@ def plan_from_onnx(
         arguments = {"onnx": str(file), "plan": str(plan), "provider": settings.provider, "options": options}
         built = worker.call("build", time_limit=time_limit, **arguments)
     if "refused" in built:
-        raise _refused(built, nodes)
+        raise _refused(built, model, nodes)
     if built["inspector"]:
         engine_layers = layers.parse_inspector(built["inspector"])
     elif built["message"]:
@@ -171,17 +171,21 @@ def details(settings: Options) -> dict[str, Any]:
     return {"provider": settings.provider, "version": version, "runs_on": runs_on(settings)}
 
 
-def _refused(built: dict[str, Any], nodes: dict[str, str]) -> CourseError:
+def _refused(built: dict[str, Any], model: onnx.ModelProto, nodes: dict[str, str]) -> CourseError:
     """The parser's message: what it means, where that is known, else the module's line of the node that it names."""
+    from helpers.backends.tensorrt.onnx_export import is_plugin
+
     error = explain(built["refused"], "The graph is refused.")
-    if error.cause:
-        return error
     named = zip(built["nodes"], built["operators"], strict=False)
+    # What TensorRT has no operation for, it takes for a plugin, ONNX's own operations too.
+    own = {node.name for node in model.graph.node if not is_plugin(node)}
+    if error.cause and not ("Plugin not found" in error.what and own.issuperset(built["nodes"])):
+        return error
     places = [f"{node} ({op}), from {nodes.get(node) or 'an unknown line'}" for node, op in named]
     return BuildError(
         error.what,
-        cause=f"TensorRT has no such operation, or not with these types: {'; '.join(places)}."
+        cause=f"TensorRT has no such operation, or not with these types or shapes: {'; '.join(places)}."
         if places
         else "The file is no network that TensorRT knows.",
-        fix="Write that line of the module with other operations.",
+        fix="Mend that line of the module, or write it with other operations.",
     )

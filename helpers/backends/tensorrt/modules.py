@@ -74,12 +74,13 @@ def from_module(
         what = f"{shown(module)} with {shown(example_inputs)}"
         raise BuildError(f"{what} is no module with inputs.", fix="Give a torch.nn.Module and a tuple of its inputs.")
     settings = _settings(precision, name, time_limit, options)
+    asked: dict[str, list[Sequence[int]]] = {}  # the shapes of each input, of all profiles
+    for profile in settings.profiles:
+        for input_, shapes in profile.items():
+            asked.setdefault(input_, []).extend(shapes)
     varying = {
-        name: [
-            axis for axis, (least, greatest) in enumerate(zip(shapes[0], shapes[2], strict=True)) if least != greatest
-        ]
-        for profile in settings.profiles
-        for name, shapes in profile.items()
+        input_: [axis for axis, lengths in enumerate(zip(*shapes, strict=True)) if len(set(lengths)) > 1]
+        for input_, shapes in asked.items()
     }
 
     @cache
@@ -105,7 +106,9 @@ def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float,
     if precision:
         onnx_export.retype(model, precision)
     content = _content_of_graph(model, {})
-    return _job(name or file.stem, precision or "fp32", settings, content, lambda: model, time_limit, ())
+    return _job(
+        name or file.stem, precision or onnx_export.float_type(model), settings, content, lambda: model, time_limit, ()
+    )
 
 
 def _settings(precision: str, name: str, time_limit: float, options: dict[str, Any]) -> Options:
@@ -141,6 +144,7 @@ def _job(
             if precision in onnx_export.COMPUTE:
                 with progress.phase(f"quantize to {precision}"):
                     largest = None
+                    onnx_export.fold(model.graph)
                     if precision == "fp8":
                         likely = {name: shapes[1] for name, shapes in next(iter(settings.profiles), {}).items()}
                         feeds = onnx_export.example_feeds(model, example_inputs, likely)

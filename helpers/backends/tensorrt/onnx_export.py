@@ -15,6 +15,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.BFLOAT16: torch.bfloat16,
 }
 ALL_TYPES = {**TORCH_TYPES, TensorProto.INT8: torch.int8, TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn}
+REARRANGE = ("Transpose", "Slice", "Split", "Reshape", "Squeeze", "Unsqueeze", "Gather")
 BLOCKS = (128, 64)  # int4 weights that share a scale, along the axis that is summed over
 LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GB, beyond that the weights lie in a file beside it
 FP8_MAX, INT8_MAX, INT4_MAX = 448.0, 127.0, 7.0
@@ -77,6 +79,13 @@ def export(
             f"A profile names an input {sorted(unknown)[0]!r}; the module's forward has {', '.join(names)}.",
             fix="Use the names of forward's parameters.",
         )
+    for name, value in zip(names, inputs, strict=False):
+        if isinstance(value, Tensor) and (axes := [a for a in (varying or {}).get(name, ()) if value.shape[a] == 1]):
+            raise BuildError(
+                f"A profile opens axis {axes[0]} of {name}, and the example has length 1 there.",
+                cause="torch.export takes a length of 1 for a fixed one.",
+                fix="Give an example of length 2 or more along that axis.",
+            )
     shapes = {name: dict.fromkeys((varying or {}).get(name, ()), torch.export.Dim.AUTO) or None for name in names}
     return _convert(cast, inputs, shapes if varying else None)
 
@@ -87,10 +96,11 @@ def _convert(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) ->
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
             converted = torch.onnx.export(program, (), dynamo=True, verbose=False, opset_version=OPSET)
-        except (RuntimeError, TypeError, ValueError, torch.onnx.OnnxExporterError) as error:
+        except Exception as error:  # whatever the forward of somebody's module raises
             root: Exception = error
             while root.__cause__ is not None and isinstance(root.__cause__, Exception):
                 root = root.__cause__
+            _check_inputs(module, inputs)
             raise BuildError(
                 f"The module cannot be written as ONNX: {_first_words(str(root))}",
                 cause="Its forward branches on values, or uses an operation that ONNX has no word for.",
@@ -98,6 +108,19 @@ def _convert(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) ->
             ) from error
         assert converted is not None
         return converted.model_proto
+
+
+def _check_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """BuildError where the module cannot compute with its inputs: then the export is not what is wrong. In fp32: a CPU
+    lacks some operations in fp16."""
+    try:
+        module.float()(*_cast(inputs, torch.float32))
+    except Exception as error:  # whatever somebody's module makes of them
+        raise BuildError(
+            f"The module cannot compute with these inputs: {type(error).__name__}: {_first_words(str(error))}",
+            cause="Their number, shapes or types are not what its forward takes, or its forward has a mistake.",
+            fix="Give inputs with which module(*inputs) runs.",
+        ) from error
 
 
 def read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
@@ -138,6 +161,11 @@ def _name_each_node(graph: onnx.GraphProto) -> None:
         taken.add(node.name)
 
 
+def is_plugin(node: onnx.NodeProto) -> bool:
+    """Whether a node is none of ONNX's own operators."""
+    return node.domain not in ("", "ai.onnx")
+
+
 def save(model: onnx.ModelProto, path: Path) -> None:
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if size > LARGEST:
@@ -152,30 +180,43 @@ def sources(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def retype(model: onnx.ModelProto, precision: str) -> None:
-    """Give an fp32 graph the precision's type: weights, inputs, outputs, casts and constants.
+    """Give a graph the precision's type in place of fp32, fp16 and bf16: weights, inputs, outputs, casts and constants.
 
     What was computed in fp32 to be safe, such as a norm's mean, is then computed in the narrow type too: export a
     module instead where that matters.
     """
     target = ONNX_TYPES[COMPUTE.get(precision, precision)]
     dtype = TORCH_TYPES[target]
-    if target == TensorProto.FLOAT:
-        return
-    for tensor in _tensors(model):
-        if tensor.data_type == TensorProto.FLOAT:
-            values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(dtype)
-            tensor.CopyFrom(proto(tensor.name, values))
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = target
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
-                attribute.i = target
+    for graph in _with_bodies(model.graph):
+        for tensor in _tensors(graph):
+            if tensor.data_type in TORCH_TYPES and tensor.data_type != target:
+                tensor.CopyFrom(proto(tensor.name, _values(tensor).to(dtype)))
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in TORCH_TYPES:
+                value.type.tensor_type.elem_type = target
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.name in ("to", "dtype") and attribute.i in TORCH_TYPES:
+                    attribute.i = target
+                elif attribute.name in ("value_float", "value_floats"):  # a Constant's, and always fp32
+                    values = torch.tensor(helper.get_attribute_value(attribute), dtype=dtype, device="cpu")
+                    attribute.CopyFrom(helper.make_attribute("value", proto("", values)))
+
+
+def float_type(model: onnx.ModelProto) -> str:
+    """The precision that most of a graph's weights have: fp32, fp16 or bf16."""
+    sizes = Counter({"fp32": 0})
+    for graph in _with_bodies(model.graph):
+        for tensor in _tensors(graph):
+            if tensor.data_type in TORCH_TYPES:
+                sizes[next(name for name, kind in ONNX_TYPES.items() if kind == tensor.data_type)] += math.prod(
+                    tensor.dims
+                )
+    return sizes.most_common(1)[0][0]
 
 
 def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float] | None = None) -> list[str]:
-    """Rewrite every product with a constant weight to int8, int4 or fp8 weights; returns those weights' names.
+    """Rewrite every MatMul and Gemm by a constant matrix to int8, int4 or fp8 weights; returns those weights' names.
 
     int8: one scale a row (w = q * s, s = max|w| / 127); int4: one scale for 128 weights along a row; both are
     symmetric and leave the activations alone. fp8 (E4M3): weights and activations, one scale each; `largest` has
@@ -187,8 +228,8 @@ def quantize(model: onnx.ModelProto, precision: str, largest: Mapping[str, float
     if not products:
         raise BuildError(
             f"Nothing of this graph becomes {precision}.",
-            cause="It has no product (MatMul, Gemm) with a constant matrix; convolutions and recurrent layers stay as "
-            "they are.",
+            cause="It has no product (MatMul, Gemm) with a constant matrix; convolutions, recurrent layers and what is "
+            "inside an If or a Loop stay as they are.",
             fix="Build it in fp16 or bf16.",
         )
     done: set[str] = set()
@@ -291,6 +332,23 @@ def _constants(graph: onnx.GraphProto) -> dict[str, TensorProto]:
     return nodes | {tensor.name: tensor for tensor in graph.initializer}
 
 
+def fold(graph: onnx.GraphProto) -> None:
+    """Compute what a graph only rearranges of its constants, such as the transpose of a tied head or the parts of an
+    attention's one matrix: then a product's weight is a constant, which can be narrow."""
+    from onnx.reference import ReferenceEvaluator
+
+    constants = _constants(graph)
+    for node in list(graph.node):
+        names = [name for name in node.input if name]
+        if node.op_type in REARRANGE and names and all(name in constants for name in names):
+            known = {name: onnx.numpy_helper.to_array(constants[name]) for name in names}
+            results = ReferenceEvaluator(node, opsets={"": OPSET}).run(None, known)
+            made = [onnx.numpy_helper.from_array(np.asarray(r), n) for r, n in zip(results, node.output, strict=True)]
+            constants |= {tensor.name: tensor for tensor in made}
+            graph.initializer.extend(made)
+            graph.node.remove(node)
+
+
 def _products(graph: onnx.GraphProto, constants: Mapping[str, TensorProto]) -> Iterator[tuple[Any, str, int]]:
     """Each product with a constant matrix: its node, the matrix's name, its axis of output rows."""
     for node in graph.node:
@@ -368,9 +426,18 @@ def _block(weight: str, length: int) -> int:
     return size
 
 
-def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    yield from model.graph.initializer
-    for node in model.graph.node:
+def _with_bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those inside its nodes, such as the branches of an If."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _with_bodies(inner)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
@@ -387,7 +454,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return type(value)(_cast(v, dtype) for v in value)
     if isinstance(value, dict):
         return {key: _cast(inner, dtype) for key, inner in value.items()}
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    if not isinstance(value, Tensor):
+        return value
+    # Always a copy: torch.export takes one tensor that is given twice for one input.
+    return value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _source(node: Any) -> str:
@@ -421,11 +491,12 @@ def _no_onnx(path: Path) -> BuildError:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what torch's exporter tells its maintainers; errors are raised as before."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "torch._subclasses", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
