@@ -86,6 +86,8 @@ def explain_miss(identity: dict[str, Any]) -> str:
             nearest = (len(differing), folder.name, words)
     if nearest is None:
         return f"No {backend} engine has been built yet."
+    if not nearest[2]:
+        return f"{nearest[1]} is of these very settings."
     return f"Not built yet. Nearest is {nearest[1]}, which differs in {'; '.join(nearest[2])}."
 
 

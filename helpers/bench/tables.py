@@ -133,16 +133,18 @@ def overview(record: Record) -> Table:
 
 
 def compare(mine: Record, theirs: Record, names: tuple[str, str] = ("A", "B")) -> Table:
-    """Two records side by side, contender by contender: TPOT of each, and the ratios of medians and of least times."""
+    """Two records side by side, for what either measured: TPOT of each, the ratios of medians and of least times."""
     need_records(mine, theirs)
+    measured = [(row.name, row.batch_size) for record in (mine, theirs) for row in record.rows if row.status == "ok"]
     rows = []
-    for row in mine.rows:
-        other = theirs.find(row.name, row.batch_size)
-        if other is None or row.status != "ok":
-            continue
-        ratios = (row.median("tpot_s") / other.median("tpot_s"), min(row.tpot_s) / min(other.tpot_s))
-        cells = (_median_and_least(row), _median_and_least(other), *(f"{ratio:.2f}" for ratio in ratios))
-        rows.append((row.name, row.batch_size, *cells))
+    for contender in dict.fromkeys(measured):
+        one, other = mine.find(*contender), theirs.find(*contender)
+        cells = [_median_and_least(row) if row else "not measured" for row in (one, other)]
+        if one and other:
+            ratios = (one.median("tpot_s") / other.median("tpot_s"), min(one.tpot_s) / min(other.tpot_s))
+            rows.append((*contender, *cells, *(f"{ratio:.2f}" for ratio in ratios)))
+        else:
+            rows.append((*contender, *cells, "-", "-"))
     settings = differences(mine, theirs, ("workload", "hardware", "threads", "versions"))
     caption = f"The records differ in: {'; '.join(settings)}" if settings else "Same work, same machine, same versions"
     for name, record in zip(names, (mine, theirs), strict=True):

@@ -51,8 +51,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
     if not all(value is None or isinstance(value, (str, int, float)) for values in every for value in values):
         raise InputError(f"A grid's values are texts and numbers, not {shown(grid)}.", fix="Give what a file can hold.")
     rows = read_rows(file)
-    if rows and not all(set(grid) <= set(row) for row in rows):
-        raise InputError(f"{file.name!r} holds another experiment's rows.", fix="Name another file.")
+    _check_settings(rows, grid, f"Name another file than {file.name!r}.")
     check_writable(file)
     rows = [row for row in rows if "error" not in row]
     yield rows
@@ -103,11 +102,20 @@ def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
         raise InputError(
             f"No row has a figure {metric!r}.", fix=f"Name one that is measured: {', '.join(names) or 'none is'}."
         )
+    _check_settings(rows, grid, "Give the grid that they were measured by, or only some of the rows.")
     named = {", ".join(f"{n}={row[n]}" for n in grid): row[metric] for row in good if _is_figure(row.get(metric))}
     if not named:
         return None
     words = "; ".join(f"{name} {value:.3g}" for name, value in named.items())
     return Picture(grouped_bars(list(named), {metric: list(named.values())}, metric), f"Bars: {metric}. {words}.")
+
+
+def _check_settings(rows: list[Row], grid: Grid, fix: str) -> None:
+    """InputError unless the grid's settings tell the rows apart: else one row would stand for another."""
+    if not all(set(grid) <= set(row) for row in rows):
+        raise InputError(f"These are another experiment's rows: some lack one of {', '.join(grid)}.", fix=fix)
+    if len({tuple(row[name] for name in grid) for row in rows}) < len(rows):
+        raise InputError(f"These rows differ in more settings than {', '.join(grid)}.", fix=fix)
 
 
 def _is_figure(value: Any) -> bool:

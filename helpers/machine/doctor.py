@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import queue
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -32,6 +33,7 @@ from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import MISSING, TOO_SLOW, complaint_of, run
 from helpers.machine.environments import shown
 from helpers.paths import (
+    PROJECT,
     PYTHON,
     compilers_folder,
     engines_folder,
@@ -183,7 +185,9 @@ def check_torch() -> Check:
     if not (2, 9) <= version <= (2, 13):
         return warning(line, f"The course is made for 2.9 to 2.13. {leftovers.ANEW} installs one of them.")
     if hardware.driver() and not facts["cuda"]:
-        fix = f"Install the CUDA build, from an index that has it: {PYTHON} -m pip install --force-reinstall torch"
+        # pip's own index has the CUDA build; the other came from one that pip was told of, which --isolated leaves out.
+        pip = f"{PYTHON} -m pip --isolated install --force-reinstall"
+        fix = f"Install the CUDA build: {pip} --constraint {shlex.quote(str(PROJECT / 'constraints/course.txt'))} torch"
         return warning(f"{line}, and there is an NVIDIA driver here", fix)
     if hardware.driver() and not facts.get("available"):
         fix = "Does nvidia-smi list a GPU? If so, this build of PyTorch needs a newer driver, or an older CUDA build."

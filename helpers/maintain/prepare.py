@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers import store
 from helpers.errors import CourseError
 from helpers.maintain import notebooks
 from helpers.paths import PROJECT, read_toml
@@ -21,18 +22,27 @@ def prepare(out: Path, *, python: str = "", engines: bool = True) -> None:
     """Fill the folder `out`; what is there already is kept, so that a second call goes on where the first one ended.
 
     python: of the version that learners have, this one if "".
-    engines: also those that the notebooks build, by running them once. They are for processors like this machine's.
+    engines: also those that the notebooks build, by running them once. They are found on machines like this one.
     """
+    from helpers.engine import identity
     from helpers.model.checkpoint import find_checkpoint
+    from helpers.recipe import BuildRecipe
 
     out = out.absolute()
     model = find_checkpoint("smollm2").folder  # first, because its error says how to get it
     out.mkdir(parents=True, exist_ok=True)
     wheels(out / "wheels", PROJECT, python=python)
     shutil.copytree(model, out / "models/smollm2", dirs_exist_ok=True)
-    for source in notebooks.select(notebooks.NOTEBOOKS) if engines else ():
-        executed = out / "build" / source.name
+    if not engines:
+        return
+    recipe = BuildRecipe()
+    # Its engine's name says all that an engine is found by: processor, cores, compiler, versions.
+    done = out / "build" / store.name_of(recipe.short_name, identity(recipe, find_checkpoint(recipe.model)))
+    done.mkdir(parents=True, exist_ok=True)
+    for source in notebooks.select(notebooks.NOTEBOOKS):
+        executed = done / source.name
         newer = executed.exists() and executed.stat().st_mtime > source.stat().st_mtime
+        newer = newer and any((out / "engines").glob(f"*/{store.MANIFEST}"))
         if not (newer and notebooks.judge(notebooks.read(executed), source.stem).ok):
             command = [sys.executable, "-m", "helpers", "run", source.stem, "--out", str(executed.parent)]
             _run(command, f"{source.stem} did not run.", COURSE_ENGINES=str(out / "engines"))

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from helpers.display import Table
 from helpers.errors import InputError
 from helpers.maintain import notebooks
-from helpers.paths import refused
+from helpers.paths import engines_folder, refused
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 WORDS_PER_MINUTE = 150  # of prose with code between it; people read plain prose at 200 to 250
 LEARNER_BYTES = 3 * 2**30  # what one learner's kernel and builds may hold at once; docs/instructors.md has the figures
+CORES = 2  # of a learner
 
 
 @dataclass
@@ -128,6 +130,7 @@ class _PeakMemory:
 def describe(report: dict[str, Any], learners: int) -> dict[str, Any]:
     """A machine in one entry: the doctor's report, with what a room needs to know beside it."""
     from helpers.machine import hardware
+    from helpers.machine.doctor import SPACE
 
     if learners < 1:
         raise InputError(
@@ -140,6 +143,7 @@ def describe(report: dict[str, Any], learners: int) -> dict[str, Any]:
         "free_bytes": free,
         "learners": learners,
         "room_for": free // LEARNER_BYTES,
+        "disk_for": int(shutil.disk_usage(engines_folder()).free // SPACE),
         "ok": report["ok"] and free >= learners * LEARNER_BYTES,
         "versions": _versions(),
     }
@@ -156,6 +160,8 @@ def summary(machines: Sequence[dict[str, Any]]) -> Table:
         remarks = [f"{c['name']}: {c['found']}" for c in machine["checks"] if c["status"] == "failure"]
         if machine["room_for"] < machine["learners"]:
             remarks.insert(0, f"memory for {machine['room_for']} of {machine['learners']} learners")
+        fewer = {"disk": machine["disk_for"], "cores": machine["cores"] // CORES}
+        remarks += [f"{what} for {n} of {machine['learners']}" for what, n in fewer.items() if n < machine["learners"]]
         remarks += [
             f"{name} {machine['versions'].get(name, 'none')}, not {version}"
             for name, version in usual.items()

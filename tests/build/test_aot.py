@@ -314,7 +314,7 @@ def test_settings_of_the_notebook_change_no_answer(tiny_engine):
 
 # Each field at the ends of what it may be, beside others at theirs.
 CORNERS = [
-    {"max_input_len": 1, "max_seq_len": 3, "precision": "int8", "optimization_level": 3},
+    {"max_input_len": 1, "max_seq_len": 3, "precision": "int8", "optimization_level": 3, "num_threads": 1},
     {"max_input_len": 2, "max_seq_len": 3, "max_batch_size": 5, "optimization_level": 0},
     {"max_input_len": 3, "max_seq_len": 4, "optimization_level": 1},
     {"max_input_len": 4, "max_seq_len": 5, "max_batch_size": 2, "precision": "bf16", "optimization_level": 2},
@@ -583,8 +583,9 @@ def test_the_build_keeps_the_fastest_number_of_threads(tiny_engine):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it counts the process's threads in /proc")
 @pytest.mark.parametrize("count", [1, 2])
-def test_an_engine_takes_the_threads_that_were_asked_for(built, tiny_llama, count):
-    """In a process where torch would take four. Each phase is run by itself: choosing a token is not the engine's."""
+def test_an_engine_takes_the_threads_that_were_asked_for(built, tiny_llama, bf16_folder, count):
+    """In a process where torch would take four. Each phase is run by itself: choosing a token is not the engine's.
+    bf16_folder is of level 0, which means one thread."""
     script = """
         import os, sys, threading
         from helpers import load
@@ -596,7 +597,7 @@ def test_an_engine_takes_the_threads_that_were_asked_for(built, tiny_llama, coun
             engine._decode(engine.steps[1].tokens)
             print(native() - before)
     """
-    folder = built(tiny(tiny_llama, num_threads=count, optimization_level=0))
+    folder = bf16_folder if count == 1 else built(tiny(tiny_llama, num_threads=count, optimization_level=0))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), folder.name],
         env={**os.environ, "OMP_NUM_THREADS": "4"},
@@ -607,7 +608,7 @@ def test_an_engine_takes_the_threads_that_were_asked_for(built, tiny_llama, coun
     )
     assert done.returncode == 0, done.stderr
     started = int(done.stdout)
-    assert started == 0 if count == 1 else started >= 1  # libraries start one more of their own with the second
+    assert started < 1 if count == 1 else started >= 1  # one may just have ended; libraries start one more of their own with the second
 
 
 def test_threads_that_a_gpu_would_ignore_are_refused(tiny_llama, monkeypatch):

@@ -15,7 +15,7 @@ def test_a_compiled_engine_gives_transformers_greedy_tokens(family, built, tiny_
         folder, engine = tiny_llama, tiny_engine
     else:
         folder = checkpoint("qwen3", num_hidden_layers=1)
-        limits = {"max_input_len": 16, "max_seq_len": 48, "device": "cpu", "optimization_level": 1}
+        limits = {"max_input_len": 16, "max_seq_len": 48, "device": "cpu", "optimization_level": 1, "num_threads": 1}
         engine = built(BuildRecipe(model=str(folder), **limits))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)

@@ -181,6 +181,15 @@ def test_code_stands_beside_the_lines_that_asked_for_it(fused):
 # ---- an engine ------------------------------------------------------------------------------------------------
 
 
+def test_a_module_that_was_given_one_tensor_twice_reads_both_inputs():
+    class Difference(nn.Module):
+        def forward(self, left, right):
+            return left - 2 * right
+
+    x, y = torch.randn(8), torch.randn(8)
+    torch.testing.assert_close(compile_module(Difference(), (x, x))(x, y), x - 2 * y)
+
+
 def test_a_deep_engine_that_times_its_kernels(built, checkpoint):
     """Thirty layers, of which five are compiled and called six times: each call's launches go to kernels of its own."""
     layers = 30

@@ -2,6 +2,8 @@
 
 import pytest
 
+from conftest import limits
+
 from helpers import BuildRecipe, load, store
 from helpers.backends.aot.stored import WEIGHTS
 from helpers.course.memory import memory, plan
@@ -27,7 +29,7 @@ def test_an_engine_takes_what_was_counted(which, request):
 
 
 def test_narrow_weights_take_what_was_counted(built):
-    recipe = BuildRecipe(precision="int8", device="cpu", optimization_level=0, max_input_len=16, max_seq_len=48)
+    recipe = BuildRecipe(precision="int8", **limits(max_batch_size=1))  # which other tests and a notebook build, too
     folder = built(recipe)
     size = store.read_manifest(folder)["files"][WEIGHTS]["bytes"]
     takes = memory(recipe, "cpu")

@@ -139,7 +139,8 @@ def test_a_second_call_goes_on_with_the_notebook_that_did_not_run(tmp_path, monk
     def run(command, what, **_):
         name, out = command[4], Path(command[-1])
         ran.append(name)
-        out.mkdir(exist_ok=True)
+        (tmp_path / "out/engines/one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out/engines/one/manifest.json").touch()
         failed = ran == names[:3]  # helpers run writes it all the same, and may be killed instead of telling
         cell = nbformat.v4.new_code_cell("1", execution_count=None if failed else 1)
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), out / f"{name}.ipynb")
@@ -147,7 +148,8 @@ def test_a_second_call_goes_on_with_the_notebook_that_did_not_run(tmp_path, monk
             raise KeyboardInterrupt
 
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda name: SimpleNamespace(folder=tmp_path / "model"))
+    find, model = checkpoint.find_checkpoint, SimpleNamespace(folder=tmp_path / "model")
+    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda name: model if name == "smollm2" else find(name))
     monkeypatch.setattr(prepare, "wheels", lambda *_, **__: None)
     monkeypatch.setattr(prepare, "_run", run)
     with pytest.raises(KeyboardInterrupt):
@@ -156,3 +158,10 @@ def test_a_second_call_goes_on_with_the_notebook_that_did_not_run(tmp_path, monk
     assert ran == [*names[:3], *names[2:]]
     prepare.prepare(tmp_path / "out")
     assert len(ran) == len(names) + 1
+    with monkeypatch.context() as patch:  # on a machine for which other engines are built
+        patch.setattr("helpers.machine.hardware.free_cores", lambda: 97)
+        prepare.prepare(tmp_path / "out")
+    assert len(ran) == 2 * len(names) + 1
+    shutil.rmtree(tmp_path / "out/engines")
+    prepare.prepare(tmp_path / "out")
+    assert ran[2 * len(names) + 1] == names[0]  # nothing that it built is there

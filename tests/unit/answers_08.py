@@ -59,6 +59,7 @@ WRONG = {
         lambda t: min(t.values()),
         lambda t: min(count for count in t if t[count] - min(t.values()) <= 0.05),  # seconds, and no share
         lambda t: len(t),
+        lambda t: min(count for count in t if t[count] <= 1.05 * t[max(t)]),  # of the most threads
         2,
     ],
 }

@@ -273,6 +273,10 @@ def test_tables_and_pictures_say_what_was_measured_what_failed_and_what_is_not_h
     slow = new_record(new_row(tpot=0.004), threads=2)
     text = str(comparison.compare(record, slow, ("mine", "yours")))
     assert "threads: 1 and 2" in text and "0.50" in text
+    assert (
+        sum("not measured" in str(row) for row in comparison.compare(record, slow).rows)
+        == len([row for row in record.rows if row.status == "ok"]) - 1
+    )
     programs = comparison.Programs({"a": "\n# a comment\n\nx = 1\nprint(x < 2)\n"})
     assert programs.lines == {"a": 2} and "x &lt; 2" in programs._repr_html_() and "2 lines" in str(programs)
 

@@ -268,6 +268,7 @@ def test_a_build_that_fails_names_what_the_doctor_finds_and_takes_only_a_failure
         (doctor.check_torch, "", {"torch": "2.13.0+cpu", "cuda": None, "available": False}, "OK", "CPU build"),
         (doctor.check_torch, "580.1", {}, "OK", "CUDA 13.0"),
         (doctor.check_torch, "580.1", {"cuda": None, "available": False}, "warning", "NVIDIA driver"),
+        (doctor.check_torch, "580.1", {"cuda": None, "available": False}, "warning", "--isolated"),
         (doctor.check_torch, "470.1", {"available": False}, "failure", "no usable GPU"),
         (doctor.check_torch, "580.1", {"torch": "2.4.1"}, "warning", "2.4.1"),
         (doctor.check_torch, "580.1", {"error": "CUDA error: an illegal memory access"}, "failure", "illegal memory"),

@@ -88,6 +88,21 @@ def test_the_picture_tells_small_figures_apart():
     assert {text.get_text() for text in picture.figure.axes[0].texts} == {"0.39", "0.12"}
 
 
+def test_rows_of_more_settings_than_the_grid_has_are_refused(tmp_path):
+    """One of them would stand for all."""
+    both = {"precision": ["fp32", "int8"], "batch": [1, 4]}
+    *_, rows = run_grid(lambda precision, batch: {"ms": 3.0}, both, tmp_path / "rows.json")
+    fewer = {"batch": [1, 4]}
+    for call in (
+        lambda: next(run_grid(lambda batch: {"ms": 3.0}, fewer, tmp_path / "rows.json")),
+        lambda: rows_picture(rows, fewer, "ms"),
+    ):
+        with pytest.raises(InputError, match="differ in more settings than batch"):
+            call()
+    with pytest.raises(InputError, match="lack one of threads"):
+        rows_picture(rows, {"threads": [1]}, "ms")
+
+
 @pytest.mark.parametrize("content", ["{", "3", "[3]", '[{"other": 1}]'])
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "r.json").write_text(content, encoding="utf-8")

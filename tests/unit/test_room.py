@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,7 @@ def test_timings_tell_how_long_cells_ran_and_what_they_held(tmp_path):
 def machine(name, learners=4, free=13, **changes):
     return REPORT | {
         "host": name, "cores": 8, "learners": learners, "free_bytes": free * 2**30, "room_for": free // 3,
+        "disk_for": 9,
         "versions": {"Python": "3.12.1", "torch": "2.13.0"},
     } | changes  # fmt: skip
 
@@ -53,6 +55,11 @@ def test_memory_for_too_few_learners_is_not_ready(monkeypatch):
     assert not room.describe(REPORT | {"ok": False}, 1)["ok"]
     line = str(room.summary([room.describe(REPORT, 3)])).splitlines()[-1]
     assert "NOT READY" in line and "memory for 2 of 3 learners" in line
+    monkeypatch.setattr(hardware, "free_memory", lambda: 90 * 2**30)
+    monkeypatch.setattr(hardware, "free_cores", lambda: 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3.5e9))
+    line = str(room.summary([room.describe(REPORT, 3)])).splitlines()[-1]
+    assert " ready" in line and "disk for 1 of 3; cores for 2 of 3" in line
     with pytest.raises(InputError, match="0 learners"):
         room.describe(REPORT, 0)
 

@@ -58,6 +58,10 @@ def compile_module(
         near = difflib.get_close_matches(min(unknown), torch._inductor.list_options(), n=1)
         fix = f"Did you mean {near[0]!r}?" if near else "torch._inductor.list_options() has their names."
         raise InputError(f"Inductor has no option {min(unknown)!r}.", fix=fix)
+    # torch.export takes one tensor that is given twice for one input.
+    inputs = [
+        v.clone() if isinstance(v, Tensor) and any(v is w for w in inputs[:n]) else v for n, v in enumerate(inputs)
+    ]
     with shown_if_slow("Compiling the module", "export"), one_thread, whole_stack_traces():
         try:
             program = torch.export.export(module, tuple(inputs), strict=False)
