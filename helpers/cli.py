@@ -397,8 +397,9 @@ def _explain(settings: argparse.Namespace) -> dict[str, Any]:
         given = [_pasted()]
     elif all(map(os.path.isfile, logs)):
         given = [Path(log) for log in logs]
-    elif message.endswith((".log", ".txt")) and message.split() == [message]:
-        raise InputError(f"There is no file {message!r}.", fix="Give the path of a log, or a message.")
+    elif any(map(os.path.isfile, logs)) or (message.endswith((".log", ".txt")) and message.split() == [message]):
+        missing = next(log for log in logs if not os.path.isfile(log))  # noqa: PTH113
+        raise InputError(f"There is no file {missing!r}.", fix="Give the paths of logs, or a message.")
     else:
         given = [message]
     explanations = [cards.explain(each) for each in given]

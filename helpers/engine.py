@@ -385,6 +385,12 @@ def _check_tokenizer(folder: Path, tokenizer: Path | str) -> None:
     alone = is_folder(name) and name not in ("stories", *NAMED)
     given = Path(name).expanduser().resolve() if alone else find_checkpoint(name).folder
     theirs, own = load_tokenizer(given), load_tokenizer(folder)
+    if theirs is None and own is not None:
+        raise EngineMismatch(
+            f"{given.name!r} has no tokenizer.json.",
+            cause="It is another folder, or the tokenizer was saved in an older form.",
+            fix="Give the folder that tokenizer.json lies in, or leave `tokenizer` out.",
+        )
     if theirs != own:
         raise EngineMismatch(
             f"The tokenizer of {given.name!r} is not the one that engine {folder.name!r} was built with.",

@@ -5,6 +5,7 @@ A plan needs two times: a section's reading time, from its words, and its runnin
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helpers.display import Table
-from helpers.errors import InputError
+from helpers.errors import CourseError, InputError
 from helpers.maintain import notebooks
 from helpers.paths import engines_folder, refused
 
@@ -136,14 +137,16 @@ def describe(report: dict[str, Any], learners: int) -> dict[str, Any]:
         raise InputError(
             f"A room for {learners} learners?", fix="Give the number of learners: helpers doctor --room 20"
         )
-    free = hardware.free_memory()
+    free, disk_for = hardware.free_memory(), 0
+    with contextlib.suppress(CourseError):  # a store that cannot be made: the doctor's line on engines says why
+        disk_for = int(shutil.disk_usage(engines_folder()).free // SPACE)
     return report | {
         "host": platform.node(),
         "cores": hardware.free_cores(),
         "free_bytes": free,
         "learners": learners,
         "room_for": free // LEARNER_BYTES,
-        "disk_for": int(shutil.disk_usage(engines_folder()).free // SPACE),
+        "disk_for": disk_for,
         "ok": report["ok"] and free >= learners * LEARNER_BYTES,
         "versions": _versions(),
     }
@@ -183,6 +186,8 @@ def read_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
     for file in files:
         try:
             machine = json.loads(file.read_text(encoding="utf-8"))
+            if told := machine.get("error"):  # what the command could not do there
+                raise InputError(f"{file}: {told['what']}", cause=told["cause"], fix=told["fix"])
             summary([machine])  # whatever is missing is missed here, and the file is named
         except OSError as error:
             raise refused(file, "read", error) from error

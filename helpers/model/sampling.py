@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helpers.errors import InputError, not_finite, shown
+from helpers.model.prompts import is_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -175,11 +176,16 @@ def next_token_distribution(logits: Tensor, params: SamplingParams, seen: list[i
     Raises NumericsError for logits that are not finite: there is no likeliest token among them."""
     import torch
 
+    params, fix = checked(params), "Give engine.logits(prompt) and engine.tokenize(prompt)."
+    if not isinstance(logits, torch.Tensor) or not logits.dim():
+        raise InputError(f"Scores are a tensor [V], not {shown(logits)}.", fix=fix)
+    if not isinstance(seen, (list, tuple)) or not all(is_id(i) and 0 <= i < logits.shape[-1] for i in seen):
+        raise InputError(f"What was seen is a list of token ids of this vocabulary, not {shown(seen)}.", fix=fix)
     if logits.dim() != 1:
         raise InputError(f"Scores of one sequence are asked for, not {[*logits.shape]}.", fix="Give one: logits[0].")
     if not bool(logits.isfinite().all()):
         raise not_finite(len(seen))
-    filtered = filter_logits(logits[None], checked(params), tokens_seen([seen], logits[None]))[0]
+    filtered = filter_logits(logits[None], params, tokens_seen([seen], logits[None]))[0]
     if params.greedy:
         return torch.zeros_like(filtered).index_fill(0, filtered.argmax(), 1.0)
     return filtered.softmax(-1)

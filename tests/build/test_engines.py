@@ -598,6 +598,11 @@ def test_another_tokenizer_is_refused_and_its_own_is_not(tiny_engine, tiny_llama
         load(tiny_engine, tokenizer=tmp_path / "own")
 
 
+def test_a_folder_without_a_tokenizer_is_not_told_as_another_one(tiny_engine, tmp_path):
+    with pytest.raises(EngineMismatch, match="has no tokenizer.json"):
+        load(tiny_engine, tokenizer=tmp_path)
+
+
 def test_a_model_without_tokenizer_takes_ids_only(checkpoint):
     with load(
         BuildRecipe(model=str(checkpoint("llama")), backend="pytorch", max_input_len=8, max_seq_len=16)

@@ -19,7 +19,7 @@ from torch import nn
 
 from helpers import inspect, store
 from helpers.backends import tensorrt
-from helpers.backends.tensorrt import api, modules, onnx_export
+from helpers.backends.tensorrt import api, modules, onnx_export, onnx_quantize
 from helpers.backends.tensorrt import builder as tensorrt_builder
 from helpers.course.recorded import recorded
 from helpers.engine import build_module, build_onnx, load_plan
@@ -252,8 +252,8 @@ def test_the_graph_computes_the_module(block, precision, tolerance):
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
     model = onnx_export.export(block, (x,))  # fp32, so that only the quantization differs
     if precision != "fp32":
-        largest = onnx_export.calibrate(model, {"x": x.numpy()})
-        assert onnx_export.quantize(model, precision, largest) == ["linear.weight"]
+        largest = onnx_quantize.calibrate(model, {"x": x.numpy()})
+        assert onnx_quantize.quantize(model, precision, largest) == ["linear.weight"]
     got = ReferenceEvaluator(model).run(None, {"x": x.numpy()})[0]
     expected = block(x).detach()
     assert (torch.from_numpy(got) - expected).norm() / expected.norm() < tolerance
@@ -261,7 +261,7 @@ def test_the_graph_computes_the_module(block, precision, tolerance):
 
 def test_int8_rounds_to_the_nearest_of_255_values(block):
     model = onnx_export.export(block, (torch.randn(8, 256),))
-    onnx_export.quantize(model, "int8")
+    onnx_quantize.quantize(model, "int8")
     import onnx
 
     tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
@@ -472,6 +472,16 @@ def test_a_wrong_graph_is_told_in_tensorrts_first_words(op, weight, words, tmp_p
     assert f"wrong ({op})" in refused.value.cause
 
 
+def test_weights_that_an_old_file_lists_as_inputs_too_are_constants(tmp_path):
+    node, weight = onnx.helper.make_node("MatMul", ["x", "w"], ["y"]), np.ones((64, 32), "f4")
+    file = onnx_file(tmp_path / "m.onnx", [node], [("w", weight)])
+    model = onnx.load(file)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [64, 32]))
+    onnx.save(model, file)
+    folder = build_onnx(file, "int8", quiet=True)
+    assert [value["name"] for value in store.read_manifest(folder)["details"]["inputs"]] == ["x"]
+
+
 def onnx_file(path, nodes, constants):
     """An ONNX file with an fp32 input x [8, 64] and the output y."""
     value = onnx.helper.make_tensor_value_info
@@ -610,7 +620,7 @@ def test_nodes_without_names_of_their_own_and_constants_are_quantized(names, con
     report = inspect(build_onnx(tmp_path / "g.onnx", "int8", quiet=True))
     read = onnx_export.read(tmp_path / "g.onnx")
     assert len({node.name for node in read.graph.node}) == len(read.graph.node)
-    assert len(onnx_export.quantize(read, "int8")) == 2 and report.kernels
+    assert len(onnx_quantize.quantize(read, "int8")) == 2 and report.kernels
 
 
 def test_a_graph_of_which_nothing_can_be_narrow_is_refused_and_not_called_int8():
@@ -725,11 +735,11 @@ def test_weights_that_are_only_rearranged_become_narrow_too(precision):
         onnx_export.export(TiedHead(), (torch.tensor([[1, 2]]),), precision=precision),
     ]
     for model, products in zip(graphs, (4, 1), strict=True):
-        feeds = onnx_export.example_feeds(model)
+        feeds = onnx_quantize.example_feeds(model)
         expected = ReferenceEvaluator(model).run(None, feeds)[0]
-        onnx_export.fold(model.graph)
-        largest = onnx_export.calibrate(model, feeds) if precision == "fp8" else None
-        assert len(onnx_export.quantize(model, precision, largest)) == products
+        onnx_quantize.fold(model.graph)
+        largest = onnx_quantize.calibrate(model, feeds) if precision == "fp8" else None
+        assert len(onnx_quantize.quantize(model, precision, largest)) == products
         if precision == "int8":
             found = ReferenceEvaluator(model).run(None, feeds)[0]
             assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()

@@ -739,3 +739,12 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     row = json.loads(capsys.readouterr().out)["rows"][0]
     assert all(f"{path}: TPOT (least), ms" in row for path in paths)
     assert cli.main(["bench", "--compare", paths[0], "nothing.json"]) == 1
+
+
+def test_a_contender_that_is_named_in_two_ways_is_measured_once(monkeypatch):
+    names = []
+    monkeypatch.setattr(benchmark, "make_runner", lambda workload, threads, name: names.append(name))
+    monkeypatch.setattr(benchmark, "run_all", lambda *_, **__: None)
+    workload = benchmark.Workload(model="stories", device="cpu")
+    benchmark.run(workload, ["pytorch", "aot:int8", "pytorch:fp32", "aot"], [1], quiet=True)
+    assert names == ["pytorch", "aot:int8", "aot"]

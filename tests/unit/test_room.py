@@ -60,6 +60,8 @@ def test_memory_for_too_few_learners_is_not_ready(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3.5e9))
     line = str(room.summary([room.describe(REPORT, 3)])).splitlines()[-1]
     assert " ready" in line and "disk for 1 of 3; cores for 2 of 3" in line
+    monkeypatch.setenv("COURSE_ENGINES", "/proc/none")  # the doctor says so in its own line
+    assert room.describe(REPORT, 1)["disk_for"] == 0
     with pytest.raises(InputError, match="0 learners"):
         room.describe(REPORT, 0)
 
@@ -132,3 +134,11 @@ def test_the_profile_for_a_hub_sets_what_kubespawner_documents():
         profile["kubespawner_override"]["notebook_dir"] == profile["kubespawner_override"]["environment"]["COURSE_WORK"]
     )
     assert all(isinstance(value, str) for value in profile["kubespawner_override"]["environment"].values())
+
+
+def test_a_report_of_what_failed_says_what_it_says(tmp_path):
+    told = {"type": "StoreError", "what": "The folder cannot be made.", "cause": "It is full.", "fix": "Free some."}
+    (tmp_path / "pc.json").write_text(json.dumps({"error": told}))
+    with pytest.raises(InputError, match="pc.json: The folder cannot be made") as refused:
+        room.read_reports([tmp_path / "pc.json"])
+    assert (refused.value.cause, refused.value.fix) == ("It is full.", "Free some.")

@@ -177,6 +177,10 @@ def test_the_shown_distribution_sums_to_one(params):
 def test_the_scores_of_a_batch_are_no_distribution():
     with pytest.raises(InputError, match=r"one sequence are asked for, not \[1, 8\]"):
         next_token_distribution(torch.randn(1, 8), SamplingParams(), [1])
+    for scores, seen in ((torch.randn(8), "a text"), (torch.randn(8), [8]), ([0.1, 0.2], [1])):
+        with pytest.raises(InputError, match="not "):
+            next_token_distribution(scores, SamplingParams(), seen)
+    assert next_token_distribution(torch.randn(8), None, [1]).sum() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("largest", [1e30, 3e38])

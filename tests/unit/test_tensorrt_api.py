@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from helpers.backends.tensorrt import INSTALL, layers, onnx_export
+from helpers.backends.tensorrt import INSTALL, layers, onnx_quantize
 from helpers.backends.tensorrt import api as tensorrt_api
 from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineMismatch
 from helpers.machine.worker import Worker
@@ -134,5 +134,5 @@ def test_the_builders_peak_of_memory_is_its_own():
 def test_calibration_feeds_tensors_and_no_number_that_the_export_has_fixed():
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 8]) for name in "xy")
     model = helper.make_model(helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y]))
-    feeds = onnx_export.example_feeds(model, (3, [torch.full((2, 8), 7.0)]))
+    feeds = onnx_quantize.example_feeds(model, (3, [torch.full((2, 8), 7.0)]))
     assert feeds.keys() == {"x"} and (feeds["x"] == 7).all()

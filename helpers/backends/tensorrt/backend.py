@@ -14,7 +14,7 @@ import torch
 
 from helpers.backends.job import source_digest
 from helpers.backends.report import EngineReport, write_report
-from helpers.backends.tensorrt import builder, llama_onnx, onnx_export
+from helpers.backends.tensorrt import builder, llama_onnx, onnx_export, onnx_quantize
 from helpers.backends.tensorrt.engine import GRAPHS, TensorRTEngine, open_contexts
 from helpers.errors import BackendUnavailable
 from helpers.machine import hardware
@@ -123,5 +123,5 @@ def _calibrate(checkpoint: Checkpoint, recipe: BuildRecipe, work: Path, limits: 
     generator = torch.Generator("cpu").manual_seed(0)
     size = 1, min(CALIBRATION, recipe.max_input_len)
     tokens = torch.randint(checkpoint.config.vocab_size, size, generator=generator, device="cpu").numpy()
-    largest = onnx_export.calibrate(onnx_export.read(file), {"tokens": tokens})
+    largest = onnx_quantize.calibrate(onnx_export.read(file), {"tokens": tokens})
     return {**largest, "head.weight": largest.get("head.weight", largest.get("embedding", 0.0))}  # a tied embedding

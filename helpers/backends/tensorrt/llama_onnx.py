@@ -24,7 +24,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from helpers.backends.tensorrt import onnx_export
+from helpers.backends.tensorrt import onnx_export, onnx_quantize
 from helpers.model.checkpoint import Checkpoint, read_tensors
 from helpers.model.config import ModelConfig
 from helpers.model.weights import convert, rope_tables
@@ -55,7 +55,7 @@ def write_weights(checkpoint: Checkpoint, precision: str, length: int, folder: P
             product = _product_of(name, config)
             protos: list[TensorProto] = []
             if product and narrow:
-                protos += onnx_export.narrowed(f"{product}_{precision}", tensor, precision, rows=0)
+                protos += onnx_quantize.narrowed(f"{product}_{precision}", tensor, precision, rows=0)
             if name != product or not narrow:
                 protos.append(onnx_export.proto(name, tensor))
             for proto in protos:
@@ -95,7 +95,7 @@ def write(
     """Write one phase as folder/GRAPH.onnx, beside the weights that `write_weights` left there.
 
     With one batch size, decode's shapes are all fixed; with several, the batch varies. largest: for fp8, the greatest
-    magnitude at each product's input, by the weight's name (onnx_export.calibrate finds them).
+    magnitude at each product's input, by the weight's name (onnx_quantize.calibrate finds them).
     """
     writer = _Decoder(config, weights, precision, largest or {})
     if graph == PREFILL:
@@ -306,7 +306,7 @@ class _Decoder(_Writer):
                 x = self._round_to_fp8(x, weight)
             narrow = f"{weight}_{self.precision}"
             columns = self.weights[narrow].dims[1]
-            axes = onnx_export.scale_axes(weight, self.precision, 0, columns)
+            axes = onnx_quantize.scale_axes(weight, self.precision, 0, columns)
             weight = self.op("DequantizeLinear", narrow, f"{narrow}_scale", **axes)
         elif weight not in self.weights:
             weight = "embedding"  # tied
@@ -314,7 +314,7 @@ class _Decoder(_Writer):
 
     def _round_to_fp8(self, x: str, weight: str) -> str:
         """TensorRT feeds fp8 to a product whose inputs both come out of such a pair."""
-        scale = self.number(onnx_export.fp8_scale(self.largest[weight]))
+        scale = self.number(onnx_quantize.fp8_scale(self.largest[weight]))
         zero = self.number(0.0, torch.float8_e4m3fn)
         return self.op("DequantizeLinear", self.op("QuantizeLinear", x, scale, zero), scale)
 

@@ -49,7 +49,7 @@ from torch import nn
 
 from helpers.backends.job import BuildJob, source_digest
 from helpers.backends.report import EngineReport, write_report
-from helpers.backends.tensorrt import builder, onnx_export
+from helpers.backends.tensorrt import builder, onnx_export, onnx_quantize
 from helpers.errors import BuildError, RecipeError, shown
 from helpers.paths import named
 from helpers.progress import Progress
@@ -91,7 +91,9 @@ def from_module(
     content = content_of(module, example_inputs, precision)
     if not content:
         calibrated = precision == "fp8"  # then the scales rest on the inputs
-        content = _content_of_graph(export(), onnx_export.example_feeds(export(), example_inputs) if calibrated else {})
+        content = _content_of_graph(
+            export(), onnx_quantize.example_feeds(export(), example_inputs) if calibrated else {}
+        )
     return _job(label, precision, settings, content, export, time_limit, example_inputs)
 
 
@@ -144,12 +146,12 @@ def _job(
             if precision in onnx_export.COMPUTE:
                 with progress.phase(f"quantize to {precision}"):
                     largest = None
-                    onnx_export.fold(model.graph)
+                    onnx_quantize.fold(model.graph)
                     if precision == "fp8":
                         likely = {name: shapes[1] for name, shapes in next(iter(settings.profiles), {}).items()}
-                        feeds = onnx_export.example_feeds(model, example_inputs, likely)
-                        largest = onnx_export.calibrate(model, feeds)
-                    onnx_export.quantize(model, precision, largest)
+                        feeds = onnx_quantize.example_feeds(model, example_inputs, likely)
+                        largest = onnx_quantize.calibrate(model, feeds)
+                    onnx_quantize.quantize(model, precision, largest)
             onnx_export.save(model, file)
             plan = folder / f"{GRAPH}.plan"
             parts, details = builder.plan_from_onnx(worker, model, file, plan, settings, progress, time_limit)
