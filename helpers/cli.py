@@ -397,7 +397,7 @@ def _explain(settings: argparse.Namespace) -> dict[str, Any]:
         given = [_pasted()]
     elif all(map(os.path.isfile, logs)):
         given = [Path(log) for log in logs]
-    elif any(map(os.path.isfile, logs)) or (message.endswith((".log", ".txt")) and message.split() == [message]):
+    elif all(os.path.isfile(log) or (log.endswith((".log", ".txt")) and " " not in log) for log in logs):  # noqa: PTH113
         missing = next(log for log in logs if not os.path.isfile(log))  # noqa: PTH113
         raise InputError(f"There is no file {missing!r}.", fix="Give the paths of logs, or a message.")
     else:

@@ -129,7 +129,7 @@ def test_an_answer_is_an_object(capsys, monkeypatch, tmp_path):
     told, people = answer(capsys, "explain", *map(str, logs), status=0)
     assert len(told["troubles"]) == 2 and "Killed" in people and "Too many open files" in people
     assert answer(capsys, "explain", "misspelt.log", status=1)[0]["error"]["type"] == "InputError"
-    assert "misspelt" in answer(capsys, "explain", str(logs[0]), "misspelt", status=1)[0]["error"]["what"]
+    assert "misspelt" in answer(capsys, "explain", str(logs[0]), "misspelt.log", status=1)[0]["error"]["what"]
     assert {"model", "folder"} <= set(answer(capsys, "model", "list", status=0)[0]["models"][0])
     assert len(answer(capsys, "env", "list", status=0)[0]["environments"]) == 3
 
