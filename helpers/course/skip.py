@@ -36,11 +36,11 @@ def need_model(name: str) -> Checkpoint | None:
     try:
         checkpoint = find_checkpoint(name)
         if not checkpoint.has_tokenizer:
-            folder = str(checkpoint.folder)  # and not the name: from_pretrained knows no ~, and a Hub id is no folder
+            folder = checkpoint.folder  # and not the name: from_pretrained knows no ~, and a Hub id is no folder
             raise ModelError(
                 f"{name!r} has no tokenizer.json.",
                 fix=f"Make it: {PYTHON} -m pip install sentencepiece, then in Python transformers.AutoTokenizer."
-                f"from_pretrained({folder!r}).backend_tokenizer.save({f'{folder}/tokenizer.json'!r})",
+                f"from_pretrained({str(folder)!r}).backend_tokenizer.save({str(folder / 'tokenizer.json')!r})",
             )
         return checkpoint
     except ModelError as error:

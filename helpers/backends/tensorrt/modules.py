@@ -91,9 +91,8 @@ def from_module(
     content = content_of(module, example_inputs, precision)
     if not content:
         calibrated = precision == "fp8"  # then the scales rest on the inputs
-        content = _content_of_graph(
-            export(), onnx_quantize.example_feeds(export(), example_inputs) if calibrated else {}
-        )
+        feeds = onnx_quantize.example_feeds(export(), example_inputs) if calibrated else {}
+        content = _content_of_graph(export(), feeds)
     return _job(label, precision, settings, content, export, time_limit, example_inputs)
 
 
@@ -105,12 +104,12 @@ def from_onnx(file: Path | str, precision: str, *, name: str, time_limit: float,
         raise BuildError(f"An ONNX file is given by its path, not as {shown(file)}.", fix="Give the path.")
     file = named(file)
     model = onnx_export.read(file)
-    if precision:
+    if as_it_is:
+        precision = onnx_export.float_type(model)
+    else:
         onnx_export.retype(model, precision)
     content = _content_of_graph(model, {})
-    return _job(
-        name or file.stem, precision or onnx_export.float_type(model), settings, content, lambda: model, time_limit, ()
-    )
+    return _job(name or file.stem, precision, settings, content, lambda: model, time_limit, ())
 
 
 def _settings(precision: str, name: str, time_limit: float, options: dict[str, Any]) -> Options:

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,14 +202,12 @@ def retype(model: onnx.ModelProto, precision: str) -> None:
 
 def float_type(model: onnx.ModelProto) -> str:
     """The precision that most of a graph's weights have: fp32, fp16 or bf16."""
-    sizes = Counter({"fp32": 0})
-    for graph in _with_bodies(model.graph):
-        for tensor in _tensors(graph):
-            if tensor.data_type in TORCH_TYPES:
-                sizes[next(name for name, kind in ONNX_TYPES.items() if kind == tensor.data_type)] += math.prod(
-                    tensor.dims
-                )
-    return sizes.most_common(1)[0][0]
+    tensors = [tensor for graph in _with_bodies(model.graph) for tensor in _tensors(graph)]
+    sizes = {
+        precision: sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type == kind)
+        for precision, kind in ONNX_TYPES.items()
+    }
+    return max(sizes, key=sizes.__getitem__)  # fp32, the first, where there are none
 
 
 def proto(name: str, values: Tensor) -> TensorProto:
@@ -228,7 +225,7 @@ def _with_bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+            for inner in (attribute.g, *attribute.graphs):  # g is empty where there is none
                 yield from _with_bodies(inner)
 
 
