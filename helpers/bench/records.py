@@ -311,7 +311,7 @@ def read(path: str | Path) -> Record:
     except (ValueError, RecursionError, InputError) as error:
         raise InputError(
             f"{path.name} is not read: {error}.",
-            cause="The file was cut, edited, or written by another version of the course.",
+            cause="The file was cut, edited, written by another version of the course, or by --json and not by --out.",
             fix="Measure again: helpers bench --out FILE",
         ) from error
     return record

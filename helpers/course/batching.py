@@ -61,10 +61,10 @@ def reference_steps() -> dict[str, StepTimes]:
 
 def arrivals(count: int, per_second: float, *, prompt: int = 64, answer: int = 64, seed: int = 7) -> list[Request]:
     """Requests that come independently of each other, with answers from one token to four times the mean `answer`."""
-    if answer < 1 or not per_second > 0:
+    if not isinstance(count, int) or answer < 1 or not per_second > 0:
         raise InputError(
-            f"Answers of {shown(answer)} tokens and {shown(per_second)} requests per second are none.",
-            fix="Give answers of 1 token or more, and more than 0 requests per second.",
+            f"{shown(count)} requests, {shown(per_second)} per second, with {shown(answer)} tokens each, are none.",
+            fix="Give a whole number of requests, more than 0 per second, and answers of 1 token or more.",
         )
     draw, now, requests = random.Random(seed), 0.0, []
     for _ in range(count):

@@ -53,7 +53,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
     rows = read_rows(file)
     _check_settings(rows, grid, f"Name another file than {file.name!r}.")
     check_writable(file)
-    rows = [row for row in rows if "error" not in row]
+    rows = [row for row in rows if not _refused(row)]
     yield rows
     for values in product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
@@ -96,7 +96,7 @@ def rows_table(rows: list[Row], caption: str) -> Table:
 
 def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
     """Bars of one figure; None where nothing is measured yet."""
-    good = [row for row in rows if "error" not in row]
+    good = [row for row in rows if not _refused(row)]
     names = sorted({name for row in good for name, value in row.items() if _is_figure(value)} - set(grid))
     if good and metric not in names:
         raise InputError(
@@ -116,6 +116,11 @@ def _check_settings(rows: list[Row], grid: Grid, fix: str) -> None:
         raise InputError(f"These are another experiment's rows: some lack one of {', '.join(grid)}.", fix=fix)
     if len({tuple(row[name] for name in grid) for row in rows}) < len(rows):
         raise InputError(f"These rows differ in more settings than {', '.join(grid)}.", fix=fix)
+
+
+def _refused(row: Row) -> bool:
+    """An error in numbers, such as that of int8, is a figure like others."""
+    return isinstance(row.get("error"), str)
 
 
 def _is_figure(value: Any) -> bool:

@@ -152,7 +152,7 @@ class Mark:
 class Grade:
     """A notebook's points, and what went wrong when it ran."""
 
-    notebook: str
+    notebook: str  # its file
     marks: list[Mark]
     problems: list[str]
 
@@ -173,7 +173,11 @@ class Grade:
             }
             for mark in self.marks
         ]
-        return {"output": "\n".join([self.notebook, *self.problems]), "tests": tests, "stdout_visibility": "hidden"}
+        return {
+            "output": "\n".join([Path(self.notebook).stem, *self.problems]),
+            "tests": tests,
+            "stdout_visibility": "hidden",
+        }
 
     def table(self) -> Table:
         total = self.as_json()
@@ -183,11 +187,14 @@ class Grade:
 
 
 def grade(notebook: str) -> Grade:
-    """Run a learner's notebook, a file or the number of a copy in work/, and count the points of its exercises.
+    """Run a learner's notebook, a file (its .ipynb may be left out) or the number of a copy in work/, and count the
+    points of its exercises.
 
     All its cells run, also after one that fails; what counts is what its checks say in this run.
     """
     path = named(notebook)
+    if not path.is_file() and (whole := path.with_name(f"{path.name}.ipynb")).is_file():
+        path = whole
     if not path.is_file():
         path = learner.work_folder() / _one(notebook, notebooks.NOTEBOOKS).name
         if not path.exists():
@@ -211,4 +218,4 @@ def grade(notebook: str) -> Grade:
         marks.append(Mark(task.number, task.title, task.points if state == "right" else 0, task.points, state))
     if others := sorted(answers.keys() - tasks.keys()):
         result.problems.append(f"it answers {', '.join(others)}, of another notebook than its name begins with")
-    return Grade(path.stem, marks, result.problems)
+    return Grade(str(path.absolute()), marks, result.problems)

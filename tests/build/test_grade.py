@@ -46,6 +46,19 @@ def test_points_are_those_of_the_run(notebook, tmp_path, capsys):
     assert (tmp_path / "work" / learner.FILE).read_text() == before and notebook.read_bytes() == text
 
 
+def test_the_notebook_here_is_graded_also_where_the_instructor_has_a_copy_of_that_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    right, open_ = "from helpers.course.exercises import check\ncheck('00.3', 'max_batch_size')", "1"
+    for folder, cell in (("anna", right), ("work", open_)):
+        (tmp_path / folder).mkdir()
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+        notebooks.write(nb, tmp_path / folder / "00_start_here.ipynb")
+    monkeypatch.chdir(tmp_path / "anna")
+    for name, folder, points in (("00_start_here", tmp_path / "anna", 1), ("00", tmp_path / "work", 0)):
+        assert main(["course", "grade", name]) == 0
+        assert f"{folder / '00_start_here.ipynb'}: {points} of" in capsys.readouterr().out
+
+
 def test_a_notebook_that_sets_its_folder_is_graded_like_others(tmp_path, monkeypatch):
     """As the course tells whoever has a checkout that is read-only."""
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))

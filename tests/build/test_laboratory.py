@@ -131,6 +131,34 @@ def test_a_switch_changes_the_code_and_not_the_result(switch, fused, apart, bloc
     torch.testing.assert_close(other(x), module(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.double(), lambda x: x.to(torch.bfloat16), lambda x: x[:-1], lambda x: x.T.contiguous().T, lambda x: [x]],
+    ids=["double", "bfloat16", "a row less", "strides", "in a list"],
+)
+def test_other_inputs_than_those_compiled_for_are_refused(change, fused, block):
+    """The machine code would read their memory as if they were those."""
+    module, x = block
+    torch.testing.assert_close(fused(x.clone()), module(x), atol=1e-5, rtol=1e-4)
+    for given in ((change(x),), (), (x, x)):
+        with pytest.raises(InputError, match="compiled for") as refused:
+            fused(*given)
+        assert "compile_module" in refused.value.fix
+
+
+def test_inputs_in_lists_and_dictionaries_and_numbers_are_compared_too():
+    class Parts(nn.Module):
+        def forward(self, parts, number):
+            return parts["both"][0] - parts["both"][1] * number
+
+    x, y = torch.randn(8), torch.randn(8)
+    compiled = compile_module(Parts(), ({"both": [x, y]}, 3))
+    torch.testing.assert_close(compiled({"both": [y, x]}, 3), y - 3 * x)
+    for given in (({"both": [x, y]}, 4), ({"both": [x, y.half()]}, 3)):
+        with pytest.raises(InputError, match="compiled for"):
+            compiled(*given)
+
+
 @pytest.mark.skipif(len(AVX) < 2, reason="needs a processor with AVX2 and AVX-512")
 def test_each_width_has_its_registers():
     seen = {w: compile_module(nn.GELU(), (torch.randn(64),), options={"cpp.simdlen": w}).targets for w in (512, 256)}
@@ -433,8 +461,8 @@ class Scales(nn.Module):
     ],
     ids=str,
 )
-def test_a_module_or_an_option_that_leaves_no_one_program_is_told_in_words(module, options, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # traces lie in the working folder
-    with pytest.raises(InputError, match=words) as refused:
+def test_a_module_or_an_option_that_leaves_no_one_program_is_told_in_words(module, options, words, tmp_path):
+    traces = torch._dynamo.config.patch(debug_dir_root=str(tmp_path))
+    with traces, pytest.raises(InputError, match=words) as refused:
         compile_module(module, (torch.randn(4, 8),), options=options)
     assert refused.value.fix

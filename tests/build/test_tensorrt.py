@@ -392,6 +392,10 @@ def test_a_file_that_is_not_onnx(tmp_path, content):
     (tmp_path / "wrong.onnx").write_bytes(content)
     with pytest.raises(BuildError, match="not an ONNX file"):
         build_onnx(tmp_path / "wrong.onnx", quiet=True)
+    (tmp_path / "pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(BuildError, match="not an ONNX file") as refused:
+        build_onnx(tmp_path / "pointer.onnx", quiet=True)
+    assert "pointer" in refused.value.cause and "git lfs pull" in refused.value.fix
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # which lies beside it on the Hub
     with pytest.raises(BuildError, match="not an ONNX file"):
         build_onnx(tmp_path / "config.json", quiet=True)

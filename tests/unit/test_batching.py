@@ -145,7 +145,10 @@ def test_the_table_has_a_row_for_each_way_and_the_picture_says_what_is_in_it():
     assert f"a batch of {step.batch}, {step.queue} waiting" in picture.alt and picture.png().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("wrong", [{"per_second": 0}, {"per_second": float("nan")}, {"per_second": 1, "answer": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"per_second": 0}, {"per_second": float("nan")}, {"per_second": 1, "answer": 0}, {"count": 30.0, "per_second": 1}],
+)
 def test_requests_that_never_come_or_want_no_answer_are_refused(wrong):
     with pytest.raises(InputError, match="per second"):
-        batching.arrivals(3, **wrong)
+        batching.arrivals(**{"count": 3, **wrong})

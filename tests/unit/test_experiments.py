@@ -47,6 +47,18 @@ def test_a_larger_grid_goes_on_from_a_smaller_one(tmp_path):
     assert len(list(run_grid(measured(calls), GRID, file))[-1]) == 4 and len(calls) == 4
 
 
+def test_a_figure_may_be_an_error(tmp_path):
+    """Such as int8's, against fp32."""
+    calls, grid, file = [], {"bits": [4, 8]}, tmp_path / "r.json"
+
+    def measure(bits):
+        calls.append(bits)
+        return {"error": 0.5**bits}
+
+    rows = [list(run_grid(measure, grid, file))[-1] for _ in range(2)][-1]
+    assert calls == [4, 8] and "bits=4 0.0625" in rows_picture(rows, grid, "error").alt
+
+
 def test_what_an_engine_refuses_is_a_row_and_a_fault_of_the_measurement_is_an_error(tmp_path):
     def refuses(a):
         if a == 1:

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from helpers.errors import BuildError, why_refused
+from helpers.model.config import why_damaged
 from helpers.paths import check_is_file
 
 OPSET = 21  # the first with blocks in DequantizeLinear; TensorRT 10 and later read it
@@ -275,11 +276,12 @@ def first_words(message: str) -> str:
 
 
 def _no_onnx(path: Path) -> BuildError:
-    return BuildError(
-        f"{path.name!r} is not an ONNX file with operations in it.",
-        cause="The file is of another kind, empty, or was cut.",
-        fix="Export it again: torch.onnx.export(module, inputs, dynamo=True).save(path).",
+    cause, fix = why_damaged(
+        path,
+        "The file is of another kind, empty, or was cut.",
+        "Export it again: torch.onnx.export(module, inputs, dynamo=True).save(path).",
     )
+    return BuildError(f"{path.name!r} is not an ONNX file with operations in it.", cause=cause, fix=fix)
 
 
 @contextlib.contextmanager

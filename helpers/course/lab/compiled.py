@@ -36,12 +36,36 @@ from helpers.progress import shown_if_slow
 @dataclass(frozen=True)
 class Compiled:
     run: Any
+    inputs: str  # what it is compiled for, in words
     report: EngineReport
     targets: Counter[str]
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
+        """InputError for other inputs than those it is compiled for: the machine code reads their memory as it lay
+        then, and would not notice."""
+        if (given := _described(inputs)) != self.inputs:
+            raise InputError(
+                f"This module is compiled for {self.inputs}, and is given {given or 'nothing'}.",
+                fix="Give inputs like those, or compile it again with these: compile_module(module, inputs).",
+            )
         with torch.no_grad():
             return self.run(*inputs)
+
+
+def _described(inputs: Sequence[Any]) -> str:
+    """Inputs in words: those of tensors say all that compiled code takes for granted, and nothing of their numbers."""
+    return ", ".join(map(_kind, inputs))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name!r}: {_kind(item)}' for name, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"({_described(value)})"
+    if not isinstance(value, Tensor):
+        return shown(value)
+    strides = "" if value.is_contiguous() else f" with strides {value.stride()}"
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}{strides}"
 
 
 def compile_module(
@@ -109,7 +133,7 @@ def compile_module(
         # Beside a GPU's kernels, the libraries are what starts them.
         kinds = [[path for path in files if path.suffix == kind] for kind in (".cubin", ".so")]
         targets = sum(map(compiled_for, kinds[0] or kinds[1]), Counter())
-    return Compiled(inductor, _with_code(recorder.report(), programs[0]), targets)
+    return Compiled(inductor, _described(inputs), _with_code(recorder.report(), programs[0]), targets)
 
 
 def _keep_every_result(graph: torch.fx.Graph) -> None:
