@@ -34,7 +34,9 @@ def main() -> int:
     sampling = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=settings.max_tokens, seed=0)
 
     # 2. The engine, with its own tokenizer. Nothing is compiled here.
-    with load(settings.engine or built_last()) as engine:
+    name = settings.engine or built_last()
+    print(f"Engine: {name}")
+    with load(name) as engine:
         # 3. All prompts as batches of what the engine was built for.
         prompts = settings.prompts or PROMPTS
         size = engine.recipe.max_batch_size

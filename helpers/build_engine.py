@@ -29,7 +29,7 @@ def main() -> int:
     folder = build(recipe)
 
     print(f"Engine: {folder.name}")
-    print("Use it: python -m helpers.basic")
+    print(f"Use it: python -m helpers.basic --engine {folder.name}")
     return 0
 
 

@@ -80,7 +80,10 @@ class Workload:
 
     def recipe(self, backend: str, precision: str, threads: int = 0) -> BuildRecipe:
         """The recipe of one contender. threads: of a CPU, for the backend that compiles for their number; the others
-        take it from the process that they run in (process.py)."""
+        take it from the process that they run in (process.py), and a GPU has none."""
+        from helpers.machine import hardware
+
+        compiled_for = backend == "aot" and threads and hardware.resolve_device(self.device) == "cpu"
         return BuildRecipe(
             model=self.model,
             backend=backend,
@@ -90,7 +93,7 @@ class Workload:
             max_seq_len=self.max_seq_len,
             decode_batch_sizes=self.decode_batch_sizes if backend in HAVE_DECODE_GRAPHS else (),
             device=self.device,
-            num_threads=threads if backend == "aot" else 0,
+            num_threads=threads if compiled_for else 0,
         )
 
 

@@ -69,18 +69,20 @@ def _stored(recipe: BuildRecipe, config: ModelConfig, device: str) -> tuple[int,
 
 
 @cache
-def bandwidth() -> float:
+def bandwidth(device: str) -> float:
     """This machine's, in bytes per second, measured once."""
-    return hardware.measure_bandwidth()
+    return hardware.measure_bandwidth(device)
 
 
 def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
     """What the recipe's engine takes on this machine and on common GPUs, and how many sequences would fit.
 
-    speed: this machine's bandwidth in bytes per second, where it has been measured already.
+    speed: this machine's bandwidth in bytes per second, where it has been measured already. A recipe for a GPU is
+    counted on a machine without one too: as a CPU's.
     """
-    here = hardware.describe()
-    machines = [("this machine", here.device, float(here.memory_bytes), speed or bandwidth())]
+    need(recipe, BuildRecipe, "Give a BuildRecipe(...).")
+    here = hardware.describe("cpu" if recipe.device == "cpu" else "auto")
+    machines = [("this machine", here.device, float(here.memory_bytes), speed or bandwidth(here.device))]
     for gpu in json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8")):
         machines.append((gpu["name"], "cuda", gpu["memory_gb"] * 1e9, gpu["gb_per_s"] * 1e9))
     rows, each = [], {device: memory(recipe, device) for device in {"cuda", here.device}}  # it may read both embeddings
@@ -102,7 +104,8 @@ def memory_table(recipe: BuildRecipe, speed: float | None = None) -> Table:
 def plan(recipe: BuildRecipe, speed: float | None = None) -> Table:
     """What a build of this recipe would take and give on this machine."""
     need(recipe, BuildRecipe, "Give a BuildRecipe(...).")
-    device, speed = hardware.resolve_device(recipe.device), speed or bandwidth()
+    device = hardware.resolve_device(recipe.device)
+    speed = speed or bandwidth(device)
     takes = memory(recipe, device)
     try:
         state = f"built already: {locate(recipe).name}"
@@ -114,7 +117,7 @@ def plan(recipe: BuildRecipe, speed: float | None = None) -> Table:
         least = takes.least_seconds(speed, batch) * 1e3
         rows.append((f"least time of a step, batch {batch}", _ms(least)))
     rows += [("build, about", f"{expected_seconds(recipe):.0f} s"), ("engine", state)]
-    place = f"{hardware.describe().name}, which reads {speed / 1e9:.0f} GB/s (measured)"
+    place = f"{hardware.describe(device).name}, which reads {speed / 1e9:.0f} GB/s (measured)"
     return Table(f"{recipe.short_name} on {place}", ("what", "how much"), rows)
 
 

@@ -197,6 +197,10 @@ def read_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
                 fix="On each machine: helpers doctor --room --json > NAME.json",
             ) from error
         machines.append(machine)
+    hosts = [machine["host"] for machine in machines]
+    for file, machine in zip(files, machines, strict=True):
+        if hosts.count(machine["host"]) > 1:  # cloned machines keep their name
+            machine["host"] += f" ({file})"
     return machines
 
 

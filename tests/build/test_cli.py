@@ -265,6 +265,23 @@ def test_importing_helpers_loads_neither_torch_nor_a_compiler_nor_numpy():
     assert run_in_shell(sys.executable, "-c", code).stdout == "[]\n"
 
 
+def test_every_command_that_a_text_names_is_there():
+    """Such as the one that a recipe's comment gives: it named one that there had been once."""
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "engines" / "recipes").glob("*.toml")]
+    texts += (ROOT / "notebooks").glob("*.ipynb")
+    named = {
+        (match[1], match[2])
+        for path in texts
+        for match in re.finditer(r"(?:`|: | {4}|bin/)helpers ([a-z][a-z-]+)(?: ([a-z]+))?", path.read_text())
+    }
+    assert {("model", "get"), ("build", "engines")} <= named
+    nested = ("model", "course", "env")
+    for command in {(one, two) if one in nested else (one,) for one, two in named}:
+        with pytest.raises(SystemExit) as done:
+            main([*command, "--help"])
+        assert done.value.code == 0, command
+
+
 def test_every_name_of_the_face_is_there():
     import helpers
 
@@ -279,9 +296,11 @@ def test_the_example_scripts_build_and_then_generate(engine, tiny_llama):
     built = run_module("helpers.build_engine", *options)
     assert built.returncode == 0, built.stderr
     assert built.stdout.startswith("Engine: tiny-llama-aot-fp32-b1-")
+    assert f"python -m helpers.basic --engine {store.list_engines()[-1].name}" in built.stdout
     answered = run_module("helpers.basic", "--max-tokens", "8", "--engine", engine, "Once upon a time", "One day")
     assert answered.returncode == 0, answered.stderr
-    lines = answered.stdout.strip().splitlines()
+    first, *lines = answered.stdout.strip().splitlines()
+    assert first == f"Engine: {engine}"
     assert [line.split(",")[0] for line in lines] == ["Prompt: 'Once upon a time'", "Prompt: 'One day'"]
     assert all("Generated text: " in line for line in lines)
 

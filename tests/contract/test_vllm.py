@@ -52,6 +52,18 @@ def test_the_end_token_stops_an_answer_and_is_not_part_of_it(stand_in, monkeypat
         assert len(answer.token_ids) == 9
 
 
+def test_an_end_token_that_only_the_tokenizer_names_stops_too(stand_in):
+    """vLLM is loaded without the tokenizer. It went on to max_tokens, and the end token was left out in silence."""
+    greedy = SamplingParams(temperature=0, max_tokens=9)
+    with load(BuildRecipe(**LIMITS)) as engine:
+        engine.end_ids = (2, 5)
+        for answer in engine.generate(["Once", "Once upon a time"], greedy):
+            assert (answer.token_ids, answer.finish_reason) == ([3, 4], "stop")
+        assert [token.token_id for token in engine.stream("Once", greedy)] == [3, 4]
+        (answer,) = engine.generate("Once", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        assert answer.token_ids == [3, 4, 5, 6]
+
+
 def test_a_stop_string_ends_an_answer_and_the_next_request_waits_for_the_rest(stand_in):
     with load(BuildRecipe(**LIMITS)) as engine:  # the stand-in counts up from token 3, which is "!"
         sampling = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, stop=["#$", "%"])

@@ -63,6 +63,14 @@ def test_bytes_per_step_are_weights_and_keys_and_values():
     assert benchmark.bytes_per_step(SMALL, "int8", 1) < benchmark.bytes_per_step(SMALL, "fp32", 1) / 3
 
 
+def test_threads_are_for_the_engine_of_a_cpu(monkeypatch):
+    """On a GPU, notebook 04 asked for engines for one thread, which no backend builds there."""
+    for device, compiled_for in (("cpu", 3), ("cuda", 0)):
+        monkeypatch.setattr(hardware, "resolve_device", lambda given, device=device: device)
+        assert SMALL.recipe("aot", "fp32", 3).num_threads == compiled_for
+        assert SMALL.recipe("pytorch", "fp32", 3).num_threads == 0
+
+
 def test_the_shape_that_published_figures_are_about():
     """Llama-3.2-1B as its publisher counts its parameters; tied, so each is read in a step."""
     workload = dataclasses.replace(SMALL, model="dummy:llama-3.2-1b")

@@ -13,6 +13,7 @@ from helpers.bench.run import bytes_per_step
 from helpers.course import memory as calculator
 from helpers.course.memory import memory, memory_table, plan
 from helpers.errors import RecipeError
+from helpers.machine import hardware
 from helpers.model.checkpoint import find_checkpoint
 from helpers.model.config import expected_shapes
 
@@ -88,6 +89,21 @@ def test_the_table_says_where_it_fits():
     assert fits["L4"] == fits["A100 80GB SXM"] == "no" and "this machine" in fits  # 141 GB of weights
     small = {row[0]: row[5] for row in memory_table(BuildRecipe(), speed=20e9).rows}
     assert set(small.values()) == {"yes"}
+
+
+def test_an_engine_for_the_cpu_is_counted_on_the_cpu_also_where_there_is_a_gpu(monkeypatch):
+    gpu = hardware.Hardware("cuda", "Card", "sm_90", 132, 80 * 10**9, "580")
+    cpu = hardware.Hardware("cpu", "Processor", "x86_64", 8, 25 * 10**9, "")
+    monkeypatch.setattr(hardware, "describe", lambda device="auto": cpu if device == "cpu" else gpu)
+    monkeypatch.setattr(hardware, "resolve_device", lambda device="auto": "cpu" if device == "cpu" else "cuda")
+    monkeypatch.setattr(calculator, "expected_seconds", lambda recipe: 60.0)
+    monkeypatch.setattr(calculator, "locate", lambda recipe: Path("built"))
+    monkeypatch.setattr(calculator, "bandwidth", {"cpu": 20e9, "cuda": 3000e9}.__getitem__)
+    for device, name, reads, size in (("cpu", "Processor", 20, "25.00 GB"), ("auto", "Card", 3000, "80.00 GB")):
+        recipe = BuildRecipe(device=device)
+        assert f"{name}, which reads {reads} GB/s" in plan(recipe).caption
+        here = next(row for row in memory_table(recipe).rows if row[0] == "this machine")
+        assert here[1] == size
 
 
 def test_a_table_of_many_machines_reads_the_checkpoint_once_for_each_kind(monkeypatch):

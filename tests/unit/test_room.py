@@ -80,6 +80,14 @@ def test_a_summary_has_a_line_a_machine_and_names_what_differs(tmp_path, capsys)
     assert "ready" in three and three.endswith("torch 2.9.1, not 2.13.0")
 
 
+def test_machines_of_one_name_are_told_apart_by_their_reports(tmp_path):
+    files = [tmp_path / f"{seat}.json" for seat in ("seat-01", "seat-02", "seat-03")]
+    for file, name in zip(files, ("lab", "lab", "desk"), strict=True):
+        file.write_text(json.dumps(machine(name)))
+    hosts = [row[0] for row in room.summary(room.read_reports(files)).rows]
+    assert hosts == [f"lab ({files[0]})", f"lab ({files[1]})", "desk"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"checks": 3}', "\0"])
 def test_a_file_that_is_no_report_is_named(tmp_path, text):
     (tmp_path / "m.json").write_text(text)

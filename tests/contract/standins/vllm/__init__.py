@@ -92,13 +92,15 @@ class LLMEngine:
         answers = []
         for request in list(self.requests.values()):
             token, request.given = 3 + request.given, request.given + 1
-            stops = request.given == int(os.environ.get("STANDIN_ENDS_AFTER", 0)) and not request.params.ignore_eos
+            ends = request.given == int(os.environ.get("STANDIN_ENDS_AFTER", 0)) and not request.params.ignore_eos
+            token = 2 if ends else token  # the end token of the model's configuration
+            stops = ends or token in (request.params.stop_token_ids or ())
             done = stops or request.given == request.params.max_tokens
             if done:
                 del self.requests[request.request_id]
             every = {i: Logprob(-float(i)) for i in reversed(range(VOCABULARY))}
             logprobs = [every] if request.params.logprobs == -1 else None
-            output = CompletionOutput([2 if stops else token], logprobs)
+            output = CompletionOutput([token], logprobs)
             answers.append(RequestOutput(request.request_id, [output], done))
         return answers
 
