@@ -57,9 +57,14 @@ def read_cards(path: Path) -> list[Card]:
     return [Card(**{**card, "words": tuple(card["words"])}) for card in cards]
 
 
+def plain(text: str) -> str:
+    """A log without colours; what overwrites a line is a line of its own."""
+    return ESCAPES.sub("", text).replace("\r", "\n").strip()
+
+
 def matches(text: str, cards: Iterable[Card]) -> Iterator[Match]:
     """Each card that the text matches, in their order, with the first such line. Linear in the length of the text."""
-    text = ESCAPES.sub("", text).replace("\r", "\n").strip()  # what overwrites a line is a line of its own
+    text = plain(text)
     lowered = text.lower()
     lines: list[str] = []
     for card in cards:

@@ -306,21 +306,24 @@ def find(engine: Path | str) -> Path:
             cause="One that is built is named by its folder or its name.",
             fix="Give what build returned. A loaded engine has its recipe with it, unchecked: engine.recipe.",
         )
+    place = None  # the store that is named with it
     try:
         given = Path(engine).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if given.name and (given / MANIFEST).stat():
                 return given
         stores = [root.resolve() for root in engines_folders()]
-        in_store = given.name and (given.name == str(engine) or given.parent.resolve() in stores)
+        if given.name != str(engine):
+            place = given.parent.resolve()
+        in_store = given.name and (place is None or place in stores)
     except PermissionError:
         return given  # as below
     except (ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
-    # "…-b1" is no start of "…-b16": that is another engine, and `remove` deletes what is found.
-    start = re.compile(re.escape(given.name) + (r"(?!\d)" if re.search(r"-b\d+$", given.name) else ""))
-    matches = [folder for folder in list_engines() if start.match(folder.name)] if in_store else []
-    if in_store and not matches and (unreadable := lookup(given.name)):
+    there = [folder for folder in list_engines() if place is None or folder.parent.resolve() == place]
+    matches = [folder for folder in there if _begins(folder.name, given.name)] if in_store else []
+    unreadable = lookup(given.name) if in_store and not matches else None
+    if unreadable and place in (None, unreadable.parent.resolve()):
         return unreadable  # whoever reads it is told so
     exact = [folder for folder in matches if folder.name == given.name]
     if len(exact or matches) == 1:
@@ -335,6 +338,13 @@ def find(engine: Path | str) -> Path:
         cause="It has not been built on this machine, or its name is misspelt.",
         fix=f"Engines here: {', '.join(names[:SHOWN]) or 'none; build one with build(recipe)'}{more}.",
     )
+
+
+def _begins(name: str, start: str) -> bool:
+    """Whether an engine's name begins so. "…-b1" is no start of "…-b16", nor "step-500" of "step-5000": these are other
+    engines, and `remove` deletes what is found. Only in the hash at the end may a number be cut."""
+    cut = start[-1:].isdigit() and name[len(start) :][:1].isdigit() and len(start) < name.rfind("-")
+    return name.startswith(start) and not cut
 
 
 def remove(engine: Path | str) -> Path:

@@ -160,11 +160,18 @@ class Row:
         return self.start_s + max(0.0, late) + self.median("ttft_s")
 
     def median(self, metric: str) -> float:
-        return statistics.median(getattr(self, metric))
+        return statistics.median(self._samples(metric))
 
     def spread(self, metric: str) -> tuple[float, float]:
         """The least and the largest sample."""
-        return min(getattr(self, metric)), max(getattr(self, metric))
+        samples = self._samples(metric)
+        return min(samples), max(samples)
+
+    def _samples(self, metric: str) -> list[float]:
+        every = {name: value for name, value in vars(self).items() if isinstance(value, list)}
+        if metric not in every:
+            raise InputError(f"A row has no samples of {shown(metric)}.", fix=f"Give one of {', '.join(every)}.")
+        return every[metric]
 
     def itl_percentile(self, percent: float) -> float:
         """The smallest gap that at least `percent` of all gaps do not exceed (nearest rank)."""
@@ -231,6 +238,7 @@ class Record:
 
     def throughput(self, row: Row) -> float:
         """Output tokens per second: batch x output tokens / E2E."""
+        need(row, Row, "Give a row: record.row('aot fp32').")
         return row.batch_size * self.workload.output_len / row.median("e2e_s")
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 from helpers.backends.tensorrt.api import KNOWN as TENSORRT
 from helpers.backends.tensorrt_llm.errors import KNOWN as TENSORRT_LLM
 from helpers.errors import InputError, printable, shown, why_refused
-from helpers.messages import Match, matches, read_cards
+from helpers.messages import LONGEST_LINE, Match, matches, plain, read_cards
 
 LONGEST = 2**26  # bytes of a log that are read: its end, where errors stand
 SHOWN = 5  # troubles of one log that are told
@@ -24,6 +24,8 @@ CARDS = [
     *TENSORRT,
     *(card for card in _course if card.error != "CourseError"),
 ]
+OWN = {card.error: card for card in _course if any(words.startswith("^") for words in card.words)}
+OWN_LINE = re.compile(rf"(?:helpers\.errors\.)?({'|'.join(OWN)}): ")
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,28 @@ def explain(message: str | Path) -> Explanation:
     of_line: dict[int, Match] = {}
     for match in matches(message, CARDS):
         of_line.setdefault(match.number, match)
-    return Explanation([_by_itself(match, message) for _, match in sorted(of_line.items())])
+    lines = plain(message).split("\n")
+    told = {match.line for match in of_line.values()}
+    for number, line in enumerate(lines, start=1):  # a card has its first line alone, and each error has its own fix
+        if (own := OWN_LINE.match(line)) and (shown_line := line.strip()[:LONGEST_LINE]) not in told:
+            told.add(shown_line)
+            of_line.setdefault(number, Match(OWN[own[1]], number, shown_line))
+    return Explanation([_by_itself(match, lines) for _, match in sorted(of_line.items())])
 
 
-def _by_itself(match: Match, message: str) -> Match:
+def _by_itself(match: Match, lines: list[str]) -> Match:
     """An error of the course has its own cause and fix in the lines after it: they say more than its kind does."""
-    name = match.line.removeprefix("helpers.errors.").partition(":")[0]
-    found = re.search(rf"{name}: .*(?P<own>(?:\n.+)*)", message) if name == match.card.error else None
-    own = dict(re.findall(r"^(Likely cause|Fix): (.*)", found["own"], re.MULTILINE)) if found else {}
-    told = {"cause": own.get("Likely cause", ""), "fix": own.get("Fix", "")}
-    return match._replace(card=replace(match.card, **told)) if own else match
+    begins = OWN_LINE.match(match.line)
+    if not begins or begins[1] != match.card.error:
+        return match
+    own = {}
+    for line in lines[match.number :]:
+        if not line or OWN_LINE.match(line):
+            break
+        if found := re.match(r"(Likely cause|Fix): (.*)", line):
+            own[found[1]] = found[2]
+    cause, fix = own.get("Likely cause", ""), own.get("Fix", "")
+    return match._replace(card=replace(match.card, cause=cause, fix=fix)) if own else match
 
 
 def read_log(path: Path) -> str:

@@ -80,6 +80,7 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
 
 def write_rows(rows: list[Row], file: Path | str) -> None:
     """JSON and CSV, each whole or not at all."""
+    _need_rows(rows)
     file, text = named(file), io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -89,6 +90,7 @@ def write_rows(rows: list[Row], file: Path | str) -> None:
 
 
 def rows_table(rows: list[Row], caption: str) -> Table:
+    _need_rows(rows)
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["nothing yet"]
     cells = [[f"{v:.3f}" if isinstance(v := row.get(name, ""), float) else v for name in names] for row in rows]
     return Table(caption, names, cells)
@@ -96,6 +98,7 @@ def rows_table(rows: list[Row], caption: str) -> Table:
 
 def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
     """Bars of one figure; None where nothing is measured yet."""
+    _need_rows(rows)
     good = [row for row in rows if not _refused(row)]
     names = sorted({name for row in good for name, value in row.items() if _is_figure(value)} - set(grid))
     if good and metric not in names:
@@ -108,6 +111,12 @@ def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
         return None
     words = "; ".join(f"{name} {value:.3g}" for name, value in named.items())
     return Picture(grouped_bars(list(named), {metric: list(named.values())}, metric), f"Bars: {metric}. {words}.")
+
+
+def _need_rows(rows: Any) -> None:
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
+        fix = "run_grid hands over all rows after each measurement. The last of these: *_, rows = run_grid(...)."
+        raise InputError(f"A list of rows is asked for, not {shown(rows)}.", fix=fix)
 
 
 def _check_settings(rows: list[Row], grid: Grid, fix: str) -> None:

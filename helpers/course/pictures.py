@@ -37,6 +37,7 @@ def versions(*packages: str) -> None:
 
     every = {"python": platform.python_version()}
     for name in packages:
+        need(name, str, "Give a package's name, such as 'torch'.")
         try:
             every[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -126,11 +127,17 @@ def fusion(reports: Mapping[str, EngineReport]) -> Picture:
 
 def operations(report: EngineReport, first: int = 0, count: int = 20) -> Table:
     """Some operations as they were before fusion."""
-    need_report(report)
+    _need_part(report, first, count)
     part = report.operations[first : first + count]
     rows = [(number, o.op, o.name, _shape(o.shape), o.dtype) for number, o in enumerate(part, start=first + 1)]
     caption = f"Operations {first + 1} to {first + len(part)} of {len(report.operations)}, before fusion"
     return Table(caption, ("number", "kind", "name", "result", "type"), rows)
+
+
+def _need_part(report: Any, first: Any, count: Any) -> None:
+    need_report(report)
+    for number in (first, count):
+        need(number, int, "Give the first, counted from 0, and how many. Of one graph: report.of('decode_b1').")
 
 
 def _shape(shape: Sequence[int | str]) -> str:
@@ -139,7 +146,7 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 def kernels(report: EngineReport, first: int = 0, count: int = 10) -> Table:
     """Some kernels in the order they run, each with the operations that it does in one go."""
-    need_report(report)
+    _need_part(report, first, count)
     kinds = {operation.name: operation.op for operation in report.operations}
     rows = [
         (number, kernel.kind, len(kernel.fused), _listed(kinds.get(name, name) for name in kernel.fused))

@@ -58,6 +58,9 @@ def compare(samples: Samples, name: str, other: str, *, faster: str = "", equal:
     "equal" only where it is narrow: where it is not, nothing is explained.
     """
     for each in (name, other):
+        if isinstance(samples.get(each), (int, float)):
+            fix = "Give what take_turns measured, all samples of each, and no medians."
+            raise InputError(f"{shown(samples[each])} is one number, and no row of times of {each!r}.", fix=fix)
         if not samples.get(each) or min(samples[each]) <= 0:
             raise InputError(
                 f"There are no times of {each!r} to compare.",

@@ -86,7 +86,8 @@ def without_end_token(name: str = "stories") -> Path:
 def source_checkout(package: str) -> Path:
     """A folder that holds a package's Python files without its compiled ones, as a clone of its repository does."""
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise InputError(f"Package {package!r} is not installed here.", fix="Give one that is, such as 'safetensors'.")
     compiled = shutil.ignore_patterns("*.so", "*.pyd", "*.dylib", "__pycache__")
     folder = _new_folder() / "clone"
     shutil.copytree(Path(spec.origin).parent, folder / package, ignore=compiled)

@@ -161,6 +161,7 @@ def least_time(size: int, device: str, threads: int) -> float:
     """
     import torch
 
+    device = resolve_device(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -674,6 +674,25 @@ def test_a_start_of_a_name_does_not_end_inside_a_number(fake, engines):
     assert locate("stories-aot-fp32-b16") == locate("stories-aot-fp32-b16-") == sixteen
     one = build(RECIPE.replace(max_batch_size=1), quiet=True)
     assert locate("stories-aot-fp32-b1") == one
+    for name in ("layer16-tensorrt-fp32-e4a21b00", "checkpoint-5000-aot-fp32-b1-2e564b7f"):  # one's own numbers too
+        shutil.copytree(one, one.with_name(name))
+    for start in ("layer1", "checkpoint-500"):
+        with pytest.raises(EngineNotFound):
+            store.remove(start)
+    assert locate("layer16").name.startswith("layer16-") and locate("checkpoint-5000-aot-fp32-b1-2e5")
+    assert locate("layer16-tensorrt-fp32-e4a2").name.endswith("1b00")  # a hash may be cut anywhere
+
+
+def test_a_path_names_the_engine_of_that_store_alone(fake, engines, tmp_path, monkeypatch):
+    """`helpers remove` had deleted the learner's own engine, given the path of a shared one that was gone."""
+    fake()
+    own = build(RECIPE, quiet=True)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("COURSE_ENGINES", os.pathsep.join([str(own.parent), str(shared)]))
+    with pytest.raises(EngineNotFound):
+        store.remove(str(shared / own.name))
+    assert locate(own.parent / own.name[:-2]) == locate(own.name) == own
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "/", ".", "..", "elsewhere/stories", ".locks"])

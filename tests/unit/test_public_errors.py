@@ -25,7 +25,7 @@ from helpers import BuildRecipe, SamplingParams, engine, store
 from helpers import recipe as recipes
 from helpers.bench import claims, quality, records, tables
 from helpers.bench import run as benchmark
-from helpers.course import edge_llm, memory, onnx_tables, pictures, troubles, widgets
+from helpers.course import edge_llm, experiments, memory, onnx_tables, pictures, timing, troubles, widgets
 from helpers.course.batching import compare_batching, measured_steps
 from helpers.course.cards import explain
 from helpers.course.exercises import check, freeze, hint, solution
@@ -37,6 +37,7 @@ from helpers.course.lab.compiled import compile_module
 from helpers.course.predict import predict, reveal
 from helpers.course.recorded import recorded
 from helpers.errors import CourseError, EngineCorrupt, InputError
+from helpers.machine import hardware
 from helpers.model import fetch
 from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe.fields import Fusion, RecipeFields
@@ -258,6 +259,17 @@ def test_what_a_learner_mixes_up_in_a_notebook_is_told(tmp_path):
         lambda: benchmark.run(record.workload, ["pytorch"], [1], keep="record.json"): "records.keeper",
         lambda: compile_module(torch.nn.GELU(), (torch.ones(2),), options={"cpp.simdln": 256}): "mean 'cpp.simdlen'",
         lambda: compile_module(torch.nn.Linear(4, 4), (torch.ones(2, 8),)): "cannot export",
+        lambda: experiments.rows_table(experiments.run_grid(dict, {"a": [1]}, tmp_path / "r.json"), "x"): r"\*_, rows",
+        lambda: experiments.rows_picture((row for row in ()), {"a": [1]}, "ms"): r"\*_, rows",
+        lambda: pictures.kernels(report, "module"): r"report\.of",
+        lambda: pictures.operations(report, 0, "module"): r"report\.of",
+        lambda: pictures.versions(torch): "package's name",
+        lambda: timing.compare({"a": 1.0, "b": 2.0}, "a", "b"): "no medians",
+        lambda: row.median("tpot"): "Give one of ttft_s, tpot_s",
+        lambda: row.spread("name"): "Give one of ttft_s, tpot_s",
+        lambda: record.throughput(row.name): "Give a row",
+        lambda: troubles.source_checkout("nosuchpackage"): "not installed",
+        lambda: hardware.least_time(64, "gpu", 1): "no device 'gpu'",
     }.items():
         with pytest.raises(CourseError, match=words):
             call()

@@ -177,6 +177,18 @@ def test_an_error_of_the_course_keeps_its_own_cause_and_fix():
     assert "COURSE_ENGINES" in found.card.fix
 
 
+def test_each_error_of_a_log_keeps_its_own_cause_and_fix_also_two_of_a_kind():
+    """A log of several commands has no empty line between them. The last one's fix was told for all."""
+    kinds = [("RecipeError", "a"), ("ModelError", "b"), ("RecipeError", "c"), ("RecipeError", "c")]
+    logged = [f"{kind}: What {n}.\nLikely cause: Cause {n}.\nFix: Fix {n}." for kind, n in kinds]
+    troubles = explain("\n".join(["Building", *logged, "done"])).troubles
+    assert [(match.line[-7:], match.card.cause, match.card.fix) for match in troubles] == [
+        (f"What {n}.", f"Cause {n}.", f"Fix {n}.") for n in "abc"
+    ]
+    without, with_own = explain("StoreError: It cannot be written.\nRecipeError: No.\nFix: Take 2.").troubles
+    assert "COURSE_ENGINES" in without.card.fix and with_own.card.fix == "Take 2."
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
