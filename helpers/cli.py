@@ -252,6 +252,11 @@ def _verify(settings: argparse.Namespace) -> dict[str, Any]:
         except CourseError as error:
             damaged[name] = error.what
             print(f"{'damaged' if isinstance(error, EngineCorrupt) else 'not read':<8} {error}")
+    for folder in [] if settings.engine else store.without_manifest():
+        damaged[folder.name] = f"{folder.name} has no {store.MANIFEST}."
+        print(f"damaged  {damaged[folder.name]}\nLikely cause: A copy of it was cut short.\nFix: Delete {folder}")
+    if not whole and not damaged:
+        print("No engines yet.")
     return {"ok": not damaged, "whole": whole, "damaged": damaged}
 
 
@@ -372,12 +377,13 @@ def _run(settings: argparse.Namespace) -> dict[str, Any]:
 def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
     from helpers.machine import doctor
 
-    needed = 0.0
+    needed = {}
     if settings.recipe:
         from helpers import recipe as recipes
-        from helpers.engine import disk_needed
+        from helpers.engine import disk_needed, memory_needed
 
-        needed = disk_needed(recipes.read(settings.recipe))
+        recipe = recipes.read(settings.recipe)
+        needed = {"engines": disk_needed(recipe), "memory": memory_needed(recipe)}
     if settings.room is None:
         return doctor.main(as_json=settings.json, needed=needed)
     from helpers.maintain import room

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import backends, store
 from helpers.access import check_trust, origin
 from helpers.backends.base import Engine, check_not_forked
-from helpers.backends.job import WORK, BuildJob
+from helpers.backends.job import COMPILER, WORK, BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
     BuildError,
@@ -214,12 +214,24 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
 
 def disk_needed(recipe: BuildRecipe) -> float:
     """Bytes of disk that building the recipe takes; 0 for a backend that compiles nothing."""
+    size, more = _estimated(recipe)
+    return size and size + more + WORK
+
+
+def memory_needed(recipe: BuildRecipe) -> float:
+    """Bytes of memory that it takes at least: all weights, and a compiler beside them."""
+    size, _ = _estimated(recipe)
+    return size and size + COMPILER
+
+
+def _estimated(recipe: BuildRecipe) -> tuple[float, float]:
+    """Bytes of the engine, and how many more its build leaves meanwhile; (0, 0) for a backend that compiles nothing."""
     if recipe.backend not in COMPILED:
-        return 0
+        return 0, 0
     checkpoint = find_checkpoint(recipe.model)
     device = identity(recipe, checkpoint)["recipe"]["device"]
     _, size, more = backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)
-    return size + more + WORK
+    return size, more
 
 
 def recipe_of(engine: Path | str) -> BuildRecipe:

@@ -262,6 +262,14 @@ def list_engines(*, hidden: bool = False) -> list[Path]:
     return [folder for _, folder in sorted(engines.values())]
 
 
+def without_manifest() -> list[Path]:
+    """Folders that bear an engine's name and have no manifest: nothing is found or loaded there, and room is taken."""
+    with _refusals_explained():
+        folders = [folder for root in engines_folders() for folder in root.iterdir()]
+        named = [folder for folder in folders if re.search(r"^[^.].*-[0-9a-f]{8}$", folder.name) and folder.is_dir()]
+        return sorted(folder for folder in named if os.access(folder, os.R_OK) and not (folder / MANIFEST).exists())
+
+
 def lookup(name: str) -> Path | None:
     """The folder of the engine of this name, in the first store that has one. It may be damaged, or not be yours to
     read."""

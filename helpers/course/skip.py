@@ -37,11 +37,16 @@ def need_model(name: str) -> Checkpoint | None:
         checkpoint = find_checkpoint(name)
         if not checkpoint.has_tokenizer:
             folder = checkpoint.folder  # and not the name: from_pretrained knows no ~, and a Hub id is no folder
-            raise ModelError(
-                f"{name!r} has no tokenizer.json.",
-                fix=f"Make it: {PYTHON} -m pip install sentencepiece, then in Python transformers.AutoTokenizer."
-                f"from_pretrained({str(folder)!r}).backend_tokenizer.save({str(folder / 'tokenizer.json')!r})",
+            older = (folder / "tokenizer.model").exists() or (folder / "vocab.json").exists()
+            fix = (
+                f"Make it: {PYTHON} -m pip install sentencepiece, then in Python transformers.AutoTokenizer."
+                f"from_pretrained({str(folder)!r}).backend_tokenizer.save({str(folder / 'tokenizer.json')!r})"
             )
+            saved = (
+                f"Its tokenizer was not saved with it. In Python: transformers.AutoTokenizer.from_pretrained(BASE)."
+                f"save_pretrained({str(folder)!r}), where BASE is the model that it was tuned from."
+            )
+            raise ModelError(f"{name!r} has no tokenizer.json.", fix=fix if older else saved)
         return checkpoint
     except ModelError as error:
         if not shell:

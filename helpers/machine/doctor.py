@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import queue
+import re
 import shlex
 import shutil
 import sys
@@ -21,7 +22,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -116,11 +117,13 @@ def check_notebook_tools() -> Check:
     return ok(f"ipykernel {importlib.metadata.version('ipykernel')}")
 
 
-# It uses the C++ library and torch's, as the kernels of an engine do.
+# It uses the C++ library and torch's, as the kernels of an engine do; waiting is of a newer version of that library.
 _PROBE = """
+#include <condition_variable>
 #include <stdexcept>
 #include <string>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+void course_waits(std::condition_variable& one, std::unique_lock<std::mutex>& lock) { one.wait(lock); }
 extern "C" int course_probe(const char* text) {
   try { throw std::runtime_error(std::string(text) + "b"); }
   catch (const std::exception& error) { return aoti_torch_device_type_cpu() == 0 && error.what() == std::string("ab"); }
@@ -160,7 +163,8 @@ def check_compiler() -> Check:
             return failure(f"{name}: puts a copy of the C++ library into each engine", fix)
         answer = run([sys.executable, "-c", _CALL, str(library)], 4)
         if answer.returncode != 0:
-            fix = f"See the line of the temporary folder. If that is OK: {fix}"
+            newer = re.search(r"version `\w+_[\d.]+' not found", answer.stderr)
+            fix = "unset LD_LIBRARY_PATH" if newer else f"See the line of the temporary folder. If that is OK: {fix}"
             return failure(f"{name}: what it compiles does not load: {complaint_of(answer)}", fix)
     if (named := os.environ.get("CXX")) and named != compiler:
         wrong = "has a space in its path" if shutil.which(named) else "is no program"
@@ -238,7 +242,8 @@ def check_gpu() -> Check:
     return ok(line)
 
 
-def check_memory() -> Check:
+def check_memory(needed: float = 0) -> Check:
+    """needed: bytes that a recipe's build takes."""
     free, left = hardware.free_memory(), limits.memory()
     line = f"{free / 2**30:.1f} GiB free"
     if left is not None and left < free + 2**24:  # both change from moment to moment
@@ -249,6 +254,9 @@ def check_memory() -> Check:
             return warning(line, "Close what else uses the GPU; nvidia-smi lists it. A kernel restart helps.")
     if free < 2**29:
         return failure(line, "Close other programs, or give the container more memory.")
+    if free < needed:
+        line += f"; a build of this recipe needs {needed / 2**30:.1f}"
+        return warning(line, "Close other programs, take a narrower precision or a smaller model, or a larger machine.")
     if free < 2 * 2**30:
         return warning(line, "A build needs up to 2 GiB: close other programs first.")
     return ok(line)
@@ -403,10 +411,11 @@ NEED_TORCH = ("PyTorch", "NVIDIA driver", "GPU", "memory", "threads")
 OF_A_BUILD = ("C++ compiler", "memory", "engines", "temporary folder", "compiler's folder", "processes and files")
 
 
-def examine(needed: float = 0, only: Collection[str] = ()) -> Iterator[Check]:
-    """Each check's line, in order, as soon as it and those before it are known. needed: bytes for a recipe. only: names
-    of checks; default: all."""
-    checks = CHECKS | ({"engines": partial(check_engines, needed)} if needed else {})
+def examine(needed: Mapping[str, float] | None = None, only: Collection[str] = ()) -> Iterator[Check]:
+    """Each check's line, in order, as soon as it and those before it are known. needed: bytes that a recipe's build
+    takes, of the disk for "engines", and of "memory". only: names of checks; default: all."""
+    for_recipe = {"engines": check_engines, "memory": check_memory}
+    checks = CHECKS | {name: partial(for_recipe[name], size) for name, size in (needed or {}).items()}
     checks = {name: check for name, check in checks.items() if not only or name in only}
     deadline = time.monotonic() + LONGEST
     torch_facts.cache_clear()
@@ -473,9 +482,9 @@ def _guarded(check: Callable[[], Check]) -> Check:
         return warning(f"the check itself failed ({type(error).__name__}: {error})", "Look at what it names.")
 
 
-def main(*, as_json: bool = False, needed: float = 0) -> dict[str, Any]:
+def main(*, as_json: bool = False, needed: Mapping[str, float] | None = None) -> dict[str, Any]:
     """`helpers doctor`: print each check, unless the answer is printed as JSON, which is returned: "ok" is false if a
-    check failed. needed: bytes of disk for the recipe at hand."""
+    check failed. needed: as `examine` takes it."""
     start = time.monotonic()
     checks = []
     for check in examine(needed):

@@ -320,7 +320,7 @@ def _install(name: str, target: Path, base: str, explain: Explain | None) -> Pat
     requirement = f"{environment.package}=={environment.version}"
     options = ["--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=15", "--dest", str(wheels)]
     try:
-        _step([*pip, "download", requirement, *options, *indexes], environment)
+        _step([*pip, "download", requirement, *options, *indexes], environment, target)
     except CourseError as error:
         raise BackendUnavailable(
             f"pip finds no wheel of {requirement} for this Python and machine.",
@@ -328,7 +328,7 @@ def _install(name: str, target: Path, base: str, explain: Explain | None) -> Pat
             fix=environment.instead,
         ) from None
     lock = PROJECT / "constraints" / f"{name}.txt"
-    _step([*pip, "install", "--find-links", str(wheels), *indexes, "-r", str(lock)], environment)
+    _step([*pip, "install", "--find-links", str(wheels), *indexes, "-r", str(lock)], environment, target)
     shutil.rmtree(wheels)
     print(f"[4/4] Importing {environment.module}, which can take a minute", flush=True)
     start = time.monotonic()
@@ -349,10 +349,12 @@ def _remove(target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _step(command: list[str], environment: Environment) -> None:
-    """One command whose output a person can follow; its last lines become the cause if it fails."""
+def _step(command: list[str], environment: Environment, temporary: Path | None = None) -> None:
+    """One command whose output a person can follow; its last lines become the cause if it fails. temporary: where pip
+    puts gigabytes aside, on the disk whose room was looked at."""
     lines: list[str] = []
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    output["env"] = {**os.environ, "TMPDIR": str(temporary)} if temporary else None
     with subprocess.Popen(command, **output, **commands.OWN_SESSION) as process:
         assert process.stdout is not None
         try:
@@ -374,6 +376,12 @@ def _not_importable(name: str, traceback: str, explain: Explain | None) -> Cours
     """Why an installed library does not load, by the end of its traceback."""
     instead, message = ENVIRONMENTS[name].instead, traceback.splitlines()[-1].strip()
     what = f"{ENVIRONMENTS[name].title} was installed, but importing it failed."
+    if re.search(r"lib(cu|nv)\w*\.so\S*: undefined symbol", message):
+        return BackendUnavailable(
+            f"{what} {message}",
+            cause="Libraries of two versions of CUDA are mixed: LD_LIBRARY_PATH leads to another one.",
+            fix=f"Unset LD_LIBRARY_PATH, then run this again (pip has kept the downloads). {instead}",
+        )
     if re.search(r"lib(cu(?!da\.so)|nv(?!infer))\w*\.so", message):
         return BackendUnavailable(
             f"{what} {message}",

@@ -25,6 +25,7 @@ import json
 import os
 import queue
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -421,6 +422,20 @@ def _watch(parent: int) -> None:
 def _end() -> None:
     commands.kill_own_descendants()
     os._exit(0)
+
+
+def log_size() -> int:
+    """In a worker: bytes that native code and we have written to standard error so far; 0 where that is no file."""
+    status = os.fstat(2)
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def log_since(start: int) -> str:
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return ""
+    with contextlib.suppress(OSError):  # opened for writing only
+        return os.pread(2, 1 << 20, start).decode("utf-8", "replace")
+    return ""
 
 
 if __name__ == "__main__":

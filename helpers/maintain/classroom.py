@@ -207,7 +207,7 @@ def grade(notebook: str) -> Grade:
     with owned_folder("course-grade-") as work:
         os.environ[learner.GRADED] = str(work)  # the kernel writes there what its checks say
         try:
-            _, result = notebooks.run_notebook(path, go_on=True)
+            nb, result = notebooks.run_notebook(path, go_on=True)
             answers = learner.read()["exercises"]
         finally:
             del os.environ[learner.GRADED]
@@ -216,6 +216,9 @@ def grade(notebook: str) -> Grade:
         entry = answers.get(task.number, {"state": "open", "wrong": []})
         state = "right" if entry["state"] == "right" else "wrong" if entry["wrong"] else "open"
         marks.append(Mark(task.number, task.title, task.points if state == "right" else 0, task.points, state))
+    cells = dict(notebooks.code_cells(nb))
+    left_out = [(number, why) for number, why in result.skipped if "check(" in cells[number].source]
+    result.problems += [f"exercises were not run: {why}" for why in notebooks.grouped(left_out)]
     if others := sorted(answers.keys() - tasks.keys()):
         result.problems.append(f"it answers {', '.join(others)}, of another notebook than its name begins with")
     return Grade(str(path.absolute()), marks, result.problems)

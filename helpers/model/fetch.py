@@ -273,8 +273,10 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
-        read_config(Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=["config.json"])))
+        place = Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=["config.json"]))
         files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
+        _check_kind({file.rfilename for file in files})
+        read_config(place)
         if not any(file.rfilename.endswith(".safetensors") for file in files):
             raise unsupported("it has no *.safetensors", "Use a model that has its weights in this format.")
         fetched = Path(snapshot_download(hub_id, local_dir=folder, allow_patterns=ON_THE_HUB, ignore_patterns=LEFT_OUT))
@@ -302,6 +304,19 @@ def _download(hub_id: str, folder: Path | None = None) -> Path:
                     fix=f"Run: helpers model get {hub_id}",
                 )
     return fetched
+
+
+def _check_kind(files: set[str]) -> None:
+    """ModelError for what the Hub has beside whole models."""
+    if "config.json" in files:
+        return
+    for of_kind, what in (
+        (lambda name: name.endswith(".gguf"), "it is a GGUF file, rounded for another program"),
+        (lambda name: name == "adapter_config.json", "it is an adapter (LoRA) without the model that it belongs to"),
+    ):
+        if any(map(of_kind, files)):
+            raise unsupported(what, "Take the model that it was made from; an adapter is merged into that one first.")
+    raise unsupported("it has no config.json", "Take one in Hugging Face format: config.json, *.safetensors.")
 
 
 def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
@@ -341,6 +356,11 @@ def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
         ),
         (status >= 500, "The Hub itself fails.", "Run the command again, later."),
         (
+            "CERTIFICATE_VERIFY_FAILED" in str(error),
+            "A proxy between here and the Hub, as companies have, shows a certificate of its own.",
+            "Let SSL_CERT_FILE name the file with that certificate; who runs the network has it.",
+        ),
+        (
             isinstance(error, errors.LocalEntryNotFoundError),
             "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
             "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
@@ -355,7 +375,11 @@ def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
             "HF_HOME names a folder under the home of a user who is not here.",
             "Name another folder.",
         ),
-        (bool(file), f"{file}: {why_refused(error)}", "Run the command again."),
+        (
+            bool(file),
+            f"{file}: {why_refused(error)}",
+            "Mend that, or let HF_HOME name a folder that you can write; then run the command again.",
+        ),
         (True, "The network failed, or the Hub refused.", "Run the command again."),
     ]
     return next((cause, fix) for fits, cause, fix in reasons if fits)

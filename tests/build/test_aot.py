@@ -713,6 +713,7 @@ def test_a_temporary_folder_that_cannot_serve_does_not_make_an_engine_corrupt(ti
         (OSError(errno.EMFILE, "Too many open files"), BackendUnavailable),
         (OSError(errno.EFBIG, "File too large"), BackendUnavailable),
         (RuntimeError("libx.so: cannot allocate memory in static TLS block"), BackendUnavailable),
+        (RuntimeError("libstdc++.so.6: version `GLIBCXX_3.4.30' not found (required by x.so)"), BackendUnavailable),
         (RuntimeError("libx.so: failed to map segment: cannot allocate memory"), OutOfMemory),
         (RuntimeError("libx.so: cannot open shared object file: Too many open files"), BackendUnavailable),
         (RuntimeError("libomp.so.5: cannot open shared object file: No such file or directory"), BackendUnavailable),

@@ -83,6 +83,8 @@ def test_verify_reads_all_and_names_what_is_damaged(engine, capsys):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert main(["verify"]) == 1
     assert "weights.safetensors is not the file that was built" in capsys.readouterr().out
+    (locate(engine) / store.MANIFEST).unlink()  # as in a copy that was cut short
+    assert main(["verify"]) == 1 and f"damaged  {engine} has no manifest.json" in capsys.readouterr().out
 
 
 def test_generate_prints_prompt_and_answer_and_streams_the_same(engine, capsys):

@@ -303,6 +303,7 @@ def test_where_the_import_fails_the_reason_is_told_and_nothing_stays(wheels, pro
         ("ImportError: libpython3.12.so.1.0: cannot open shared object file", "LD_LIBRARY_PATH"),  # issue 6102
         ("ImportError: libcublasLt.so.13: cannot open shared object file", "CUDA Toolkit 13"),
         ("ImportError: bindings.so: undefined symbol: _ZN3c10", "container"),  # issues 1008, 2380
+        ("ImportError: libcusparse.so.12: undefined symbol: __nvJitLinkComplete_12_4", "Unset LD_LIBRARY_PATH"),
     ],
 )
 def test_what_tensorrt_llm_says_when_it_does_not_load_has_a_way_out(said, fix):

@@ -73,6 +73,16 @@ def test_a_notebook_that_sets_its_folder_is_graded_like_others(tmp_path, monkeyp
     assert grade.problems == ["it answers 01.1, of another notebook than its name begins with"]
 
 
+def test_exercises_that_could_not_be_run_here_are_named(tmp_path, monkeypatch):
+    """Notebook 06, where its model is not on the machine that grades: it had 0 points, and nothing said why."""
+    monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
+    cells = ["from helpers.course.skip import need_model\nneed_model('nobody/nothing')", "check('06.1', 1)", "1"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebooks.write(nb, tmp_path / "06_eve.ipynb")
+    (problem,) = classroom.grade(str(tmp_path / "06_eve.ipynb")).problems
+    assert "not run" in problem and "helpers model get nobody/nothing" in problem and "(cell 2)" in problem
+
+
 def test_what_cannot_be_graded(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COURSE_WORK", str(tmp_path / "work"))
     (tmp_path / "homework.ipynb").write_text("{}")

@@ -63,7 +63,10 @@ def test_a_model_without_a_tokenizer_is_told_before_anything_is_built(tmp_path):
     shutil.copytree(BUNDLED, model, ignore=shutil.ignore_patterns("tokenizer.json"))
     _, result = run(tmp_path, f"from helpers.course.skip import need_model\nneed_model({str(model)!r})", "1/0")
     assert result.ok and {"no tokenizer.json" in reason for _, reason in result.skipped} == {True}
-    assert f"from_pretrained({str(model)!r})" in result.skipped[0][1]  # the folder: what they wrote may be a Hub id
+    assert f"save_pretrained({str(model)!r})" in result.skipped[0][1]  # the folder: what they wrote may be a Hub id
+    (model / "tokenizer.model").touch()
+    _, result = run(tmp_path, f"from helpers.course.skip import need_model\nneed_model({str(model)!r})")
+    assert f"from_pretrained({str(model)!r})" in result.skipped[0][1] and "sentencepiece" in result.skipped[0][1]
 
 
 def test_the_notebook_on_your_own_model_is_listed_as_skipped_where_that_is_not_here(tmp_path, monkeypatch):

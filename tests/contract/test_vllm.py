@@ -12,7 +12,7 @@ import pytest
 from helpers import BuildRecipe, SamplingParams, load
 from helpers.bench import run as benchmark
 from helpers.bench.records import Workload
-from helpers.errors import BackendUnavailable, InputError, LimitError, ModelError, WorkerError
+from helpers.errors import BackendUnavailable, InputError, LimitError, ModelError, OutOfMemory
 
 LIMITS = {"backend": "vllm", "precision": "bf16", "max_batch_size": 4, "max_input_len": 32, "max_seq_len": 64}
 
@@ -122,8 +122,14 @@ def test_what_cannot_run_says_why(stand_in, monkeypatch, tmp_path):
     broken = tmp_path / "fails"
     broken.mkdir()
     (broken / "config.json").write_text((Path(benchmark.BUNDLED) / "config.json").read_text())
-    with pytest.raises(WorkerError, match="Engine core initialization failed"):
-        load(BuildRecipe(**{**LIMITS, "model": f"dummy:{broken}"}))
+    for said, kind, words in (
+        ("", BackendUnavailable, "Engine core initialization failed"),
+        ("ERROR 11-28 [core.py] ValueError: Free memory on device is less than desired", OutOfMemory, "Free memory"),
+        ("ERROR 11-28 [core.py] ValueError: No such attention\nRuntimeError: later", BackendUnavailable, "attention"),
+    ):
+        monkeypatch.setenv("STANDIN_CORE_SAYS", said)  # the engine core is another process, and has the log alone
+        with pytest.raises(kind, match=words):
+            load(BuildRecipe(**{**LIMITS, "model": f"dummy:{broken}"}))
     monkeypatch.setenv("STANDIN_GPU", "0")
     with pytest.raises(BackendUnavailable, match="NVIDIA"):
         load(BuildRecipe(**LIMITS))

@@ -338,6 +338,9 @@ def test_memory(pretend, monkeypatch, free, status):
     pretend()
     monkeypatch.setattr(hardware, "free_memory", lambda: free)
     assert doctor.check_memory().status == status
+    check = doctor.check_memory(2**35)  # what a recipe needs
+    assert check.status == ("warning" if status == "OK" else status)
+    assert status == "failure" or "needs 32.0" in check.found
 
 
 @pytest.mark.parametrize("check", [doctor.check_engines, doctor.check_temporary_folder])
@@ -353,7 +356,7 @@ def test_the_disk_is_held_against_what_a_recipe_needs(monkeypatch):
     assert check.status == "failure" and "needs 1000000.0 GB" in check.found and "helpers remove" in check.fix
     monkeypatch.setattr(doctor, "CHECKS", {"engines": doctor.check_engines})
     monkeypatch.setattr(doctor, "torch_facts", cache(lambda: {}))
-    assert [check.status for check in doctor.examine(needed=1e15)] == ["failure"]
+    assert [check.status for check in doctor.examine({"engines": 1e15})] == ["failure"]
 
 
 def no_room(*_, **__):

@@ -476,6 +476,10 @@ def hub_errors():
         "server": (errors.HfHubHTTPError("502 Server Error", response=answer(502)), "Hub itself fails"),
         "other": (errors.HfHubHTTPError("418 Client Error", response=answer(418)), "refused"),
         "proxy": (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."), "proxy is set"),
+        "certificate": (
+            errors.LocalEntryNotFoundError("Got: ConnectError: [SSL: CERTIFICATE_VERIFY_FAILED] self-signed"),
+            "certificate of its own",
+        ),
         "network": (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "network failed"),
         "cache": (
             PermissionError(errno.EACCES, "Permission denied", "hub/models"),
@@ -593,6 +597,17 @@ def test_what_is_not_supported_is_refused_before_its_weights_are_fetched(ask, pu
     with serve("owner/name", other) as (address, asked):
         done = ask(address, "get", "owner/name")
     assert done.returncode == 1 and "'phi3'" in done.stderr and asked == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("model-q4.gguf", "GGUF"), ("adapter_config.json", "LoRA"), ("x", "no config")]
+)
+def test_what_is_no_whole_model_on_the_hub_is_told_as_what_it_is(ask, tmp_path, name, words):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_text("{}")
+    with serve("owner/name", tmp_path / "other") as (address, _):
+        done = ask(address, "get", "owner/name")
+    assert done.returncode == 1 and words in done.stderr and "cut short" not in done.stderr
 
 
 def test_a_model_of_pickles_is_refused_before_anything_else_is_fetched(ask, published, tmp_path):

@@ -177,6 +177,38 @@ def test_an_error_of_the_course_keeps_its_own_cause_and_fix():
     assert "COURSE_ENGINES" in found.card.fix
 
 
+@pytest.mark.parametrize(
+    ("text", "cause", "fix"),
+    [
+        ("OSError: libgomp.so.1: cannot allocate memory in static TLS block", "no lack of memory", "LD_PRELOAD"),
+        ("[E] magicTagRead == kMAGIC_TAG failed", "no TensorRT engine", "Build"),
+        ("stdVersionRead == serializationVersion failed. Version tag does not match", "another version", "Build"),
+        (
+            "[E] getPluginCreator could not find plugin: EfficientNMS_TRT version: 1",
+            "itself",
+            "init_libnvinfer_plugins",
+        ),
+        ("Serialization assertion creator failed. Cannot deserialize plugin", "plugin", "init_libnvinfer_plugins"),
+        (
+            "[E] No importer registered for op: GridSample. Attempting to import as plugin.",
+            "no such operation",
+            "opset",
+        ),
+        ("my-org/model is not a local folder and is not a valid model identifier listed on", "Hub", "hf auth login"),
+        ("libgomp: pthread_create failed: Operation not permitted", "container", "Update Docker"),
+        ("libgomp: pthread_create failed: Resource temporarily unavailable", "limit", "ulimit -u"),
+        (
+            "ImportError: libpython3.12.so.1.0: cannot open shared object file",
+            "shared library",
+            "apt install libpython",
+        ),
+    ],
+)
+def test_messages_that_another_card_would_take(text, cause, fix):
+    found = explain(text).troubles[0].card
+    assert cause in found.cause and fix in found.fix
+
+
 def test_each_error_of_a_log_keeps_its_own_cause_and_fix_also_two_of_a_kind():
     """A log of several commands has no empty line between them. The last one's fix was told for all."""
     kinds = [("RecipeError", "a"), ("ModelError", "b"), ("RecipeError", "c"), ("RecipeError", "c")]

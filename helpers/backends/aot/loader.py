@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -88,6 +89,12 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
             f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
             cause="The engine is sound; a library that its compiler links with is not on this machine.",
             fix="Install the package of that library (libomp5 for libomp.so.5), or name its folder in LD_LIBRARY_PATH.",
+        )
+    if re.search(r"version `(GLIBC|GLIBCXX|CXXABI)_[\d.]+' not found", str(error)):
+        return BackendUnavailable(
+            f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
+            cause="The engine is sound; this process has loaded an older C++ library than the compiler's.",
+            fix="Unset LD_LIBRARY_PATH, or take from it the folder that is named above; then start Python again.",
         )
     if "static tls" in str(error).lower():
         return BackendUnavailable(

@@ -13,7 +13,6 @@ import functools
 import inspect
 import os
 import secrets
-import stat
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from helpers.backends.tensorrt_llm.errors import explain
 from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, WorkerError
+from helpers.machine.worker import log_since, log_size
 
 # Before the first import of tensorrt_llm. One GPU needs no second process, and an MPI start inside a worker or a
 # notebook can hang (llmapi/utils.py reads the variable once; issues 5854, 5495, 9766 of NVIDIA/TensorRT-LLM).
@@ -57,14 +57,14 @@ def explained(what: str, otherwise: type[CourseError] = WorkerError) -> Callable
 
 @contextlib.contextmanager
 def _translated(what: str, otherwise: type[CourseError]) -> Generator[None, None, None]:
-    start = _log_size()
+    start = log_size()
     try:
         yield
     except CourseError:
         raise
     except Exception as error:  # the boundary to the library: AssertionError, RuntimeError, ValueError, ImportError ...
         message = f"{type(error).__name__}: {error}" if str(error) else ""
-        raise explain(message, what, _log_since(start), otherwise) from error
+        raise explain(message, what, log_since(start), otherwise) from error
 
 
 @explained("TensorRT-LLM cannot be used here.", BackendUnavailable)
@@ -347,20 +347,6 @@ def _cache_settings(fraction: float) -> dict[str, Any]:
     """Keys and values get a part of the free memory, not 90 % of it; and a prompt that came before is computed again,
     for an answer out of the cache would be timed as if it had been work (llmapi/llm_args.py, KvCacheConfig)."""
     return {"free_gpu_memory_fraction": fraction, "enable_block_reuse": False, "enable_partial_reuse": False}
-
-
-def _log_size() -> int:
-    """Bytes that native code and we have written to standard error so far; 0 where that is no file."""
-    status = os.fstat(2)
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
-
-
-def _log_since(start: int) -> str:
-    if not stat.S_ISREG(os.fstat(2).st_mode):
-        return ""
-    with contextlib.suppress(OSError):  # opened for writing only
-        return os.pread(2, 1 << 20, start).decode("utf-8", "replace")
-    return ""
 
 
 CALLS = {

@@ -8,6 +8,7 @@ moment this process has the token; no text is made.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Generator, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from helpers.errors import BackendUnavailable, InputError, OutOfMemory
 from helpers.machine import hardware
+from helpers.machine.worker import log_since, log_size
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is downloaded
@@ -36,14 +38,20 @@ def load(settings: dict[str, Any]) -> dict[str, str]:
 
     if not current_platform.is_cuda():
         raise BackendUnavailable("vLLM is used on NVIDIA GPUs here, and it finds none on this machine.")
+    start = log_size()
     try:
         _llm = vllm.LLM(**settings).llm_engine
     except (RuntimeError, ValueError) as error:
-        if "memory" not in str(error).lower():
-            raise
-        raise OutOfMemory(
-            f"vLLM did not start: {str(error).splitlines()[0]}", fix="Close what else is on the GPU, or ask for less."
-        ) from error
+        # Its engine core is another process, whose error stands in the log alone.
+        told = re.search(
+            r"\b[A-Z]\w*Error: (?!Engine core)(.+)", f"{type(error).__name__}: {error}\n{log_since(start)}"
+        )
+        words = told[1].strip()[:400] if told else str(error).splitlines()[0]
+        if "memory" in words.lower():
+            fix = "Close what else is on the GPU, or ask for less."
+            raise OutOfMemory(f"vLLM did not start: {words}", fix=fix) from error
+        fix = "Search the issues of vllm-project/vllm for these words, without your own paths and numbers."
+        raise BackendUnavailable(f"vLLM did not start: {words}", fix=fix) from error
     return {"python": sys.version.split()[0], "vllm": vllm.__version__, **hardware.versions()}
 
 

@@ -111,7 +111,7 @@ def with_impostor(record: Record) -> Record:
 
 def impostor(record: Record) -> Row:
     rows = [row for row in record.measured(1) if row.name != "pytorch fp32"]
-    return rows[len(record.date + record.commit) % len(rows)]
+    return rows[sum(len(row.name) for row in rows) % len(rows)]  # the same wherever the notebook is graded
 
 
 @judge("04.7")

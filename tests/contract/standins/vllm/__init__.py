@@ -6,6 +6,7 @@ request with the ids 3, 4, 5, ... It has seen no model; it stands for vLLM's int
 
 import json
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class LLMEngine:
 class LLM:
     def __init__(self, model, **settings):
         if "fails" in model:
+            print(os.environ.get("STANDIN_CORE_SAYS", ""), file=sys.stderr)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         if log := os.environ.get("STANDIN_LOG"):
             with open(log, "w", encoding="utf-8") as file:  # noqa: PTH123
