@@ -328,7 +328,8 @@ def find(engine: Path | str) -> Path:
         return given  # as below
     except (ValueError, OSError, RuntimeError):  # nothing that a file system knows
         given, in_store = Path(), False
-    there = [folder for folder in list_engines() if place is None or folder.parent.resolve() == place]
+    every = list_engines(hidden=place is not None)
+    there = [folder for folder in every if place is None or folder.parent.resolve() == place]
     matches = [folder for folder in there if _begins(folder.name, given.name)] if in_store else []
     unreadable = lookup(given.name) if in_store and not matches else None
     if unreadable and place in (None, unreadable.parent.resolve()):

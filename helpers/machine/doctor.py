@@ -255,7 +255,7 @@ def check_memory(needed: float = 0) -> Check:
     if free < 2**29:
         return failure(line, "Close other programs, or give the container more memory.")
     if free < needed:
-        line += f"; a build of this recipe needs {needed / 2**30:.1f}"
+        line += f"; a build of this recipe needs {needed / 2**30:.1f} GiB"
         return warning(line, "Close other programs, take a narrower precision or a smaller model, or a larger machine.")
     if free < 2 * 2**30:
         return warning(line, "A build needs up to 2 GiB: close other programs first.")

@@ -310,12 +310,11 @@ def _check_kind(files: set[str]) -> None:
     """ModelError for what the Hub has beside whole models."""
     if "config.json" in files:
         return
-    for of_kind, what in (
-        (lambda name: name.endswith(".gguf"), "it is a GGUF file, rounded for another program"),
-        (lambda name: name == "adapter_config.json", "it is an adapter (LoRA) without the model that it belongs to"),
-    ):
-        if any(map(of_kind, files)):
-            raise unsupported(what, "Take the model that it was made from; an adapter is merged into that one first.")
+    fix = "Take the model that it was made from; an adapter is merged into that one first."
+    if "adapter_config.json" in files:
+        raise unsupported("it is an adapter (LoRA) without the model that it belongs to", fix)
+    if any(name.endswith(".gguf") for name in files):
+        raise unsupported("it is a GGUF file, rounded for another program", fix)
     raise unsupported("it has no config.json", "Take one in Hugging Face format: config.json, *.safetensors.")
 
 
