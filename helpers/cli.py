@@ -379,11 +379,10 @@ def _doctor(settings: argparse.Namespace) -> dict[str, Any]:
 
     needed = {}
     if settings.recipe:
+        from helpers import engine
         from helpers import recipe as recipes
-        from helpers.engine import disk_needed, memory_needed
 
-        recipe = recipes.read(settings.recipe)
-        needed = {"engines": disk_needed(recipe), "memory": memory_needed(recipe)}
+        needed = engine.needed(recipes.read(settings.recipe))
     if settings.room is None:
         return doctor.main(as_json=settings.json, needed=needed)
     from helpers.maintain import room

@@ -212,26 +212,15 @@ def locate(engine: Path | str | BuildRecipe) -> Path:
     return folder
 
 
-def disk_needed(recipe: BuildRecipe) -> float:
-    """Bytes of disk that building the recipe takes; 0 for a backend that compiles nothing."""
-    size, more = _estimated(recipe)
-    return size and size + more + WORK
-
-
-def memory_needed(recipe: BuildRecipe) -> float:
-    """Bytes of memory that it takes at least: all weights, and a compiler beside them."""
-    size, _ = _estimated(recipe)
-    return size and size + COMPILER
-
-
-def _estimated(recipe: BuildRecipe) -> tuple[float, float]:
-    """Bytes of the engine, and how many more its build leaves meanwhile; (0, 0) for a backend that compiles nothing."""
+def needed(recipe: BuildRecipe) -> dict[str, float]:
+    """Bytes that building the recipe takes: of disk for "engines", and of "memory" at least, which holds all weights
+    and a compiler beside them. Nothing for a backend that compiles nothing."""
     if recipe.backend not in COMPILED:
-        return 0, 0
+        return {}
     checkpoint = find_checkpoint(recipe.model)
     device = identity(recipe, checkpoint)["recipe"]["device"]
     _, size, more = backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)
-    return size, more
+    return {"engines": size + more + WORK, "memory": size + COMPILER}
 
 
 def recipe_of(engine: Path | str) -> BuildRecipe:

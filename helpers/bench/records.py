@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helpers.errors import InputError, need, shown
+from helpers.machine import hardware
 from helpers.machine.commands import run
 from helpers.machine.load import BUSY
 from helpers.paths import PROJECT, check_writable, named, read_text, refused, write_text
@@ -81,8 +82,6 @@ class Workload:
     def recipe(self, backend: str, precision: str, threads: int = 0) -> BuildRecipe:
         """The recipe of one contender. threads: of a CPU, for the backend that compiles for their number; the others
         take it from the process that they run in (process.py), and a GPU has none."""
-        from helpers.machine import hardware
-
         compiled_for = backend == "aot" and threads and hardware.resolve_device(self.device) == "cpu"
         return BuildRecipe(
             model=self.model,

@@ -64,9 +64,6 @@ def run(
     if keep is not None and not callable(keep):
         raise InputError(f"What keeps the record is {shown(keep)}.", fix="Give keep=records.keeper('record.json').")
     asked: dict[tuple[str, str], str] = {}  # "aot" and "aot:fp32" are one
-    for contender in contenders:
-        workload.recipe(*_parse(contender), workload.threads)  # RecipeError for what does not exist
-        asked.setdefault(_parse(contender), contender)
     for size in batch_sizes:
         if not 1 <= size <= workload.max_batch_size:
             raise InputError(
@@ -75,6 +72,9 @@ def run(
             )
     with hushed(quiet):
         with shown_if_slow("Looking at this machine and the model", "look"):  # PyTorch and transformers are imported
+            for contender in contenders:
+                workload.recipe(*_parse(contender), workload.threads)  # RecipeError for what does not exist
+                asked.setdefault(_parse(contender), contender)
             record = empty_record(workload)
         runners = [make_runner(workload, record.threads, contender) for contender in asked.values()]
         return run_all(record, runners, batch_sizes, keep=keep)

@@ -32,7 +32,7 @@ def read_rows(file: Path | str) -> list[Row]:
         raise refused(file, "read", error) from None
     except ValueError as error:
         raise InputError(f"{file.name!r} cannot be read: {error}.", fix="Name another file.") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not _are_rows(rows):
         raise InputError(f"{file.name!r} holds no rows of an experiment.", fix="Name another file.")
     return rows
 
@@ -114,7 +114,7 @@ def rows_picture(rows: list[Row], grid: Grid, metric: str) -> Picture | None:
 
 
 def _need_rows(rows: Any) -> None:
-    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
+    if not _are_rows(rows):
         fix = "run_grid hands over all rows after each measurement. The last of these: *_, rows = run_grid(...)."
         raise InputError(f"A list of rows is asked for, not {shown(rows)}.", fix=fix)
 
@@ -125,6 +125,10 @@ def _check_settings(rows: list[Row], grid: Grid, fix: str) -> None:
         raise InputError(f"These are another experiment's rows: some lack one of {', '.join(grid)}.", fix=fix)
     if len({tuple(row[name] for name in grid) for row in rows}) < len(rows):
         raise InputError(f"These rows differ in more settings than {', '.join(grid)}.", fix=fix)
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(row, dict) for row in value)
 
 
 def _refused(row: Row) -> bool:

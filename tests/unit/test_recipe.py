@@ -8,7 +8,7 @@ import pytest
 
 from helpers import BuildRecipe, build, load
 from helpers import recipe as recipes
-from helpers.engine import disk_needed, locate
+from helpers.engine import locate, needed
 from helpers.errors import InputError, RecipeError, shown
 from helpers.model.checkpoint import find_checkpoint
 from helpers.recipe import tensorrt_llm
@@ -134,7 +134,7 @@ def test_what_is_written_into_options_later_is_another_recipes_or_refused():
         load(first)
     compiled = BuildRecipe()
     compiled.options["unknown"] = 1
-    for use in (build, locate, disk_needed):
+    for use in (build, locate, needed):
         with pytest.raises(RecipeError, match="unknown"):
             use(compiled)
 

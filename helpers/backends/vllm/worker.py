@@ -59,8 +59,8 @@ def generate(prompts: list[list[int]], sampling: dict[str, Any]) -> Generator[An
     """Answer all prompts at once. A single prompt's tokens are handed over as they come, a batch's at the end."""
     start = time.perf_counter()
     ends = set(sampling.pop("end_ids"))
-    # Without a tokenizer, vLLM knows the configuration's alone.
     stop = set() if sampling["ignore_eos"] else ends
+    # All end tokens, because vLLM is loaded without the tokenizer, and knows those of the configuration alone.
     names = {name: index for index, name in enumerate(_submit(prompts, **sampling, stop_token_ids=sorted(stop)))}
     ended = [0.0] * len(prompts)
     collected: list[list[Any]] = []
