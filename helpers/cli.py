@@ -204,7 +204,6 @@ def _build(settings: argparse.Namespace) -> dict[str, Any]:
 
 def _list(_: argparse.Namespace) -> dict[str, Any]:
     from helpers import store
-    from helpers.paths import engines_folder
 
     rows = []
     for folder in store.list_engines():
@@ -212,8 +211,7 @@ def _list(_: argparse.Namespace) -> dict[str, Any]:
             manifest = store.read_manifest(folder)
             built = [f"{sum(manifest['seconds'].values()):.0f} s", manifest["built"][:16]]
         except EngineCorrupt:
-            mend = f"; helpers remove {folder.name}" if folder.parent == engines_folder() else ""
-            built = ["", f"damaged, or of another version{mend}"]
+            built = ["", f"damaged, renamed, or of another version; helpers verify {folder.name}"]
         except CourseError:
             continue  # removed meanwhile, or another person's
         rows.append([folder.name, f"{store.size(folder) / 1e6:.1f}", *built, str(folder.parent)])

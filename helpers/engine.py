@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from helpers import backends, store
 from helpers.access import check_trust, origin
 from helpers.backends.base import Engine, check_not_forked
-from helpers.backends.job import COMPILER, WORK, BuildJob
+from helpers.backends.job import COMPILER_BYTES, WORK, BuildJob
 from helpers.backends.report import REPORT_FILE, EngineReport, read_report
 from helpers.errors import (
     BuildError,
@@ -220,7 +220,7 @@ def needed(recipe: BuildRecipe) -> dict[str, float]:
     checkpoint = find_checkpoint(recipe.model)
     device = identity(recipe, checkpoint)["recipe"]["device"]
     _, size, more = backends.module(recipe.backend).estimate(recipe, checkpoint.config, device)
-    return {"engines": size + more + WORK, "memory": size + COMPILER}
+    return {"engines": size + more + WORK, "memory": size + COMPILER_BYTES}
 
 
 def recipe_of(engine: Path | str) -> BuildRecipe:

@@ -199,7 +199,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise _corrupt(folder, "its manifest is not the one that was written")
     in_store = folder.absolute().parent in engines_folders()
     if in_store and folder.name != name_of(folder.name.rpartition("-")[0], manifest["identity"]):
-        raise _corrupt(folder, "its name is not that of the engine that it holds")
+        ending = name_of("", manifest["identity"])
+        raise _corrupt(
+            folder,
+            "its name is not that of the engine that it holds",
+            cause="Its folder was renamed, or another engine's files were put into it.",
+            fix=f"If it was renamed, call it {folder.name}{ending}, or any other name with that end. Else: "
+            + how_to_replace(folder),
+        )
     if outside := [name for name in manifest["files"] if not _is_inside(name)]:
         raise _corrupt(folder, f"its manifest names a file outside, {outside[0]!r}")
     return manifest
@@ -223,9 +230,8 @@ def verify(folder: Path, manifest: Manifest, only: tuple[str, ...] = (), *, thor
                 raise _corrupt(folder, f"{name} is not the file that was built")
         names = () if only else (path.relative_to(folder).as_posix() for path in _files(folder))
         if unlisted := [name for name in names if name != MANIFEST and name not in manifest["files"]]:
-            raise _corrupt(
-                folder, f"no build wrote {unlisted[0]!r}, which lies in its folder", f"Delete {unlisted[0]!r}."
-            )
+            what = f"no build wrote {unlisted[0]!r}, which lies in its folder"
+            raise _corrupt(folder, what, fix=f"Delete {unlisted[0]!r}.")
 
 
 @contextlib.contextmanager
@@ -388,8 +394,10 @@ def _manifest_stamp(folder: Path) -> tuple[int, ...]:
 
 
 def _lock(name: str) -> filelock.BaseFileLock:
-    """Whoever may write to the store may take the lock, also after another user."""
-    return filelock.FileLock(locks_folder() / f"{name}.lock", mode=engines_folder().stat().st_mode & 0o666)
+    """Whoever may write to the store may take the lock, also after another user. Of a store that is closed to its owner
+    too, the system says so; filelock would call the mode wrong."""
+    mode = engines_folder().stat().st_mode & 0o666 | 0o600
+    return filelock.FileLock(locks_folder() / f"{name}.lock", mode=mode)
 
 
 @contextlib.contextmanager
@@ -522,9 +530,10 @@ def how_to_replace(folder: Path) -> str:
     return f"Delete {folder}; copy it anew, or build it again."
 
 
-def _corrupt(folder: Path, what: str, fix: str = "") -> EngineCorrupt:
+def _corrupt(folder: Path, what: str, *, cause: str = "", fix: str = "") -> EngineCorrupt:
+    usual = "Its files were changed, cut or mixed up after the build, or a newer course reads an older engine."
     return EngineCorrupt(
         f"Engine {folder.name!r} is not loaded: {what}.",
-        cause="Its files were changed, cut or mixed up after the build, or a newer course reads an older engine.",
+        cause=cause or usual,
         fix=fix or how_to_replace(folder),
     )

@@ -89,8 +89,9 @@ def prefer(backend: str, otherwise: str = "aot") -> str:
 
     For cells that use TensorRT-LLM where it is and go on without it elsewhere.
     """
+    wanted, _ = module(backend), module(otherwise)
     try:
-        module(backend).check_available()
+        wanted.check_available()
     except CourseError as error:
         say(f"{error.what} So this cell uses {otherwise!r}.")
         return otherwise

@@ -14,7 +14,7 @@ from helpers.paths import PROJECT
 from helpers.progress import Progress
 
 WORK = 50e6  # bytes of disk that any build needs, and the folder that its compiler works in
-COMPILER = 1.5e9  # bytes of memory that it takes beside the weights, about
+COMPILER_BYTES = 1.5e9  # bytes of memory that it takes beside the weights, about
 
 
 _RUNNING = {file: hash(file.read_bytes()) for file in (PROJECT / "helpers").rglob("[!.]*.py")}  # as it is imported

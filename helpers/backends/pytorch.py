@@ -19,7 +19,7 @@ from helpers.backends.base import Engine
 from helpers.errors import BackendUnavailable, BuildError, ModelError, OutOfMemory, out_of_memory
 from helpers.machine import doctor, hardware
 from helpers.machine.inductor import prepare_inductor
-from helpers.model.checkpoint import Checkpoint, find_checkpoint
+from helpers.model.checkpoint import INDEX, Checkpoint, find_checkpoint
 from helpers.model.config import transformers_config
 from helpers.model.tokenizer import load_tokenizer
 from helpers.progress import shown_if_slow
@@ -41,7 +41,7 @@ def load(recipe: BuildRecipe) -> Engine:
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
     """transformers' model of a checkpoint, in evaluation mode; random weights where the checkpoint is a dummy."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig, __version__
 
     config = transformers_config(checkpoint.folder)
     config.tie_word_embeddings = checkpoint.config.tie_word_embeddings
@@ -58,11 +58,16 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
             try:
                 model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings, **files)
             except (LookupError, TypeError, ValueError) as error:  # of files that the course itself can read
+                indexed = (checkpoint.folder / INDEX).exists()
                 raise ModelError(
                     f"transformers does not read the weights of {checkpoint.folder.name!r}: "
                     f"{type(error).__name__}: {error!s:.200}.",
-                    cause='It asks for more than the weights: that their index has a table "metadata", say.',
-                    fix='Add "metadata": {} to model.safetensors.index.json, or save the model anew.',
+                    cause='It asks for more than the weights: that their index has a table "metadata", say.'
+                    if indexed
+                    else f"This transformers, {__version__}, may be of another version than the course needs.",
+                    fix='Add "metadata": {} to model.safetensors.index.json, or save the model anew.'
+                    if indexed
+                    else "helpers doctor says which versions belong here. If it is content, save the model anew.",
                 ) from error
     return model.to(device).eval()
 

@@ -76,6 +76,7 @@ class Scores:
         return total / len(self.targets)
 
     def _check_same_text(self, reference: Scores) -> None:
+        need(reference, Scores, 'Give the scores of one engine: scores["aot fp32"].')
         if self.log_probs.shape != reference.log_probs.shape or not bool((self.targets == reference.targets).all()):
             raise InputError(
                 "These scores are of different tokens, so they cannot be compared.",

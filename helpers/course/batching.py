@@ -39,6 +39,13 @@ class StepTimes:
             raise InputError(f"These are no step times: {shown(self)}.", fix="Give seconds for each batch size from 1.")
 
     def of_batch(self, size: int) -> float:
+        """Seconds of a step. InputError for more sequences than were measured at once."""
+        need(size, int, "Give a number of sequences.")
+        if not 1 <= size <= max(self.decode):
+            raise InputError(
+                f"A batch of {shown(size)} has no step time.",
+                fix=f"Give 1 to {max(self.decode)}, or measure larger batches.",
+            )
         return self.decode[min(measured for measured in self.decode if measured >= size)]
 
 
@@ -132,11 +139,7 @@ def simulate(
     each. In a static batch the slots of finished sequences go on computing.
     """
     need(times, StepTimes, STEPS)
-    if not 1 <= max_batch <= max(times.decode):
-        raise InputError(
-            f"A batch of {shown(max_batch)} has no step time.",
-            fix=f"Give 1 to {max(times.decode)}, or measure larger batches.",
-        )
+    times.of_batch(max_batch)
     if not requests or max(r.prompt + r.answer for r in requests) > max_seq_len or min(r.answer for r in requests) < 1:
         raise InputError(
             f"These requests do not fit max_seq_len={max_seq_len}, or there are none.",

@@ -17,7 +17,7 @@ from subprocess import CompletedProcess
 from helpers import store
 from helpers.course.recorded import recorded, words
 from helpers.display import Table
-from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, ModelError
+from helpers.errors import BackendUnavailable, BuildError, CourseError, InputError, ModelError, is_full
 from helpers.machine import commands, environments, hardware
 from helpers.model.checkpoint import find_checkpoint
 from helpers.paths import name_of_folder, named, owned_folder
@@ -105,7 +105,7 @@ def _explained(done: CompletedProcess[str], name: str) -> CourseError:
             cause="Its runtime answers messages, and the template says how they become text.",
             fix="Copy the checkpoint's folder and put a chat_template.jinja into the copy.",
         )
-    if "no space left on device" in output.lower():
+    if is_full(OSError(output)):
         return BuildError("The disk is full; nothing was exported.", cause=last, fix="Free some space.")
     if status == commands.TOO_SLOW:
         return BuildError(f"The export took too long and was ended: {last}.", fix="Give it more time: limit=SECONDS.")

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def run_grid(measure: Measure, grid: Grid, file: Path | str) -> Iterator[list[Ro
         raise InputError(f"This is no grid: {shown(grid)}.", fix="Give each setting a list of values.")
     if not all(value is None or isinstance(value, (str, int, float)) for values in every for value in values):
         raise InputError(f"A grid's values are texts and numbers, not {shown(grid)}.", fix="Give what a file can hold.")
+    try:
+        signature(measure).bind(**dict.fromkeys(grid))
+    except TypeError as error:
+        words = f"The measurement cannot be called with {', '.join(grid)}: {error}."
+        fix = "Give the function itself, with a parameter for each setting of the grid."
+        raise InputError(words, fix=fix) from None
     rows = read_rows(file)
     _check_settings(rows, grid, f"Name another file than {file.name!r}.")
     check_writable(file)

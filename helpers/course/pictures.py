@@ -167,6 +167,10 @@ def _listed(names: Any) -> str:
 
 def timings(samples: Mapping[str, Sequence[float]], what: str = "milliseconds per token") -> Picture:
     """Medians of repeated timings as bars, every sample as a dot. samples are in seconds; the picture is in ms."""
+    rows = list(samples.values()) if isinstance(samples, Mapping) else []
+    if not rows or not all(hasattr(values, "__len__") and len(values) for values in rows):
+        fix = "Give what take_turns measured: all samples of each, by name, and no medians."
+        raise InputError(f"These are no times: {shown(samples)}.", fix=fix)
     each = {name: [value * 1e3 for value in values] for name, values in samples.items()}
     words = "; ".join(f"{name} {median(values):.2f} (least {min(values):.2f})" for name, values in each.items())
     runs = len(next(iter(samples.values())))

@@ -237,8 +237,9 @@ class Worker:
             self.kill(f"it did not finish within {limit:g} s")
             raise WorkerError(
                 f"{self.name} did not finish within {limit:g} s; it was ended.",
-                cause="The native code hangs, or this machine needs longer.",
-                fix="Try again with a larger time_limit; nothing half-built was left behind.",
+                cause="The native code hangs, or this machine needs longer: a slow disk, or much other work.",
+                fix="Run it again, with less beside it; nothing half-built was left behind. A network disk is slow to "
+                "start from: move the course to a disk of this machine.",
             ) from None
         if line is None:
             raise self._ended(min(END_LIMIT, left))

@@ -170,6 +170,12 @@ def transformers_config(folder: Path) -> Any:
             reader = CONFIG_MAPPING[given["model_type"]]
             reader()  # what fails here is no fault of the file: torch's parts are imported, and want a temporary folder
         except Exception as error:
+            if isinstance(error, KeyError):
+                raise BackendUnavailable(
+                    f"transformers {__version__} does not know models of type {given['model_type']!r}.",
+                    cause="It is older than the course needs: another package may have brought it.",
+                    fix="helpers doctor says which version belongs here.",
+                ) from error
             first: BaseException = error  # transformers says over it that a module cannot be imported, and not why
             while first.__cause__:
                 first = first.__cause__

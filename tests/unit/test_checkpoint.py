@@ -570,6 +570,20 @@ def test_an_index_that_transformers_does_not_read_is_told_in_words(sharded, meta
     assert pytorch.load_model(found, torch.float32, "cpu")
 
 
+def test_a_transformers_that_is_too_old_is_not_told_as_a_faulty_checkpoint(monkeypatch):
+    def old(*_, **__):
+        raise TypeError("LlamaForCausalLM.__init__() got an unexpected keyword argument 'dtype'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", old)
+        with pytest.raises(ModelError, match="unexpected keyword") as refused:
+            pytorch.load_model(find_checkpoint("stories"), torch.float32, "cpu")
+    assert "version" in refused.value.cause and "index" not in refused.value.fix
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", {})
+    with pytest.raises(BackendUnavailable, match="does not know models of type 'llama'"):
+        read_config(BUNDLED)
+
+
 def test_a_file_one_folder_down_is_no_hub_id(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(checkpoint("llama").parent)
     with pytest.raises(ModelError, match="no folder here"):

@@ -102,7 +102,7 @@ def test_measuring_bandwidth_leaves_the_thread_count_alone():
 def test_the_least_time_on_a_gpu_is_the_gpus_and_not_its_hosts():
     """Memory is read as fast for 256 MB as for 2 GB: to start a sum and to fetch its result is no part of reading."""
     speeds = [size / hardware.least_time(size, "cuda", 1) for size in (2**28, 2**31)]
-    assert speeds[0] > 0.85 * speeds[1]
+    assert speeds[0] > 0.8 * speeds[1]
 
 
 def test_the_compiler_is_the_one_that_cxx_names_else_one_on_the_path(tmp_path, monkeypatch):

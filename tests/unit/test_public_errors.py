@@ -234,6 +234,7 @@ def test_what_a_learner_mixes_up_in_a_notebook_is_told(tmp_path):
     report, manifest, row = helpers.inspect(folder), store.read_manifest(folder), record.measured()[0]
     engine, (graph, _) = Scripted([1]), onnx_tables.course_graphs("stories")
     safetensors.torch.save_file({"down.scale": torch.ones(1)}, tmp_path / "weights.safetensors")
+    scores = quality.Scores(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
     open_ended = dataclasses.replace(report.kernels[0], details={})
     for call, words in {
         lambda: beside(report.kernels[0], report): "holds no code of kernel",
@@ -270,6 +271,15 @@ def test_what_a_learner_mixes_up_in_a_notebook_is_told(tmp_path):
         lambda: record.throughput(row.name): "Give a row",
         lambda: troubles.source_checkout("nosuchpackage"): "not installed",
         lambda: hardware.least_time(64, "gpu", 1): "no device 'gpu'",
+        lambda: measured_steps(record, row.name).of_batch(99): "no step time",
+        lambda: scores.kl({"aot fp32": scores}): "scores of one engine",
+        lambda: pictures.timings({"fp32": 1.0, "int8": 2.0}): "no medians",
+        lambda: next(experiments.run_grid({"ms": 1.0}, {"a": [1]}, tmp_path / "r.json")): "the function itself",
+        lambda: next(experiments.run_grid(lambda a: {}, {"a": [1], "b": [2]}, tmp_path / "r.json")): "with a, b: ",
+        lambda: beside(report.kernels[0], report, ["for(...)"]): r"loops\[0\]",
+        lambda: profile.by_work(report): "has a time",
+        lambda: helpers.backends.prefer("trtllm"): "no backend 'trtllm'",
+        lambda: helpers.backends.prefer("aot", otherwise="trt"): "no backend 'trt'",
     }.items():
         with pytest.raises(CourseError, match=words):
             call()

@@ -22,9 +22,9 @@ import torch
 from helpers.backends.aot.engine import AotEngine
 from helpers.backends.aot.graphs import compute_dtype, graph_module, graph_names, layers_of_a_run, packs
 from helpers.backends.aot.stored import stored_bytes
-from helpers.backends.job import WORK, source_digest
+from helpers.backends.job import COMPILER_BYTES, WORK, source_digest
 from helpers.backends.report import EngineReport, write_report
-from helpers.errors import BuildError, EngineMismatch, RecipeError, WorkerError
+from helpers.errors import BackendUnavailable, BuildError, EngineMismatch, RecipeError, WorkerError, is_full
 from helpers.machine import doctor, hardware
 from helpers.machine.worker import Worker
 from helpers.model.checkpoint import Checkpoint
@@ -159,11 +159,11 @@ def build(recipe: BuildRecipe, checkpoint: Checkpoint, folder: Path, progress: P
             for name in names:  # one after the other: side by side, threads would spin while others need their cores
                 call = {"name": name, "entry": graphs[name], "plain": str(plain), **common}
                 compilers.run("verify", [call], progress.phase)
-        except (WorkerError, BuildError) as error:
+        except (WorkerError, BuildError, BackendUnavailable) as error:
             places = {place: shutil.disk_usage(place).free for place in (folder, Path(scratch).parent)}
             fullest = min(places, key=places.__getitem__)
             # A compiler that lacks room does not say so.
-            if "no space left" in str(error).lower() or places[fullest] < 10e6:
+            if is_full(error) or places[fullest] < 10e6:
                 raise OSError(errno.ENOSPC, "No space left on device", str(fullest)) from error
             raise
     if plain.is_dir():
@@ -216,8 +216,8 @@ def fastest(counts: list[int], seconds: list[float]) -> int:
 
 
 def _jobs(graphs: int, weight_bytes: int, device: str) -> int:
-    """How many graphs to compile at a time: each takes a core, the weights, and about 1.5 GB beside them."""
-    most = min(graphs, hardware.free_cores(), int(hardware.free_memory() / (1.5e9 + weight_bytes)))
+    """How many graphs to compile at a time: each takes a core, the weights, and COMPILER_BYTES beside them."""
+    most = min(graphs, hardware.free_cores(), int(hardware.free_memory() / (COMPILER_BYTES + weight_bytes)))
     if device == "cuda":
         most = min(most, int(torch.cuda.mem_get_info()[0] / (1e9 + weight_bytes)))
     return max(1, most)

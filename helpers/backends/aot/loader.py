@@ -84,21 +84,22 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
             cause=why_refused(error),
             fix="Close engines, or allow more: ulimit -n 4096, in the terminal that starts Python." if many else fix,
         )
+    what = f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
     if "cannot open shared object file: No such file" in str(error):
         return BackendUnavailable(
-            f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
+            what,
             cause="The engine is sound; a library that its compiler links with is not on this machine.",
             fix="Install the package of that library (libomp5 for libomp.so.5), or name its folder in LD_LIBRARY_PATH.",
         )
     if re.search(r"version `(GLIBC|GLIBCXX|CXXABI)_[\d.]+' not found", str(error)):
         return BackendUnavailable(
-            f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
+            what,
             cause="The engine is sound; this process has loaded an older C++ library than the compiler's.",
             fix="Unset LD_LIBRARY_PATH, or take from it the folder that is named above; then start Python again.",
         )
     if "static tls" in str(error).lower():
         return BackendUnavailable(
-            f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines())[0]}",
+            what,
             cause="Libraries that were loaded before take all room that the loader has for their threads' own data.",
             fix="Start Python again, and load the engine before other libraries.",
         )
@@ -111,7 +112,7 @@ def _explain(path: Path, folder: Path | None, error: Exception) -> CourseError:
             fix=fix,
         )
     return EngineCorrupt(
-        f"The compiled graph {path.name} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+        what,
         cause="It was built with another version of torch, or on another machine.",
         fix="Remove the engine and build it again.",
     )

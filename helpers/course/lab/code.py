@@ -47,6 +47,7 @@ def beside(kernel: Kernel, report: EngineReport, code: str = "") -> Table:
     """
     need(kernel, Kernel, "Give one of them: report.kernels[0].")
     need_report(report)
+    need(code, str, "Give one of them: loops[0].")
     if not (code := code or kernel.details.get("code", "")):
         raise InputError(
             f"The report holds no code of kernel {kernel.name!r}.",

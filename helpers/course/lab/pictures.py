@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from helpers.backends.report import EngineReport, need_report, need_reports
-from helpers.course.lab.profile import by_work, moved, seconds, work_of
+from helpers.course.lab.profile import by_work, moved, need_times, seconds, work_of
 from helpers.display import COLOURS, HATCHES, Picture, new_figure, plain, stacked_bars
 
 PALE = ("#9ECAE1", "#FDD49E", "#A1D9B4", "#E7C6DC", "#D6EAF8", "#F5B7A1")  # COLOURS, for black text on them
@@ -120,8 +120,8 @@ def time_by_work(reports: Mapping[str, EngineReport]) -> Picture:
 
 def roofline(report: EngineReport, bandwidth: float) -> Picture:
     """Each kernel by the bytes that it moves and its time; the line is the time that moving them takes at least."""
-    need_report(report)
     moved(report)  # refused where a kernel's bytes are not known
+    need_times(report)
     ops = {operation.name: operation.op for operation in report.operations}
     points: dict[str, list[tuple[float, float]]] = {}
     for kernel in report.kernels:

@@ -207,12 +207,23 @@ def work_of(kernel: Kernel, ops: dict[str, str]) -> str:
 
 def by_work(report: EngineReport) -> dict[str, float]:
     """Seconds of a step by what they are for."""
-    need_report(report)
+    need_times(report)
     ops = {operation.name: operation.op for operation in report.operations}
     totals = dict.fromkeys(("products", "attention", "norms", "the rest"), 0.0)
     for kernel in report.kernels:
         totals[work_of(kernel, ops)] += seconds(kernel)
     return totals
+
+
+def need_times(report: EngineReport) -> None:
+    """InputError for a report without times, of which nothing but zeros could be shown."""
+    need_report(report)
+    if not any("seconds" in kernel.details for kernel in report.kernels):
+        raise InputError(
+            "No kernel of this report has a time.",
+            cause="A report of a build says what was compiled. How long that takes is measured apart.",
+            fix='Measure it: profile(engine, report.of("decode_b1")).',
+        )
 
 
 def seconds(kernel: Kernel) -> float:
