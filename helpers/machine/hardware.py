@@ -89,7 +89,7 @@ def describe(device: str = "auto") -> Hardware:
     name = _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     architecture = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     memory = psutil.virtual_memory().total
-    return Hardware("cpu", name, architecture, free_cores(), memory, "", _vector_instructions())
+    return Hardware("cpu", name, architecture, free_cores(), memory, "", instructions())
 
 
 def free_memory() -> int:
@@ -254,7 +254,7 @@ def versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), **cuda}
 
 
-def _vector_instructions() -> tuple[str, ...]:
+def instructions() -> tuple[str, ...]:
     """Such as avx2, avx512f, amx_int8 (x86) or asimd, sve (Arm), as Linux lists them; empty elsewhere."""
     kinds = ("avx", "amx", "fma", "f16c", "bmi", "abm", "asimd", "sve", "sme", "bf16", "i8mm")
     listed = _field("/proc/cpuinfo", "flags") or _field("/proc/cpuinfo", "Features")

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import BackendUnavailable
+from helpers.errors import BackendUnavailable, CourseError
 from helpers.machine import hardware
-from helpers.paths import compilers_folder, is_one_word, temporary_folder
+from helpers.paths import compilers_folder, engines_folder, is_one_word, read_text, temporary_folder, user_id
 
 # Held while a module is exported or compiled in this process: torch.export keeps what it traces, and the course what it
 # changes in torch meanwhile, for all threads at once.
@@ -35,7 +35,34 @@ def prepare_inductor() -> Path:
     if not is_one_word(str(temporary_folder())):
         config.cpp_cache_precompile_headers = False  # they would be compiled there
     _link_libraries()
+    _know_instructions()
     return folder
+
+
+@cache
+def _know_instructions() -> None:
+    """For each kind of vector instruction, torch compiles a library and loads it in a process of its own, in every
+    process that compiles: some ten seconds of a build. What was once found is remembered in the learner's own store,
+    for this processor, compiler and torch. What was not found is looked for again: a full disk may have been why."""
+    import torch
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    def known(isa: Any, code: str) -> bool:
+        asked = (code, isa.build_arch_flags(), torch.__version__, hardware.compiler_version(), hardware.instructions())
+        key, memory, before = hashlib.sha256(repr(asked).encode()).hexdigest(), None, []
+        with contextlib.suppress(OSError, ValueError, CourseError):  # a store that cannot be used: torch looks
+            memory = engines_folder() / f".instructions-{user_id()}"
+            before = read_text(memory).split()
+        if key in before:
+            return True
+        found = check(isa, code)
+        if found and memory:
+            with contextlib.suppress(OSError), memory.open("a", encoding="utf-8") as file:
+                file.write(f"{key}\n")
+        return found
+
+    check = VecISA.check_build
+    VecISA.check_build = known  # type: ignore[assignment,method-assign]
 
 
 @cache

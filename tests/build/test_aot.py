@@ -39,7 +39,7 @@ def tiny(model, **changes):
 
 @pytest.fixture(scope="module")
 def int8_folder(built):
-    return built(BuildRecipe(precision="int8", **limits(max_batch_size=1)))
+    return built(BuildRecipe(precision="int8", num_threads=1, **limits(max_batch_size=1)))
 
 
 @pytest.fixture(scope="module")
@@ -442,8 +442,7 @@ def test_layers_that_differ_in_more_than_numbers_are_compiled_whole(checkpoint, 
 
 def test_a_deep_model_is_compiled_in_runs_of_layers_and_the_report_counts_every_run(built, checkpoint):
     folder = checkpoint("llama", num_hidden_layers=10)
-    recipe = tiny(folder, optimization_level=0)
-    engine_folder = built(recipe)
+    engine_folder = built(tiny(folder, optimization_level=0, num_threads=1))
     details = store.read_manifest(engine_folder)["details"]["graphs"]
     assert [len(calls) for entry in details.values() for calls in entry["parts"].values()] == [2, 1, 2, 1]
     check_report(inspect(engine_folder), ["prefill", "decode_b1"])
@@ -460,7 +459,7 @@ def test_a_deep_model_is_compiled_in_runs_of_layers_and_the_report_counts_every_
 @pytest.mark.slow
 @pytest.mark.parametrize("corner", CORNERS[:2], ids=lambda corner: str(corner["max_input_len"]))
 def test_the_smallest_engines_can_be_built_and_answer(built, tiny_llama, corner):
-    with load(built(BuildRecipe(str(tiny_llama), device="cpu", **corner))) as engine:
+    with load(built(BuildRecipe(str(tiny_llama), device="cpu", num_threads=1, **corner))) as engine:
         longest = engine.recipe.max_input_len
         full = SamplingParams(temperature=0, max_tokens=3 - longest, ignore_eos=True)
         for prompts in ([[5]], [list(range(3, 3 + longest))] * engine.recipe.max_batch_size):
@@ -472,7 +471,7 @@ def test_prompts_read_together_answer_as_alone(built, checkpoint, monkeypatch):
     for module in ("graphs", "engine"):
         monkeypatch.setattr(f"helpers.backends.aot.{module}.prefill_batch", lambda recipe, device: 3)
     small = limits(max_batch_size=5, max_input_len=16, max_seq_len=48, decode_batch_sizes=(1, 5), optimization_level=0)
-    recipe = BuildRecipe(str(checkpoint("llama")), **small)
+    recipe = BuildRecipe(str(checkpoint("llama")), num_threads=1, **small)
     prompts = [[3, 14, 15], [92], [65, 35, 89, 79, 3, 23, 84, 62], [6], [4, 33]]
     tokens = torch.tensor([31, 41, 59, 26, 5])
     with load(built(recipe)) as engine:
@@ -829,6 +828,7 @@ def test_without_fusion_there_are_more_kernels_and_the_tokens_are_the_same(built
     recipe = BuildRecipe(
         model=str(tiny_llama),
         fusion={"kernels": False, "qkv": False, "gate_up": False},
+        num_threads=1,
         **limits(max_batch_size=1, max_input_len=16, max_seq_len=48),
     )
     plain = built(recipe)

@@ -44,7 +44,7 @@ def test_an_engine_of_the_real_model_gives_transformers_greedy_tokens(cut, built
 
     tokenizer = AutoTokenizer.from_pretrained(cut)
     model = AutoModelForCausalLM.from_pretrained(cut, dtype=torch.float32).eval()
-    recipe = BuildRecipe(model="smollm2", optimization_level=0, **limits(max_batch_size=1, max_seq_len=128))
+    recipe = BuildRecipe(model="smollm2", optimization_level=0, num_threads=1, **limits(max_batch_size=1, max_seq_len=128))
     folder = built(recipe)
     assert folder.name.startswith("smollm2-aot-fp32-b1-") and locate(recipe) == folder
     assert store.read_manifest(folder)["recipe"]["model"] == "smollm2"

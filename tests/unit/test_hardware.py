@@ -4,6 +4,8 @@ import importlib
 import os
 import platform
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -12,7 +14,7 @@ import torch
 from helpers import BuildRecipe, engine
 from helpers.backends.aot.backend import thread_counts
 from helpers.errors import BackendUnavailable, InputError
-from helpers.machine import hardware
+from helpers.machine import hardware, inductor
 from helpers.model.checkpoint import find_checkpoint
 
 
@@ -96,6 +98,31 @@ def test_measuring_bandwidth_leaves_the_thread_count_alone():
     gigabytes = hardware.measure_bandwidth("cpu", threads=1) / 1e9
     assert 0.1 < gigabytes < 10_000  # bytes per second, not per millisecond
     assert torch.get_num_threads() == before
+
+
+def test_the_compilers_vector_instructions_are_looked_for_once_and_anew_for_another_compiler(tmp_path, monkeypatch):
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    asked, there = [], True
+
+    def look(isa, code):
+        asked.append(code)
+        return there
+
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setattr(VecISA, "check_build", look)
+    isa = SimpleNamespace(build_arch_flags=lambda: "-mavx2")
+    for place in (tmp_path, tmp_path, Path(__file__)):  # the last is no store: torch looks, and nothing fails
+        monkeypatch.setenv("COURSE_ENGINES", str(place))
+        monkeypatch.setattr(VecISA, "check_build", look)
+        inductor._know_instructions.__wrapped__()  # as in a new process
+        assert VecISA.check_build(isa, "avx") is VecISA.check_build(isa, "avx") is True
+    assert asked == ["avx"] * 3
+    monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
+    monkeypatch.setattr(hardware, "compiler_version", lambda: "g++ 99")
+    assert VecISA.check_build(isa, "avx") and len(asked) == 4
+    there = False  # it may be there the next time
+    assert not VecISA.check_build(isa, "amx") and not VecISA.check_build(isa, "amx") and len(asked) == 6
 
 
 @pytest.mark.gpu
