@@ -11,6 +11,7 @@ import contextlib
 import os
 import shlex
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from helpers.errors import StoreError
@@ -34,29 +35,28 @@ def open_to_readers(folder: Path) -> None:
 
 def check_trust(folder: Path) -> None:
     """StoreError if somebody whom you have not said to trust can have written an engine, or can change it now."""
-    if os.name != "posix" or PACKAGE.stat().st_mode & stat.S_IWOTH:
-        return  # where anybody can change this very code, as on a disk without modes, the check would guard nothing
     entry, engine = folder.absolute(), folder.resolve()
-    store = entry.parent
-    if store.resolve() in trusted_folders():
+    store, refused = entry.parent, f"Engine {folder.name!r} is not loaded"
+    if not (owners := _owners(store)):
         return
-    owners = {0, os.geteuid()}
-    if store.resolve() in [named.resolve() for named in engines_folders()]:
-        owners.add(store.stat().st_uid)
     for path in (entry, engine, *engine.rglob("*")):
         info = path.lstat()
         if info.st_uid not in owners:
             raise StoreError(
-                f"Engine {folder.name!r} is not loaded: it belongs to another user, {user_name(info.st_uid)}.",
+                f"{refused}: it belongs to another user, {user_name(info.st_uid)}.",
                 cause="An engine is native code, which could do all that you may do.",
                 fix=f"If you trust everybody who can write to {store}: {_trust(store)}",
             )
         if not path.is_symlink() and _others_write(info, owners):
-            raise _open_to_others(folder, path, info, f"chmod -R go-w {shlex.quote(str(engine))}")
-    for path in dict.fromkeys((*entry.parents, *engine.parents)):
-        info = path.stat()  # in a sticky folder, nobody moves what belongs to others
-        if not info.st_mode & stat.S_ISVTX and _others_write(info, owners):
-            raise _open_to_others(folder, path, info, f"chmod +t {shlex.quote(str(path))}")
+            raise _open_to_others(refused, store, path, info, f"chmod -R go-w {shlex.quote(str(engine))}")
+    _check_above(refused, store, (*entry.parents, *engine.parents), owners)
+
+
+def check_store(store: Path) -> None:
+    """StoreError if `check_trust` refuses whatever lies in a store, because others may write to it or above it."""
+    if owners := _owners(store):
+        entry, folder = store.absolute(), store.resolve()
+        _check_above(f"No engine in {store} is loaded", store, (entry, *entry.parents, folder, *folder.parents), owners)
 
 
 def origin(folder: Path) -> str:
@@ -72,6 +72,23 @@ def user_name(number: int) -> str:
         return pwd.getpwuid(number).pw_name
     except KeyError:  # as in a container
         return f"number {number}"
+
+
+def _owners(store: Path) -> set[int]:
+    """Who may write to an engine of that store; nobody where that is not asked."""
+    if os.name != "posix" or PACKAGE.stat().st_mode & stat.S_IWOTH:
+        return set()  # where anybody can change this very code, as on a disk without modes, it would guard nothing
+    if store.resolve() in trusted_folders():
+        return set()
+    named = store.resolve() in [one.resolve() for one in engines_folders()]
+    return {0, os.geteuid(), *([store.stat().st_uid] if named else [])}
+
+
+def _check_above(refused: str, store: Path, folders: Iterable[Path], owners: set[int]) -> None:
+    for path in dict.fromkeys(folders):
+        info = path.stat()  # in a sticky folder, nobody moves what belongs to others
+        if not info.st_mode & stat.S_ISVTX and _others_write(info, owners):
+            raise _open_to_others(refused, store, path, info, f"chmod +t {shlex.quote(str(path))}")
 
 
 def _others_write(info: os.stat_result, owners: set[int]) -> bool:
@@ -96,11 +113,11 @@ def _trust(store: Path) -> str:
     return f"export COURSE_TRUSTED_ENGINES={shlex.quote(folders)}"
 
 
-def _open_to_others(folder: Path, path: Path, info: os.stat_result, mend: str) -> StoreError:
+def _open_to_others(refused: str, store: Path, path: Path, info: os.stat_result, mend: str) -> StoreError:
     mine = os.geteuid() in (0, info.st_uid)
     return StoreError(
-        f"Engine {folder.name!r} is not loaded: others may write to {path}.",
+        f"{refused}: others may write to {path}.",
         cause="An engine is native code, and they could put theirs in its place. Of a disk without modes (NTFS) this "
-        f"is always said; if nobody else writes there: {_trust(folder.absolute().parent)}",
+        f"is always said; if nobody else writes there: {_trust(store)}",
         fix=mend if mine else f"Ask {user_name(info.st_uid)}, who owns it, for this: {mend}",
     )

@@ -15,7 +15,6 @@ import os
 import platform
 import queue
 import re
-import shlex
 import shutil
 import sys
 import sysconfig
@@ -28,13 +27,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from helpers.errors import BackendUnavailable, CourseError, starved, why_refused
+from helpers.access import check_store
+from helpers.errors import BackendUnavailable, CourseError, StoreError, starved, why_refused
 from helpers.machine import environments, hardware, leftovers, limits
 from helpers.machine.check import Check, failure, ok, warning
 from helpers.machine.commands import MISSING, TOO_SLOW, complaint_of, run
 from helpers.machine.environments import shown
 from helpers.paths import (
-    PROJECT,
     PYTHON,
     compilers_folder,
     engines_folder,
@@ -147,16 +146,19 @@ def check_compiler() -> Check:
     headers, libraries = (Path(torch and torch.origin or "").parent / name for name in ("include", "lib"))
     if not (headers / "torch").is_dir():
         return failure(f"{name}: there is no PyTorch to link with", "See the lines of PyTorch and of the packages.")
+    standard = _standard_of(headers.parent)
     with owned_folder("course-doctor-") as folder:
         source, library = folder / "probe.cpp", folder / "probe.so"
         source.write_text(_PROBE)
-        command = [compiler, str(source), "-o", str(library), "-std=c++17", "-shared", "-fPIC", f"-I{headers}"]
+        command = [compiler, str(source), "-o", str(library), f"-std={standard}", "-shared", "-fPIC", f"-I{headers}"]
         command += ["-fopenmp"] if sys.platform == "linux" else []
         command += [f"-L{libraries}", "-ltorch", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
         answer = run(command, TIME_LIMIT - 4)
         if answer.returncode == TOO_SLOW:
             return warning(f"{name}: {complaint_of(answer)}", f"Run this again. If it stays so: {fix}")
         if answer.returncode != 0:
+            if f"-std={standard}" in answer.stderr:
+                fix = "Install g++ 10 or newer (or clang++ 10 or newer), and let CXX name it: export CXX=COMPILER"
             return failure(f"{name}: cannot compile: {complaint_of(answer)}", fix)
         if sys.platform == "linux" and not any(n in library.read_bytes() for n in (b"libstdc++.so", b"libc++.so")):
             # Two copies of the C++ library in one process: torch's and this one. A CUDA engine then crashes on loading.
@@ -175,6 +177,15 @@ def check_compiler() -> Check:
     return ok(f"{name}: compiled, linked with PyTorch, loaded and called a function")
 
 
+def _standard_of(torch: Path) -> str:
+    """The C++ standard that a torch compiles with, as its own text says: c++20 in 2.13, c++17 in 2.9."""
+    with contextlib.suppress(OSError):
+        text = (torch / "_inductor/cpp_builder.py").read_text(encoding="utf-8")
+        if said := re.search(r'def _get_cpp_std_cflag\(std_num: str = "(c\+\+\w+)"', text):
+            return said[1]
+    return "c++17"
+
+
 def check_torch() -> Check:
     facts = torch_facts()
     if "torch" not in facts:
@@ -191,7 +202,7 @@ def check_torch() -> Check:
     if hardware.driver() and not facts["cuda"]:
         # pip's own index has the CUDA build; the other came from one that pip was told of, which --isolated leaves out.
         pip = f"{PYTHON} -m pip --isolated install --force-reinstall"
-        fix = f"Install the CUDA build: {pip} --constraint {shlex.quote(str(PROJECT / 'constraints/course.txt'))} torch"
+        fix = f"Install the CUDA build: {pip} --constraint {leftovers.CONSTRAINTS} torch"
         return warning(f"{line}, and there is an NVIDIA driver here", fix)
     if hardware.driver() and not facts.get("available"):
         fix = "Does nvidia-smi list a GPU? If so, this build of PyTorch needs a newer driver, or an older CUDA build."
@@ -264,10 +275,15 @@ def check_memory(needed: float = 0) -> Check:
 
 def check_engines(needed: float = 0) -> Check:
     """The learner's own store: it can be written, and has room for the course's engines, and for a recipe that needs so
-    many bytes. The other stores, which are only read, are named."""
+    many bytes. The other stores, which are only read, are named. Of each, whether `load` takes what lies there."""
     fix = "Delete what you do not need (helpers list, helpers remove ENGINE), or set COURSE_ENGINES to another folder."
     own, *others = engines_folders()
     check = _check_folder(own, fix, needed)
+    for store in (*others, own) if check.status != "failure" else ():
+        try:
+            check_store(store)
+        except StoreError as error:  # what another store is not trusted for is built in the learner's own
+            check = (failure if store == own else warning)(f"{error.what} {check.found}", error.fix)
     stores = [f"{shown(folder)} ({'writable' if os.access(folder, os.W_OK) else 'read-only'})" for folder in others]
     return replace(check, found=f"{check.found}; also read: {', '.join(stores)}") if stores else check
 
@@ -365,7 +381,7 @@ def check_tensorrt() -> Check:
 
 
 def check_environment(name: str) -> Check:
-    """A library's own environment: does its Python start, and is it the pinned version?"""
+    """A library's own environment: does its Python start, is the version the pinned one, do its libraries load?"""
     environment, python = environments.ENVIRONMENTS[name], environments.python_of(name)
     if python is None:
         if not environment.driver:
@@ -381,6 +397,8 @@ def check_environment(name: str) -> Check:
         return warning(f"{version} ({shown(python)})", f"The course is made for {environment.version}. {anew}")
     if conflicts:
         return warning(f"{version} ({shown(python)}), but beside it {conflicts}", anew)
+    for what, fix in environments.missing_libraries(name, str(python)):
+        return warning(f"{version} ({shown(python)}), but {what}", fix)
     return ok(f"{version} ({shown(python)})")
 
 
@@ -458,7 +476,7 @@ def named_cause(error: CourseError) -> CourseError:
     """The error of a compiler that failed. What fails on this machine is its cause; warnings stand behind its own."""
     lines = list(examine(only=OF_A_BUILD))
     for check in lines:
-        if check.status == "failure":
+        if check.status == "failure" and "others may write" not in check.found:  # which stops a load, and no build
             cause = f"The doctor's check {check.name!r} finds a failure: {check.found}"
             return type(error)(error.what, cause=cause, fix=check.fix)
     warned = "; ".join(f"{check.name}: {check.found}" for check in lines if check.status == "warning")

@@ -202,13 +202,19 @@ def problems(name: str, python: str = "") -> Iterator[tuple[str, str]]:
             f"{python} is no Python {versions}." if python else f"There is no Python {versions} with venv here.",
             f"Install Python {environment.pythons[0]} with its venv package, or name one: --python /path/to/python.",
         )
-    elif name == "trtllm" and (library := _libpython_missing(interpreter)):
+    yield from missing_libraries(name, interpreter)
+
+
+def missing_libraries(name: str, python: str) -> Iterator[tuple[str, str]]:
+    """The libraries of the system that an environment needs and its Python ("": none yet) does not find, each with what
+    mends it."""
+    if name == "trtllm" and python and (library := _libpython_missing(python)):
         yield (
-            f"{interpreter} has no shared {library} that the loader finds; TensorRT-LLM's bindings need it.",
+            f"{python} has no shared {library} that the loader finds; TensorRT-LLM's bindings need it.",
             "Use the system's Python (apt install python3.12 libpython3.12), or add its lib folder to LD_LIBRARY_PATH.",
         )
-    for library in environment.libraries:
-        if not _loads(library):
+    for library in ENVIRONMENTS[name].libraries:
+        if not _loads(library, python or sys.executable):
             yield (
                 f"{library} is not there, or not where the loader looks.",
                 "Install Open MPI: apt install libopenmpi-dev",

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import site
 import sys
 import sysconfig
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from helpers.machine import commands
 from helpers.machine.check import Check, failure, ok, warning
-from helpers.paths import locks_folder
+from helpers.paths import PROJECT, PYTHON, locks_folder
 
+COURSE = "tensorrt-llm-course"  # its own distribution, where it was installed
+CONSTRAINTS = shlex.quote(str(PROJECT / "constraints/course.txt"))
 ANEW = "make clean setup (with OFFLINE=FOLDER in a room without a network)"
 NOTEBOOK_TOOLS = ("ipykernel", "nbclient", "ipywidgets", "matplotlib")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "tensorrt_rtx", "tensorrt", *NOTEBOOK_TOOLS)
@@ -50,7 +53,8 @@ LIBRARIES = "import filelock, tokenizers, safetensors, onnx, sympy, transformers
 
 
 def check_packages() -> Check:
-    """Packages of one environment that came from two, or twice, or that cannot be imported."""
+    """Packages of one environment that came from two, or twice, that cannot be imported, or that are of other versions
+    than the course asks for."""
     fix = f"Make the environment anew: {ANEW}. TensorRT-LLM and vLLM get their own: helpers env create trtllm."
     names: set[str] = set()
     for folder in _own_folders():
@@ -77,6 +81,11 @@ def check_packages() -> Check:
         return warning("libraries take more than 15 s to import", "Run this again: the first import is slow.")
     if answer.returncode != 0:
         return failure(f"one cannot be imported: {commands.complaint_of(answer)}", fix)
+    if COURSE in names and (wrong := _out_of_range()):
+        again = f"{PYTHON} -m pip install --constraint {CONSTRAINTS} {' '.join(one.split()[0] for one in wrong)}"
+        return warning(
+            f"not of the course's versions: {', '.join(wrong)}", f"Install the course's versions again: {again}"
+        )
     return ok(f"{len(names)}, each once, all from this environment; the course's own can be imported")
 
 
@@ -89,6 +98,14 @@ def pins(python: str, library: str, limit: float) -> tuple[str, str]:
         return "", next(reversed((answer.stderr or answer.stdout).strip().splitlines()), "it does not answer")
     told = [f"{name} {there} instead of {pinned}" for name, there, pinned in map(json.loads, conflicts)]
     return version, ", ".join(told)
+
+
+def _out_of_range() -> list[str]:
+    """The packages that are here in another version than the course asks for, each as `pins` tells it. What is missing
+    is told where it is needed, and PyTorch has a line of its own."""
+    version, conflicts = pins(sys.executable, COURSE, 10)
+    told = conflicts.split(", ") if version and conflicts else []
+    return [one for one in told if one.split()[0] != "torch" and one.split()[1] != "none"]
 
 
 def check_locks() -> Check:

@@ -205,6 +205,37 @@ def test_a_broken_compiler_is_a_failure_line(monkeypatch, tmp_path, text, words)
     assert check.status == "failure" and "no C++ compiler" in check.found and "Install" in check.fix
 
 
+def test_a_compiler_that_is_too_old_for_torchs_standard_is_a_failure_line(monkeypatch, tmp_path):
+    """As g++ 9, which knows c++20 by no such name: each build would fail."""
+    from torch._inductor.cpp_builder import _get_cpp_std_cflag
+
+    (flag,) = _get_cpp_std_cflag()
+    refused = f"echo \"g++: error: unrecognized command line option '-{flag}'\" >&2; exit 1"
+    code = f'for word in "$@"; do [ "$word" != -{flag} ] || {{ {refused}; }}; done; exec {hardware.compiler()} "$@"'
+    monkeypatch.setenv("CXX", script(tmp_path / "cxx", code))
+    check = doctor.check_compiler()
+    assert check.status == "failure" and f"-{flag}" in check.found
+    assert "Install g++ 10 or newer" in check.fix and "CXX" in check.fix
+    monkeypatch.setenv("CXX", script(tmp_path / "cxx", "echo 'fatal error: no such header' >&2; exit 1"))
+    assert "newer" not in doctor.check_compiler().fix
+
+
+@pytest.mark.parametrize(
+    ("text", "standard"),
+    [
+        ('def _get_cpp_std_cflag(std_num: str = "c++20") -> list[str]:', "c++20"),
+        ('def _get_cpp_std_cflag(std_num: str = "c++17") -> list[str]:\n        std_num = "c++20"', "c++17"),
+        ("says nothing", "c++17"),
+        (None, "c++17"),
+    ],
+)
+def test_the_compiler_is_tried_with_the_standard_that_torch_names(tmp_path, text, standard):
+    if text is not None:
+        (tmp_path / "_inductor").mkdir()
+        (tmp_path / "_inductor" / "cpp_builder.py").write_text(text)
+    assert doctor._standard_of(tmp_path) == standard
+
+
 def test_of_two_compilers_the_one_that_works_not_is_not_advised(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -357,6 +388,45 @@ def test_the_disk_is_held_against_what_a_recipe_needs(monkeypatch):
     monkeypatch.setattr(doctor, "CHECKS", {"engines": doctor.check_engines})
     monkeypatch.setattr(doctor, "torch_facts", cache(lambda: {}))
     assert [check.status for check in doctor.examine({"engines": 1e15})] == ["failure"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("mode", [0o777, 0o2775])
+@pytest.mark.parametrize("place", ["store", "above"])
+def test_a_store_whose_engines_load_refuses_is_a_failure_until_its_fix(monkeypatch, tmp_path, place, mode):
+    """A lab's folder, in which its group writes. The law is what `load` asks of an engine there."""
+    from helpers import access
+
+    (tmp_path / "code").mkdir(mode=0o755)  # a checkout that anybody can write to would turn the check off
+    monkeypatch.setattr(access, "PACKAGE", tmp_path / "code")
+    monkeypatch.setattr("grp.getgrgid", lambda number: (_ for _ in ()).throw(KeyError(number)))  # one nobody knows
+    store, own = tmp_path / "lab" / "engines", tmp_path / "own"
+    (store / "engine").mkdir(parents=True), own.mkdir()
+    monkeypatch.setenv("COURSE_ENGINES", str(store))
+    access.check_trust(store / "engine")
+    assert doctor.check_engines().status == "OK"
+    path = store if place == "store" else store.parent
+    path.chmod(mode)
+    with pytest.raises(StoreError) as refused:
+        access.check_trust(store / "engine")
+    check = doctor.check_engines()
+    assert check.status == "failure" and f"others may write to {path}" in check.found
+    assert check.fix == refused.value.fix == f"chmod +t {path}"
+    monkeypatch.setenv("COURSE_TRUSTED_ENGINES", str(store))
+    access.check_trust(store / "engine")
+    assert doctor.check_engines().status == "OK"
+    monkeypatch.delenv("COURSE_TRUSTED_ENGINES")
+    monkeypatch.setenv("COURSE_ENGINES", f"{own}{os.pathsep}{store}")  # what it lacks is built in the own one
+    check = doctor.check_engines()
+    assert check.status == "warning" and "others may write" in check.found and "free" in check.found
+    monkeypatch.setenv("COURSE_ENGINES", str(store))
+    monkeypatch.setattr(doctor, "CHECKS", {"engines": doctor.check_engines})
+    monkeypatch.setattr(doctor, "torch_facts", cache(lambda: {}))
+    failed = WorkerError("It was killed.", cause="Perhaps.", fix="Again.")
+    assert doctor.named_cause(failed).fix == "Again."  # no compiler fails of that
+    subprocess.run(check.fix, shell=True, check=True)
+    access.check_trust(store / "engine")
+    assert doctor.check_engines().status == "OK"
 
 
 def no_room(*_, **__):
@@ -676,6 +746,29 @@ def test_pins_that_are_not_kept_are_named(monkeypatch, tmp_path):
     assert check.status == "warning" and "tensorrt-llm is in this environment" in check.found
 
 
+def test_a_package_of_another_version_than_the_course_asks_for_is_a_warning(monkeypatch, tmp_path):
+    """What is missing is told elsewhere, and without the course's own distribution nothing is known."""
+    installed(tmp_path, "transformers", "4.49.0")
+    installed(tmp_path, "filelock", "3.0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(leftovers, "_own_folders", lambda: {tmp_path})
+    monkeypatch.setattr(leftovers, "PACKAGES", ())
+    monkeypatch.setattr(leftovers, "LIBRARIES", "")
+    assert leftovers.check_packages().status == "OK"
+    for needed, words in (
+        (("transformers>=4.49,<6", "filelock", "nowhere", "torch<1"), ""),
+        (("transformers>=4.57,<6", "filelock>=4", "nowhere>=2"), "transformers 4.49.0 instead of <6,>=4.57, filelock"),
+    ):
+        shutil.rmtree(tmp_path / "tensorrt_llm_course-0.1.0.dist-info", ignore_errors=True)
+        installed(tmp_path, "tensorrt_llm_course", "0.1.0", *needed)
+        check = leftovers.check_packages()
+        assert check.status == ("warning" if words else "OK") and words in check.found and "nowhere" not in check.found
+    constraints = re.search(r"pip install --constraint (\S+) transformers filelock$", check.fix)[1]
+    assert "\ntransformers==" in Path(constraints).read_text()
+    monkeypatch.setattr(leftovers, "LIBRARIES", "import no_such_library")
+    assert leftovers.check_packages().status == "failure"  # a warning does not hide it
+
+
 def test_the_memory_of_a_kernel_that_is_gone_is_a_warning(monkeypatch, tmp_path):
     assert leftovers.check_gpu_memory().status == "OK"  # whatever is here
     sleep = "import time; time.sleep(60)"
@@ -711,9 +804,16 @@ def test_an_environment_that_is_not_there_matters_only_beside_a_gpu(pretend, mon
 
 @pytest.mark.parametrize(("version", "status"), [("1.2.1", "OK"), ("1.4.0", "warning")])
 def test_an_environment_of_the_pinned_version_is_ok_another_is_a_warning(monkeypatch, tmp_path, version, status):
-    monkeypatch.setenv("COURSE_TRTLLM_PYTHON", script(tmp_path / "python", f"echo {version}"))
+    python = (
+        f'case "$2" in *libmpi*) [ -e {tmp_path}/gone ] || echo yes;; *ctypes*) echo yes;; *) echo {version};; esac'
+    )
+    monkeypatch.setenv("COURSE_TRTLLM_PYTHON", script(tmp_path / "python", python))
     check = doctor.check_environment("trtllm")
     assert check.status == status and version in check.found
+    (tmp_path / "gone").touch()  # a library of the system, as in a terminal without the LD_LIBRARY_PATH of another
+    ((what, fix),) = environments.missing_libraries("trtllm", str(tmp_path / "python"))
+    check = doctor.check_environment("trtllm")
+    assert check.status == "warning" and (status == "warning" or what in check.found and check.fix == fix)
     monkeypatch.setenv("COURSE_VLLM_PYTHON", str(tmp_path / "nowhere"))  # it does not start
     check = doctor.check_environment("vllm")
     assert check.status == "failure" and "COURSE_VLLM_PYTHON" in check.fix
