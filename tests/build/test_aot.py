@@ -329,7 +329,7 @@ def test_settings_of_the_notebook_change_no_answer(tiny_engine):
 # Each field at the ends of what it may be, beside others at theirs.
 CORNERS = [
     {"max_input_len": 1, "max_seq_len": 3, "precision": "int8", "optimization_level": 3, "num_threads": 1},
-    {"max_input_len": 2, "max_seq_len": 3, "max_batch_size": 5, "optimization_level": 0},
+    {"max_input_len": 2, "max_seq_len": 3, "max_batch_size": 5, "optimization_level": 0, "num_threads": 1},
     {"max_input_len": 3, "max_seq_len": 4, "optimization_level": 1},
     {"max_input_len": 4, "max_seq_len": 5, "max_batch_size": 2, "precision": "bf16", "optimization_level": 2},
     {"max_input_len": 5, "max_seq_len": 6, "precision": "fp16"},
@@ -459,7 +459,7 @@ def test_a_deep_model_is_compiled_in_runs_of_layers_and_the_report_counts_every_
 @pytest.mark.slow
 @pytest.mark.parametrize("corner", CORNERS[:2], ids=lambda corner: str(corner["max_input_len"]))
 def test_the_smallest_engines_can_be_built_and_answer(built, tiny_llama, corner):
-    with load(built(BuildRecipe(str(tiny_llama), device="cpu", num_threads=1, **corner))) as engine:
+    with load(built(BuildRecipe(str(tiny_llama), device="cpu", **corner))) as engine:
         longest = engine.recipe.max_input_len
         full = SamplingParams(temperature=0, max_tokens=3 - longest, ignore_eos=True)
         for prompts in ([[5]], [list(range(3, 3 + longest))] * engine.recipe.max_batch_size):
