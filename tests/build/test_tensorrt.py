@@ -556,8 +556,9 @@ def test_weight_streaming_is_accepted(build):
 
 
 def test_a_missing_provider_is_one_clear_line(build):
-    with pytest.raises(BackendUnavailable, match="not installed"):
+    with pytest.raises(BackendUnavailable, match="'tensorrt' is not installed") as refused:
         build("fp16", provider="tensorrt")
+    assert "pip install tensorrt==" in refused.value.fix  # and not the other package, which is here
 
 
 # Recorded engines, for machines without TensorRT.
@@ -757,6 +758,108 @@ def test_an_axis_is_open_where_profiles_differ_whatever_their_order():
         assert store.read_manifest(folder)["details"]["inputs"][0]["shape"] == ["?", 64]
     with pytest.raises(BuildError, match="the example has length 1"):
         build_module(module, (x[:1],), "fp16", quiet=True, profiles=[many])
+
+
+class Of(nn.Module):
+    """forward is a function of two layers, a table of 8 rows and one of 64, an input, and perhaps another."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.linear = function, nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.register_buffer("eight", torch.randn(8, 32))
+        self.register_buffer("many", torch.randn(64, 32))
+
+    def forward(self, x, y=None):
+        return self.function(self, x) if y is None else self.function(self, x) + y
+
+
+def recurrent(m, x):
+    state = x[0]
+    for row in range(1, x.shape[0]):
+        state = torch.tanh(m.linear(x[row]) + state)
+    return state
+
+
+def causal(m, x):
+    mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+    return (m.linear(x) @ x.transpose(1, 2) + mask).softmax(-1) @ x
+
+
+def heads(m, x):
+    return m.linear(x).view(x.shape[0], x.shape[1], 4, 8).transpose(1, 2)
+
+
+FIXED = {
+    "loop": recurrent,
+    "number": lambda m, x: m.linear(x).sum(0) / int(x.shape[0]),
+    "written size": lambda m, x: m.linear(x).view(8, 4, 8),
+    "table": lambda m, x: m.linear(x) + m.eight,
+    "other input": lambda m, x: m.linear(x),
+}
+BRANCH = Of(lambda m, x: m.linear(x) * 2 if x.shape[0] > 4 else m.linear(x))
+TABLE = Of(lambda m, x: m.linear(x) + m.many[: x.shape[0]])
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_an_axis_that_the_module_fixes_is_refused_in_a_profile(kind):
+    """torch.export says nothing, and the engine would promise a range and compute for the example's length."""
+    inputs = [torch.randn(8, 32) for _ in range(2 if kind == "other input" else 1)]
+    opened = {"x": ((2, 32), (8, 32), (64, 32))}
+    with pytest.raises(BuildError, match=r"opens axis 0 of x, .* computes for length 8 alone") as refused:
+        build_module(Of(FIXED[kind]), inputs, quiet=True, profiles=[opened])
+    assert "a loop, int(), a size" in refused.value.cause and "another input" in refused.value.cause
+    assert "x.shape[0]" in refused.value.fix and "each length" in refused.value.fix
+    if kind == "other input":  # which the fix tells to open too
+        folder = build_module(Of(FIXED[kind]), inputs, quiet=True, profiles=[{**opened, "y": opened["x"]}])
+        assert [value["shape"] for value in store.read_manifest(folder)["details"]["inputs"]] == [["?", 32]] * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "serves", "within", "beyond"),
+    [
+        (BRANCH, "5 or more", [(5, 8, 9), (8, 9, 500)], [(4, 8, 9), (1, 2, 500)]),
+        (TABLE, "1 to 64", [(1, 8, 64)], [(1, 8, 65), (65, 66, 70)]),
+    ],
+    ids=["branch", "table"],
+)
+def test_a_profile_beyond_the_lengths_that_the_module_serves_is_refused(module, serves, within, beyond):
+    def build(*lengths):
+        profiles = [{"x": [(length, 32) for length in some]} for some in lengths]
+        return build_module(module, (torch.randn(8, 32),), quiet=True, profiles=profiles)
+
+    for lengths in beyond:
+        with pytest.raises(BuildError, match=f"lengths {lengths[0]} to {lengths[-1]} .* for {serves} alone") as refused:
+            build(lengths)
+        assert f"within {serves}" in refused.value.fix
+    with pytest.raises(BuildError, match=f"for {serves} alone"):  # one profile of several
+        build(within[0], beyond[0])
+    assert store.read_manifest(build(*within))["details"]["inputs"][0]["shape"] == ["?", 32]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda m, x: m.attention(x, x, x, need_weights=False)[0], [(1, 1, 32), (2, 8, 32), (4, 64, 32)]),
+        (heads, [(1, 1, 32), (2, 8, 32), (4, 64, 32)]),
+        (causal, [(1, 1, 32), (2, 8, 32), (4, 64, 32)]),
+        (lambda m, x: x.flatten(2).transpose(1, 2) + m.eight, [(1, 32, 2, 4), (2, 32, 2, 4), (4, 32, 2, 4)]),  # patches
+        (lambda m, x: x.sum(1) / x.shape[1], [(2, 1, 32), (2, 8, 32), (2, 64, 32)]),
+        (lambda m, x: x + m.many[: x.shape[1]], [(1, 1, 32), (2, 8, 32), (4, 64, 32)]),
+        (lambda m, x: x[:, 1:] - x[:, :-1], [(1, 2, 32), (2, 8, 32), (4, 64, 32)]),
+    ],
+    ids=["attention", "heads", "causal", "patches", "mean", "positions", "differences"],
+)
+def test_a_module_that_serves_the_whole_profile_is_built_and_its_graph_computes_each_length(function, shapes):
+    module = Of(function).eval()
+    build_module(module, (torch.randn(shapes[1]),), quiet=True, optimization_level=0, profiles=[{"x": shapes}])
+    axes = [axis for axis, lengths in enumerate(zip(*shapes, strict=True)) if len(set(lengths)) > 1]
+    graph = onnx_export.export(module, (torch.randn(shapes[1]),), varying={"x": axes}, asked={"x": shapes})
+    for shape in shapes:
+        x = torch.randn(shape)
+        (found,) = ReferenceEvaluator(graph).run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-4)
 
 
 def test_open_axes_are_calibrated_with_the_profiles_likely_shape(tmp_path):

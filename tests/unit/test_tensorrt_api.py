@@ -1,15 +1,18 @@
 """What TensorRT's own interface says and takes, in any of its versions, without a build: messages that become errors,
 flags for the builder, and the inspector's layer reports."""
 
+import importlib.metadata
 import json
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from onnx import TensorProto, helper
 
-from helpers.backends.tensorrt import INSTALL, layers, onnx_quantize
 from helpers.backends.tensorrt import api as tensorrt_api
+from helpers.backends.tensorrt import builder, layers, onnx_quantize
 from helpers.errors import BackendUnavailable, BuildError, EngineCorrupt, EngineMismatch
 from helpers.machine.worker import Worker
 from helpers.paths import PROJECT
@@ -64,9 +67,21 @@ class StandInConfig:
         pass
 
 
-def test_the_version_that_an_error_names_is_the_one_that_is_pinned():
-    (name,) = [word for word in INSTALL.split() if "==" in word]
-    assert f"{name} ;" in (PROJECT / "constraints" / "course.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("provider", "lock"), [("tensorrt_rtx", "course.txt"), ("tensorrt", "trtllm.txt")])
+def test_the_package_that_an_error_names_is_the_one_that_is_missing_as_it_is_pinned(provider, lock, monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    monkeypatch.delenv("COURSE_TENSORRT_PYTHON", raising=False)
+    monkeypatch.setitem(sys.modules, provider, None)  # so that it cannot be imported
+    pins = (PROJECT / "constraints" / lock).read_text(encoding="utf-8").splitlines()
+    for ask in (builder.provider_version, tensorrt_api.load_provider):
+        with pytest.raises(BackendUnavailable) as refused:
+            ask(provider)
+        (pin,) = re.findall(r"pip install (\S+==\S+?)\.(?:\s|$)", refused.value.fix)
+        assert pin.partition("==")[0] == provider.replace("_", "-")
+        assert pin in [line.partition(" ;")[0] for line in pins]
 
 
 def test_tensorrt_10_is_strongly_typed_unless_precisions_are_flagged():

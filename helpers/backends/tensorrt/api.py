@@ -33,7 +33,7 @@ def load_provider(provider: str) -> ModuleType:
         raise BackendUnavailable(
             f"TensorRT is not here: the Python package {provider!r} cannot be imported ({error}).",
             cause=WHY_MISSING,
-            fix=f"On Linux or Windows: {INSTALL}. Recorded engines can be looked at anywhere.",
+            fix=f"On Linux or Windows: {INSTALL[provider]}. Recorded engines can be looked at anywhere.",
         ) from error
 
 

@@ -36,7 +36,7 @@ def check_plans(name: str, manifest: dict[str, Any]) -> None:
         raise BackendUnavailable(
             f"Engine {name!r} is a record of one that was built elsewhere, without its plan file.",
             cause="TensorRT cannot build on this machine, so it could not load a plan either.",
-            fix=f"Build it on a Linux or Windows machine: {INSTALL}.",
+            fix=f"Build it on a Linux or Windows machine: {INSTALL['tensorrt_rtx']}.",
         )
     if not plans(manifest):
         raise EngineMismatch(
@@ -84,7 +84,7 @@ def provider_version(provider: str) -> str:
         raise BackendUnavailable(
             f"TensorRT cannot build here: the package {provider.replace('_', '-')!r} is not installed.",
             cause=WHY_MISSING,
-            fix=f"Look at the recorded engines, or on Linux or Windows: {INSTALL}.",
+            fix=f"Look at the recorded engines, or on Linux or Windows: {INSTALL[provider]}.",
         ) from None
 
 
@@ -139,7 +139,7 @@ def plan_from_onnx(
         raise BuildError(
             "TensorRT built the engine and described none of its layers.",
             cause="This version writes its layers elsewhere, and no GPU here can load the engine to ask it.",
-            fix=f"Use the version that the course names: {INSTALL}.",
+            fix=f"Use the version that the course names: {INSTALL[settings.provider]}.",
         )
     parts = layers.account(graph, built["network"], engine_layers, nodes)
     counts = {"nodes": len(nodes), "network_layers": len(built["network"]), "engine_layers": len(engine_layers)}

@@ -272,5 +272,6 @@ def _unreadable(what: str) -> BuildError:
     return BuildError(
         f"TensorRT's description of the layers cannot be read: it has {what}.",
         cause="This version of TensorRT writes it in a way that the course does not know.",
-        fix=f"Install the version that the course names: {INSTALL}.",
+        fix=f"Install the version that the course names: {INSTALL['tensorrt_rtx']}; "
+        f"of TensorRT itself: {INSTALL['tensorrt']}.",
     )

@@ -85,7 +85,7 @@ def from_module(
 
     @cache
     def export() -> onnx.ModelProto:
-        return onnx_export.export(module, example_inputs, precision=precision, varying=varying)
+        return onnx_export.export(module, example_inputs, precision=precision, varying=varying, asked=asked)
 
     label = name or type(module).__name__.lower()
     content = content_of(module, example_inputs, precision)

@@ -53,10 +53,12 @@ def export(
     *,
     precision: str = "fp32",
     varying: Mapping[str, Sequence[int]] | None = None,
+    asked: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> onnx.ModelProto:
     """The module as ONNX, its weights and inputs cast to the precision's type; the module is not changed.
 
-    varying: for inputs (by the name of forward's parameter) the axes whose length is open.
+    varying: for inputs (by the name of forward's parameter) the axes whose length is open. BuildError where the module
+    fixes one of them, or does not serve all the shapes that are asked of the input.
     """
     dtype = compute_dtype(precision)
     try:
@@ -82,15 +84,61 @@ def export(
                 fix="Give an example of length 2 or more along that axis.",
             )
     shapes = {name: dict.fromkeys((varying or {}).get(name, ()), torch.export.Dim.AUTO) or None for name in names}
-    return _convert(cast, inputs, shapes if varying else None)
+    lengths = {
+        (name, axis): [shape[axis] for shape in (asked or {}).get(name, ())]
+        for name, axes in (varying or {}).items()
+        for axis in axes
+    }
+    return _convert(cast, inputs, shapes if varying else None, lengths)
 
 
-def _convert(module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> onnx.ModelProto:
-    """torch.export, then torch.onnx, without the messages that concern neither the module nor its reader."""
+def _check_length(program: torch.export.ExportedProgram, name: str, axis: int, lengths: Sequence[int]) -> None:
+    """BuildError where the program computes for one length of an open axis alone, or not for all of these lengths:
+    torch.export takes what forward does with the example for what it does with every length, and says nothing."""
+    (value,) = (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name == name)
+    length = value.shape[axis]
+    size = length.node.expr if isinstance(length, torch.SymInt) else length  # a symbol, or a number that it became
+    if isinstance(size, int) or size.is_number:
+        raise BuildError(
+            f"A profile opens axis {axis} of {name}, and the module computes for length {size} alone.",
+            cause="Its forward makes a number of that length (a loop, int(), a size that is written down), or has a "
+            "table or another input of that length that stays as it is.",
+            fix=f"Use {name}.shape[{axis}] in torch's operations, without a loop or int(); open the other input's axis "
+            "in the profile too; or leave the axis out and build an engine for each length.",
+        )
+    serves = program.range_constraints.get(size)
+    if not lengths or serves is None:
+        return
+    # torch.export takes every open length for 2 or more, so that a least length of 2 says nothing of the module.
+    least = serves.lower if serves.lower > 2 else 1
+    if min(lengths) < least or max(lengths) > serves.upper:
+        range_ = f"{least} to {serves.upper}" if serves.upper < 2**31 else f"{least} or more"
+        raise BuildError(
+            f"A profile asks for lengths {min(lengths)} to {max(lengths)} along axis {axis} of {name}, "
+            f"and the module computes for {range_} alone.",
+            cause="Its forward goes another way for other lengths, or it has a table or an operation that ends there.",
+            fix=f"Keep the profile within {range_}; or write forward without a branch on that length.",
+        )
+
+
+def _convert(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    dynamic_shapes: Any,
+    lengths: Mapping[tuple[str, int], Sequence[int]],
+) -> onnx.ModelProto:
+    """torch.export, then torch.onnx, without the messages that concern neither the module nor its reader.
+
+    lengths: what the profiles ask of each open axis, given by its input and its number.
+    """
     with _quiet(), torch.no_grad():
         try:
             program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+            for (name, axis), asked in lengths.items():
+                _check_length(program, name, axis, asked)
             converted = torch.onnx.export(program, (), dynamo=True, verbose=False, opset_version=OPSET)
+        except BuildError:
+            raise
         except Exception as error:  # whatever the forward of somebody's module raises
             root: Exception = error
             while root.__cause__ is not None and isinstance(root.__cause__, Exception):
