@@ -751,6 +751,7 @@ def test_a_package_of_another_version_than_the_course_asks_for_is_a_warning(monk
     installed(tmp_path, "transformers", "4.49.0")
     installed(tmp_path, "filelock", "3.0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # the course's own folder holds what says its versions
     monkeypatch.setattr(leftovers, "_own_folders", lambda: {tmp_path})
     monkeypatch.setattr(leftovers, "PACKAGES", ())
     monkeypatch.setattr(leftovers, "LIBRARIES", "")
