@@ -122,11 +122,11 @@ def _get_named(name: str) -> Path:
         except ModelError as error:
             why = error
         if target.exists():
-            away = "emove that folder, or move it away, and run this again."
+            remove = "remove that folder, or move it away, and run this again."
             raise ModelError(
                 f"{target} is there, and is no whole model. {why.what}",
                 cause=why.cause or "Files in it were changed or removed by hand.",
-                fix=f"{why.fix} Or r{away}" if why.fix else f"R{away}",
+                fix=f"{why.fix} Or {remove}" if why.fix else remove.capitalize(),
             )
         temporary = target.with_name(f".getting-{name}")
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
