@@ -1,15 +1,17 @@
-"""The widgets in JupyterLab and Notebook 7 in a real browser: what a learner sees, moves and presses."""
+"""The widgets in a real browser: what a learner sees, moves and presses. In JupyterLab; in `make nightly` in
+Notebook 7 too."""
 
 import json
 import time
 
 import pytest
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.promise("widgets do in a browser what a learner asks", 1, 1)]
 pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 nbformat = pytest.importorskip("nbformat", reason="the notebook tools are not in this environment")
 
 from jupyter_pages import browser, jupyter, picture, run_all, visit, wait_for  # noqa: F401 (three are fixtures)
+from promises import NIGHTLY
 
 CELL = """
 from helpers import BuildRecipe, load
@@ -74,7 +76,7 @@ def opened(visit, cells, app, name, button, **look):
     return page
 
 
-@pytest.fixture(scope="module", params=["lab", "notebook"])
+@pytest.fixture(scope="module", params=["lab", "notebook"] if NIGHTLY else ["lab"])
 def page(visit, request):
     return opened(visit, [CELL], request.param, f"explorer-{request.param}", "Run")
 

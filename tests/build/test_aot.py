@@ -62,15 +62,18 @@ def bf16(bf16_folder):
 # ---- the graphs -------------------------------------------------------------------------------------------
 
 
-def test_graphs_compiled_side_by_side_make_the_same_engine(tiny_engine, tiny_llama, tmp_path, monkeypatch):
+def test_graphs_compiled_side_by_side_make_the_same_engine(built, tiny_llama, tmp_path, monkeypatch):
     """On machines with many cores; here two at a time, whatever the cores."""
+    recipe = tiny(tiny_llama, num_threads=2, optimization_level=0)
+    monkeypatch.setattr("helpers.backends.aot.backend._jobs", lambda *_: 1)
+    alone = built(recipe)
     monkeypatch.setenv("COURSE_ENGINES", str(tmp_path))
     monkeypatch.setattr("helpers.backends.aot.backend._jobs", lambda *_: 2)
-    folder = build(tiny(tiny_llama), quiet=True)
-    assert folder.name == tiny_engine.name and folder != tiny_engine
-    ours, other = inspect(folder), inspect(tiny_engine)
+    folder = build(recipe, quiet=True)
+    assert folder.name == alone.name and folder != alone
+    ours, other = inspect(folder), inspect(alone)
     assert (ours.operations, ours.kernels, ours.removed) == (other.operations, other.kernels, other.removed)
-    with load(folder) as one, load(tiny_engine) as two:
+    with load(folder) as one, load(alone) as two:
         assert one.generate([3, 14, 15], GREEDY)[0].token_ids == two.generate([3, 14, 15], GREEDY)[0].token_ids
 
 
