@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from helpers.bench.records import REFERENCES, Record, Row, differences, need_records, same_work
@@ -160,7 +161,12 @@ def beside(mine: Record, theirs: Record | None, batch_size: int | None = None) -
     Raises InputError if the two did different work; how often, and on what, may differ.
     """
     need_records(mine, theirs or mine)
-    different = differences(same_work(mine), same_work(theirs), ("workload",)) if theirs else []
+    different, checkpoint = [], mine.versions.get("checkpoint")
+    if theirs:
+        work = theirs.workload
+        if checkpoint and theirs.versions.get("checkpoint") == checkpoint:  # one model, in a folder of each machine's
+            work = replace(work, model=mine.workload.model)
+        different = differences(same_work(mine), same_work(replace(theirs, workload=work)), ("workload",))
     if len({record.versions.get("checkpoint") for record in (mine, theirs) if record} - {None}) > 1:
         different.append("the checkpoint's files")
     if different:

@@ -608,6 +608,11 @@ def test_what_is_missing_on_this_machine_comes_from_the_other_marked_as_such(two
     longer = dataclasses.replace(theirs, workload=dataclasses.replace(SMALL, output_len=9))
     with pytest.raises(InputError, match="output_len: 8 and 9"):
         comparison.beside(mine, longer)
+    moved = dataclasses.replace(theirs, workload=dataclasses.replace(SMALL, model="./elsewhere"))
+    with pytest.raises(InputError, match="workload.model"):
+        comparison.beside(mine, moved)
+    one, other = (dataclasses.replace(r, versions={**r.versions, "checkpoint": "1f0c"}) for r in (mine, moved))
+    assert len(comparison.beside(one, other).rows) == len(comparison.beside(mine, theirs).rows)
     versions = [{**record.versions, "checkpoint": name} for record, name in ((mine, "a" * 12), (theirs, "b" * 12))]
     mine, theirs = (dataclasses.replace(r, versions=v) for r, v in zip(two_machines, versions, strict=True))
     with pytest.raises(InputError, match="the checkpoint's files"):  # "./model" is another one in each folder
