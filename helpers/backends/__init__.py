@@ -41,8 +41,7 @@ ENVIRONMENTS = {"tensorrt_llm": "trtllm", "tensorrt_llm_pytorch": "trtllm", "vll
 
 def module(backend: str) -> Any:
     """The module that implements a backend."""
-    if backend not in MODULES:
-        raise BackendUnavailable(f"There is no backend {backend!r}.", fix=f"Use one of {', '.join(MODULES)}.")
+    _check_name(backend)
     check_working_folder()
     try:
         with shown_if_slow("Starting PyTorch, once in a process", "import"):
@@ -84,14 +83,20 @@ def installed() -> dict[str, str]:
     return places
 
 
+def _check_name(backend: str) -> None:
+    if backend not in MODULES:
+        raise BackendUnavailable(f"There is no backend {backend!r}.", fix=f"Use one of {', '.join(MODULES)}.")
+
+
 def prefer(backend: str, otherwise: str = "aot") -> str:
     """`backend` where it can run on this machine; else `otherwise`, and one line that says so and why.
 
     For cells that use TensorRT-LLM where it is and go on without it elsewhere.
     """
-    wanted, _ = module(backend), module(otherwise)
+    _check_name(backend)
+    _check_name(otherwise)
     try:
-        wanted.check_available()
+        module(backend).check_available()
     except CourseError as error:
         say(f"{error.what} So this cell uses {otherwise!r}.")
         return otherwise

@@ -58,16 +58,16 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
             try:
                 model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, config=config, **settings, **files)
             except (LookupError, TypeError, ValueError) as error:  # of files that the course itself can read
-                indexed = (checkpoint.folder / INDEX).exists()
+                cause = f"This transformers, {__version__}, may be of another version than the course needs."
+                fix = "helpers doctor says which versions belong here. If it is content, save the model anew."
+                if (checkpoint.folder / INDEX).exists():
+                    cause = 'It asks for more than the weights: that their index has a table "metadata", say.'
+                    fix = 'Add "metadata": {} to model.safetensors.index.json, or save the model anew.'
                 raise ModelError(
                     f"transformers does not read the weights of {checkpoint.folder.name!r}: "
                     f"{type(error).__name__}: {error!s:.200}.",
-                    cause='It asks for more than the weights: that their index has a table "metadata", say.'
-                    if indexed
-                    else f"This transformers, {__version__}, may be of another version than the course needs.",
-                    fix='Add "metadata": {} to model.safetensors.index.json, or save the model anew.'
-                    if indexed
-                    else "helpers doctor says which versions belong here. If it is content, save the model anew.",
+                    cause=cause,
+                    fix=fix,
                 ) from error
     return model.to(device).eval()
 
